@@ -1,0 +1,1 @@
+"""Lab, workloads, demo and measurements."""

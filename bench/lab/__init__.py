@@ -1,0 +1,1 @@
+"""Lab hosts: real hosts for tests, demo and bench, on one machine."""

@@ -1,0 +1,62 @@
+"""The `migrate agent` of a lab host: started as a daemon, waited for, killed.
+
+Knows of the agent its command, its port, and that it stays in the foreground.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from bench.lab.errors import LabError
+from bench.lab.host import POLL_S, Host
+
+PORT = 7337
+LOG = "/var/log/migrate-agent.log"
+PID_FILE = "/run/migrate-agent.pid"
+# The first start on a host compiles the project's modules.
+LISTEN_DEADLINE_S = 30.0
+LOG_TAIL = 4000
+# A killed process is gone when the kernel has given back its memory, page store and all.
+KILL_DEADLINE_S = 20.0
+
+
+def launch(host: Host, env: Mapping[str, str] | None = None) -> None:
+    """Starts the agent as a daemon; what it writes goes to LOG inside the host."""
+    script = f"echo $$ >{PID_FILE}; exec migrate agent >>{LOG} 2>&1 </dev/null"
+    host.run(["setsid", "--fork", "sh", "-c", script], env=env)
+
+
+def wait_listening(host: Host) -> None:
+    """Returns when the agent accepts TCP connections; LabError with its log when it does not."""
+    probe = f"exec 3<>/dev/tcp/{host.address}/{PORT}"
+    deadline = time.monotonic() + LISTEN_DEADLINE_S
+    while host.run(["bash", "-c", probe], check=False).returncode != 0:
+        pid = _pid(host)
+        gone = pid is not None and not host.path(f"/proc/{pid}").exists()
+        if gone or time.monotonic() > deadline:
+            log_file = host.path(LOG)
+            log = log_file.read_text(errors="replace")[-LOG_TAIL:] if log_file.exists() else ""
+            state = "ended" if gone else f"does not listen after {LISTEN_DEADLINE_S:g} s"
+            raise LabError(f"the agent on {host.name} {state}; {LOG}: {log}")
+        time.sleep(POLL_S)
+
+
+def kill(host: Host) -> None:
+    """SIGKILL for the agent alone, as an out-of-memory killer would; returns when it is gone."""
+    pid = _pid(host)
+    if pid is None:
+        raise LabError(f"no agent was started on {host.name}")
+    host.run(["sh", "-c", f"kill -KILL {pid}"])
+    deadline = time.monotonic() + KILL_DEADLINE_S
+    while host.path(f"/proc/{pid}").exists():
+        if time.monotonic() > deadline:
+            raise LabError(f"the agent on {host.name} is still there after its kill")
+        time.sleep(POLL_S)
+
+
+def _pid(host: Host) -> int | None:
+    """The agent's pid inside its host; None while it has none yet."""
+    pid_file = host.path(PID_FILE)
+    text = pid_file.read_text().strip() if pid_file.exists() else ""
+    return int(text) if text else None

@@ -1,0 +1,271 @@
+"""The keeper: one process that holds a lab and takes all of it away when it ends.
+
+    lab.py / `lab up` ──spawns──> keeper (own session, in the wire's network namespace)
+                                    ├── shim ── pid 1 of A ── everything in A
+                                    ├── shim ── pid 1 of B ── …
+                                    ├── shim ── pid 1 of client
+                                    └── delay lines (only when asked for)
+
+It reads its orders as one line of JSON from standard input, answers one line on standard output
+when the lab is up or could not be, and then serves requests (`crash`, `boot`) on a socket in the
+state directory until the first of: SIGTERM (`lab down`), the end of its owner (a pidfd, and the
+end of standard input).
+All of its children die with it (PR_SET_PDEATHSIG), also when it is killed by SIGKILL; what then
+remains are empty cgroups and the state directory, which the next lab command sweeps (remains.py).
+Single-threaded, since PR_SET_PDEATHSIG looks at the thread that forked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.lab import delay_line, kernel, paths, remains, sandbox
+from bench.lab.enter import enter_command, inside_environment
+from bench.lab.errors import LabError
+from bench.lab.host_files import LabIdentities
+from bench.lab.plan import WIRE_LINES, Node, Orders, link_lines, make_plan, node_lines, rate_line
+
+# A command of the lab's own making (ip, tc, sshd) takes milliseconds; this many seconds mean that
+# it hangs.
+COMMAND_DEADLINE_S = 30.0
+# A request is a verb and a host's name; who connects sends it at once.
+REQUEST_BYTES_MAX = 4096
+REQUEST_DEADLINE_S = 5.0
+
+
+class Keeper:
+    def __init__(self, orders: Orders) -> None:
+        self._plan = make_plan(
+            orders.name,
+            orders.hosts,
+            subnet=orders.subnet,
+            rate=orders.rate,
+            delay_ms=orders.delay_ms,
+        )
+        self._orders = orders
+        self._state = paths.state_path(orders.name)
+        self._cgroup = paths.cgroup_path(orders.name)
+        self._root = paths.root_path()
+        self._hosts: dict[str, sandbox.Started] = {}
+        self._delay_lines: dict[str, int] = {}  # pids
+        self._requests = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+    def claim(self) -> None:
+        """Makes the lab known under its name; sweeps dead labs on the way."""
+        # scripts/setup prunes no root that is locked. Kept open for as long as this process lives.
+        fcntl.flock(os.open(self._root, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
+        with remains.sweeping():
+            remains.sweep()
+            self._state.mkdir(parents=True, exist_ok=True)
+            if remains.take_lock(self._state) is None:
+                raise LabError(f"lab {self._plan.name} is up already")
+            self._cgroup.mkdir()
+
+    def build(self) -> dict[str, Any]:
+        """Starts everything; what `lab.py` needs to know to use it."""
+        kernel.unshare(kernel.CLONE_NEWNET)
+        _run(["ip", "-batch", "-"], WIRE_LINES)
+        identities = LabIdentities(self._plan)
+        for node in self._plan.nodes:
+            upper = self._state / node.name / "upper"
+            upper.mkdir(parents=True)
+            identities.write(upper, node)
+        self._power_on(self._plan.nodes)
+        self._requests.bind(str(self._state / paths.CONTROL))
+        self._requests.listen()
+        return self._describe()
+
+    def serve(self, stop_fds: Sequence[int], wakeup_fd: int) -> None:
+        """Serves requests until one of `stop_fds` becomes readable or ends, or SIGTERM comes."""
+        poll = select.poll()
+        for descriptor in (*stop_fds, wakeup_fd, self._requests.fileno()):
+            poll.register(descriptor, select.POLLIN)
+        while True:
+            for descriptor, _ in poll.poll():
+                if descriptor in stop_fds:
+                    return
+                if descriptor == wakeup_fd:
+                    if signal.SIGTERM in os.read(wakeup_fd, 64):
+                        return
+                else:
+                    self._serve_request()
+
+    def close(self) -> None:
+        for name in [*self._hosts]:
+            self._end_processes(name)
+        with remains.sweeping():
+            remains.remove(self._plan.name)
+            with contextlib.suppress(OSError):
+                paths.STATE_BASE.rmdir()
+
+    def _serve_request(self) -> None:
+        connection = self._requests.accept()[0]
+        with connection:
+            connection.settimeout(REQUEST_DEADLINE_S)
+            try:
+                request = json.loads(connection.recv(REQUEST_BYTES_MAX))
+                node = self._node(request["host"])
+                self._crash(node)
+                if request["verb"] == "boot":
+                    self._power_on([node])
+                answer = self._describe()
+            except (LabError, OSError, ValueError, KeyError, TypeError) as error:
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            with contextlib.suppress(OSError):
+                connection.sendall(json.dumps(answer).encode() + b"\n")
+
+    def _node(self, name: str) -> Node:
+        for node in self._plan.nodes:
+            if node.name == name:
+                return node
+        raise LabError(f"lab {self._plan.name} has no host {name}")
+
+    def _power_on(self, nodes: Sequence[Node]) -> None:
+        """Starts nodes, all at once, from what their disks contain."""
+        for node in nodes:
+            self._hosts[node.name] = sandbox.start(self._spec(node))
+        for node in nodes:
+            sandbox.wait_ready(node.name, self._hosts[node.name])
+        links: list[str] = []
+        for node in nodes:
+            links += link_lines(self._plan, node, self._hosts[node.name].init_pid)
+        _run(["ip", "-batch", "-"], links)
+        for node in nodes:
+            self._configure(node)
+        self._write_description()
+
+    def _crash(self, node: Node) -> None:
+        """Ends a node as a power failure would, except that its disks have all that was written."""
+        self._end_processes(node.name)
+        remains.end_cgroup(self._cgroup / node.name)
+        # The link goes with the host's network namespace, but not at once.
+        for device in (node.wire_end, node.slow_end):
+            _run(["ip", "link", "delete", device], may_fail=True)
+
+    def _end_processes(self, name: str) -> None:
+        if name in self._hosts:
+            sandbox.end(self._hosts.pop(name))
+        if name in self._delay_lines:
+            pid = self._delay_lines.pop(name)
+            # Not yet reaped, so the pid is still the child's.
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def _spec(self, node: Node) -> sandbox.HostSpec:
+        return sandbox.HostSpec(
+            name=node.name,
+            root=self._root,
+            state=self._state / node.name,
+            cgroup=self._cgroup / node.name,
+            source=Path(self._orders.source),
+        )
+
+    def _configure(self, node: Node) -> None:
+        pid = self._hosts[node.name].init_pid
+        in_network = ["nsenter", "-t", str(pid), "-n", "--"]
+        _run([*in_network, "ip", "-batch", "-"], node_lines(node))
+        if node.is_client:
+            return
+        if self._plan.rate_bits is not None:
+            rate = self._plan.rate_bits
+            _run([*in_network, "tc", "-batch", "-"], [rate_line("uplink", rate)])
+            _run(["tc", "-batch", "-"], [rate_line(node.wire_end, rate)])
+        if self._plan.is_delayed(node):
+            self._delay_lines[node.name] = delay_line.start(node, self._plan.delay_ms)
+        sshd = enter_command(pid, self._cgroup / node.name, ["/usr/sbin/sshd"])
+        _run(sshd, environment=inside_environment())
+
+    def _write_description(self) -> None:
+        partial = self._state / f"{paths.DESCRIPTION}.partial"
+        partial.write_text(json.dumps(self._describe()))
+        partial.rename(self._state / paths.DESCRIPTION)
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "name": self._plan.name,
+            "keeper_pid": os.getpid(),
+            "nodes": [
+                {
+                    **asdict(node),
+                    "port": self._plan.port(node),
+                    "pid": self._hosts[node.name].init_pid if node.name in self._hosts else 0,
+                    "cgroup": str(self._cgroup / node.name),
+                }
+                for node in self._plan.nodes
+            ],
+        }
+
+
+def _run(
+    command: Sequence[str],
+    lines: Sequence[str] = (),
+    *,
+    environment: Mapping[str, str] | None = None,
+    may_fail: bool = False,
+) -> None:
+    try:
+        subprocess.run(
+            command,
+            input="".join(f"{line}\n" for line in lines),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=not may_fail,
+            timeout=COMMAND_DEADLINE_S,
+        )
+    except subprocess.CalledProcessError as error:
+        raise LabError(f"{' '.join(command)}: {error.stderr}{error.stdout}") from error
+    except subprocess.TimeoutExpired as error:
+        raise LabError(f"{' '.join(command)} hangs") from error
+
+
+def main() -> int:
+    orders = Orders(**json.loads(sys.stdin.readline()))
+    stop_fds: list[int] = []
+    if orders.owner_pid is not None:
+        stop_fds = [os.pidfd_open(orders.owner_pid), sys.stdin.fileno()]
+        # The pid was the owner's only if the owner is still our parent.
+        if os.getppid() != orders.owner_pid:
+            return 1
+    # A handler is needed for the wakeup descriptor to be written to; it has nothing to do.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    wakeup_read, wakeup_write = os.pipe()
+    os.set_blocking(wakeup_write, False)
+    signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
+    try:
+        keeper = Keeper(orders)
+        keeper.claim()
+    except (LabError, OSError) as error:
+        _answer({"error": str(error)})
+        return 1
+    try:
+        _answer(keeper.build())
+        keeper.serve(stop_fds, wakeup_read)
+    except (LabError, OSError) as error:
+        _answer({"error": str(error)})
+        return 1
+    finally:
+        keeper.close()
+    return 0
+
+
+def _answer(message: Mapping[str, Any]) -> None:
+    # Nobody listens any more when the owner ended meanwhile; serve() sees that itself.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(1, json.dumps(message).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""What a probe makes of the answers: their order, and the gaps between them. Pure.
+
+Two wire formats are known. In both the n-th answer on a connection must carry exactly n::
+
+    lines (bench/workloads/line_server.h)   "17\\n"               ->  "17 90210\\n"
+    redis                                   INCR probe:<unique>   ->  ":17\\r\\n"
+
+The second number of the first format counts the answers of the whole server; it must grow. A server
+that was restarted, or that went back to an earlier state, gives itself away there.
+
+Memory stays bounded however long a probe runs: gaps are counted in buckets, only the first
+LISTED_MAX long gaps and violations are kept one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from bench.workloads.resp import Decoder, encode
+
+LONG_GAP_MS = 100.0
+"""Gaps above this are listed one by one: far above a scheduler's hiccup, below a retransmission."""
+LISTED_MAX = 1000
+LINE_BYTES_MAX = 256
+BUCKET_LOW_MS = 0.01
+BUCKET_GROWTH = 1.1
+"""Each bucket ends 10 % above its beginning: the error bound of a reported percentile."""
+BUCKETS = 200
+"""0.01 ms × 1.1**200 is half an hour; everything longer is counted in the last one."""
+
+
+class AnswerError(Exception):
+    """The server sent something that is no answer; the stream cannot be followed any further."""
+
+
+class OrderChecker:
+    """Every number must be its predecessor plus one, beginning with one."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.out_of_order = 0
+        self.violations: list[tuple[int, int]] = []
+        self._next = 1
+
+    def check(self, number: int) -> None:
+        """Counts an answer. After a violation the order is taken up from the number that came."""
+        self.received += 1
+        if number != self._next:
+            self.violate(number)
+        self._next = number + 1
+
+    def violate(self, number: int) -> None:
+        self.out_of_order += 1
+        if len(self.violations) < LISTED_MAX:
+            self.violations.append((self._next, number))
+
+
+class Answers(Protocol):
+    """One wire format."""
+
+    order: OrderChecker
+
+    def request(self, number: int) -> bytes: ...
+
+    def feed(self, data: bytes) -> int:
+        """Checks the answers that these bytes complete and returns how many. Raises AnswerError."""
+
+
+class LineAnswers:
+    """The line protocol of bench/workloads/line_server.h."""
+
+    def __init__(self) -> None:
+        self.order = OrderChecker()
+        self._rest = b""
+        self._counter = 0
+
+    def request(self, number: int) -> bytes:
+        return b"%d\n" % number
+
+    def feed(self, data: bytes) -> int:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > LINE_BYTES_MAX:
+            raise AnswerError(f"an answer longer than {LINE_BYTES_MAX} bytes: {self._rest[:40]!r}")
+        for line in lines:
+            try:
+                number, counter = map(int, line.split(b" "))
+            except ValueError:
+                raise AnswerError(f"not an answer: {line[:40]!r}") from None
+            self.order.check(number)
+            if counter <= self._counter:
+                self.order.violate(number)
+            self._counter = counter
+        return len(lines)
+
+
+class RedisAnswers:
+    """INCR of a key that only this probe uses."""
+
+    def __init__(self, key: str) -> None:
+        self.order = OrderChecker()
+        self._request = encode("INCR", key)
+        self._decoder = Decoder()
+
+    def request(self, number: int) -> bytes:
+        del number  # the server counts
+        return self._request
+
+    def feed(self, data: bytes) -> int:
+        replies = self._decoder.feed(data)
+        for reply in replies:
+            if not isinstance(reply, int):
+                raise AnswerError(f"not an answer to INCR: {reply!r:.80}")
+            self.order.check(reply)
+        return len(replies)
+
+
+class GapMeter:
+    """The times between successive answers."""
+
+    def __init__(self) -> None:
+        self.max_ms = 0.0
+        self.long_gaps: list[tuple[float, float]] = []
+        self.long_gaps_total = 0
+        self._buckets = [0] * BUCKETS
+        self._first_s: float | None = None
+        self._last_s = 0.0
+
+    @property
+    def first_s(self) -> float | None:
+        """When the first answer came, on the clock that `arrived` was told."""
+        return self._first_s
+
+    def arrived(self, at_s: float, answers: int) -> None:
+        """So many answers came at once. Times must not fall."""
+        if answers <= 0:
+            return
+        if self._first_s is None:
+            self._first_s = at_s
+        else:
+            self._count((at_s - self._last_s) * 1e3)
+        self._buckets[0] += answers - 1
+        self._last_s = at_s
+
+    def unanswered(self, at_s: float) -> None:
+        """Answers are still missing at the end: the silence until now is a gap too."""
+        if self._first_s is not None:
+            self._count((at_s - self._last_s) * 1e3)
+            self._last_s = at_s
+
+    def _count(self, gap_ms: float) -> None:
+        self.max_ms = max(self.max_ms, gap_ms)
+        self._buckets[_bucket(gap_ms)] += 1
+        if gap_ms > LONG_GAP_MS:
+            self.long_gaps_total += 1
+            if len(self.long_gaps) < LISTED_MAX:
+                since_first_ms = (self._last_s - (self._first_s or 0.0)) * 1e3
+                self.long_gaps.append((round(since_first_ms, 1), round(gap_ms, 1)))
+
+    def percentile_ms(self, share: float) -> float:
+        """The upper end of the bucket in which that share (0..1) of all gaps is reached."""
+        wanted = math.ceil(sum(self._buckets) * share)
+        reached = 0
+        for index, count in enumerate(self._buckets):
+            reached += count
+            if count and reached >= wanted:
+                return min(_bucket_end_ms(index), self.max_ms)
+        return 0.0
+
+    def histogram(self) -> list[tuple[float, int]]:
+        """(upper end in ms, gaps) of every bucket that is not empty."""
+        return [
+            (round(_bucket_end_ms(index), 4), count)
+            for index, count in enumerate(self._buckets)
+            if count
+        ]
+
+
+def _bucket(gap_ms: float) -> int:
+    if gap_ms <= BUCKET_LOW_MS:
+        return 0
+    return min(BUCKETS - 1, math.ceil(math.log(gap_ms / BUCKET_LOW_MS, BUCKET_GROWTH)))
+
+
+def _bucket_end_ms(index: int) -> float:
+    return BUCKET_LOW_MS * BUCKET_GROWTH**index

@@ -1,0 +1,1 @@
+"""Everything that touches CRIU, its images and the memory of tasks. Knows no network."""

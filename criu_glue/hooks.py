@@ -1,0 +1,255 @@
+"""Gate, observe and hold one CRIU run that a container runtime starts.
+
+A runtime (runc) starts CRIU itself and takes its time before it does. Three small programs, written
+into a directory of the migration, give us the moments that matter:
+
+    runtime ──exec──> bin/criu (gate) ──exec──> real criu ──system()──> hook, at every action
+                         │  ^                                             │  ^
+                 "gate"  v  │ "go"                        "post-dump" …   v  │ "commit" | "abort"
+                        events  gate                                 events  verdict      (FIFOs)
+
+- The *gate* is first in the runtime's PATH. It looks at the first request on the runtime's socket
+  (MSG_PEEK, so CRIU still reads it): feature checks pass, DUMP and RESTORE wait until the gate is
+  opened. So the runtime's own preparation is over before anything is frozen.
+- The *hook* is CRIU's action script. It reports each action, and at one of them (post-dump on the
+  source, post-restore on the target) it waits for a verdict. Its failure there makes CRIU undo all
+  it did: `criu/cr-dump.c: cr_dump_finish`, `criu/cr-restore.c: restore_root_task`. A hook that was
+  killed counts as failed (`criu/util.c: cr_system_userns`), which is the safe side.
+- A hook whose writer is gone opens the FIFO again and waits: a hold outlives whoever made it, and
+  any later process may decide by writing one word.
+
+A lazy dump wants a page server. The gate hands CRIU a socket that is at its end already
+(`ps-socket`), so that no port is opened, nobody can ask for pages, and CRIU finishes as soon as the
+hook has let it go: `criu/page-xfer.c: page_server_serve` takes the end of file for success.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import shlex
+import shutil
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from criu_glue.errors import CriuGlueError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+Verdict = Literal["commit", "abort"]
+
+# The descriptor on which the gate leaves CRIU its finished page-server socket. Above what runtimes
+# pass (runc: 3..7), below CRIU's own service descriptors, which start at the top of the limit.
+PAGE_SERVER_FD = 40
+
+# CRIU's hooks send one word each; a line longer than this is not one of ours.
+EVENT_LINE_BYTES_MAX = 256
+
+_GATE = """\
+#!/usr/bin/python3 -ISE
+import os, socket, sys
+if len(sys.argv) > 2 and sys.argv[1] == "swrk":
+    peer = socket.socket(fileno=int(sys.argv[2]))
+    request = peer.recv(2, socket.MSG_PEEK)
+    peer.detach()
+    # criu_req.type is field 1: 0x08, then DUMP=1 or RESTORE=2 (criu/images/rpc.proto)
+    if request in (b"\\x08\\x01", b"\\x08\\x02"):
+        ours, theirs = socket.socketpair()
+        os.dup2(ours.fileno(), {page_server_fd}, inheritable=True)
+        ours.close()
+        theirs.close()
+        with open({events!r}, "r+b", buffering=0) as events:
+            events.write(b"gate\\n")
+        word = b""
+        while not word:
+            with open({gate!r}, "rb", buffering=0) as gate:
+                word = gate.read(64)
+        if word != b"go\\n":
+            sys.exit(1)
+os.execv({criu!r}, ["criu", *sys.argv[1:]])
+"""
+
+_HOOK = """\
+#!/bin/sh
+# CRIU runs this at each of its actions; see criu_glue/hooks.py.
+action=$CRTOOLS_SCRIPT_ACTION
+{at_unlock}echo "$action" 1<> {events}
+[ "$action" = {hold_at} ] || exit 0
+until read -r verdict < {verdict}; do :; done
+[ "$verdict" = commit ] && : > {committed}
+"""
+
+# CRIU unlocks the network after a failed restore too, with the tasks dead: a port plugged then would
+# have the kernel answer the container's clients with RST.
+_AT_UNLOCK = """\
+if [ "$action" = network-unlock ] && [ -e {committed} ]; then
+    {{ {command}; }} || echo network-unlock-failed 1<> {events}
+fi
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldPlan:
+    """What one CRIU run is to do besides what the runtime asks of it.
+
+    `hold_at` is the action at which CRIU waits for the verdict. `at_unlock` are command lines that
+    run exactly when CRIU says that sockets may speak again. `options` are lines of
+    CRIU's configuration file.
+    """
+
+    hold_at: Literal["post-dump", "post-restore"]
+    options: tuple[str, ...]
+    at_unlock: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(slots=True)
+class CriuHold:
+    """The gate, the hook and the FIFOs of one CRIU run, seen from the process that drives it.
+
+    Must be created and used in one event loop. Raises CriuGlueError when CRIU is not installed.
+    """
+
+    directory: Path
+    marks_us: dict[str, int] = field(default_factory=dict)
+    _seen: dict[str, asyncio.Event] = field(default_factory=dict)
+    _fds: dict[str, int] = field(default_factory=dict)
+    _pending: bytes = b""
+
+    @classmethod
+    def prepare(cls, directory: Path, plan: HoldPlan) -> CriuHold:
+        """Write the programs into `directory` (made, 0700; its file system must allow execution)."""
+        criu = shutil.which("criu", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+        if criu is None:
+            raise CriuGlueError("criu is not installed")
+        (directory / "bin").mkdir(mode=0o700, parents=True)
+        hold = cls(directory)
+        for fifo in ("events", "gate", "verdict"):
+            os.mkfifo(directory / fifo, 0o600)
+            # Read and write: opening never blocks, and the pipe keeps what was written to it until
+            # the other side opens it.
+            hold._fds[fifo] = os.open(directory / fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        gate = _GATE.format(
+            page_server_fd=PAGE_SERVER_FD,
+            events=str(directory / "events"),
+            gate=str(directory / "gate"),
+            criu=criu,
+        )
+        _write_program(directory / "bin" / "criu", gate)
+        _write_program(directory / "hook", _hook_text(directory, plan))
+        lines = (*plan.options, f"action-script {directory / 'hook'}")
+        (directory / "criu.conf").write_text("\n".join(lines) + "\n")
+        asyncio.get_running_loop().add_reader(hold._fds["events"], hold._read_events)
+        return hold
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """`base` with PATH and CRIU_CONFIG_FILE such that the runtime's CRIU is this one."""
+        return {
+            **base,
+            "PATH": f"{self.directory / 'bin'}:{base.get('PATH', os.defpath)}",
+            "CRIU_CONFIG_FILE": str(self.directory / "criu.conf"),
+        }
+
+    async def wait_or_end(
+        self, action: str, runtime: asyncio.subprocess.Process, deadline_s: float
+    ) -> int | None:
+        """Wait for an action of CRIU, or for "gate"; returns when it was seen (monotonic, µs).
+
+        None when the runtime ended before it came, or the deadline passed.
+        """
+        acted = asyncio.create_task(self._event(action).wait())
+        ended = asyncio.create_task(runtime.wait())
+        try:
+            await asyncio.wait(
+                {acted, ended}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if ended.done() and not acted.done():
+                # The hook's last word may still be in the pipe.
+                self._read_events()
+        finally:
+            acted.cancel()
+            ended.cancel()
+        return self.marks_us.get(action)
+
+    def open_gate(self) -> int:
+        """Let the waiting CRIU start; returns the moment (monotonic, µs)."""
+        os.write(self._fds["gate"], b"go\n")
+        return time.monotonic_ns() // 1000
+
+    def decide(self, verdict: Verdict) -> int:
+        """Answer the hold, whether CRIU waits at it already or not; returns the moment (µs)."""
+        if verdict == "abort":
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._fds["gate"], b"abort\n")
+        os.write(self._fds["verdict"], verdict.encode() + b"\n")
+        return time.monotonic_ns() // 1000
+
+    def close(self) -> None:
+        """Give up observing. A CRIU that is held stays held."""
+        if "events" in self._fds:
+            asyncio.get_running_loop().remove_reader(self._fds["events"])
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _event(self, action: str) -> asyncio.Event:
+        return self._seen.setdefault(action, asyncio.Event())
+
+    def _read_events(self) -> None:
+        now_us = time.monotonic_ns() // 1000
+        try:
+            self._pending += os.read(self._fds["events"], 4096)
+        except BlockingIOError:
+            return
+        *lines, self._pending = self._pending.split(b"\n")
+        if len(self._pending) > EVENT_LINE_BYTES_MAX:
+            self._pending = b""
+        for line in lines:
+            action = line.decode("ascii", "replace")
+            self.marks_us.setdefault(action, now_us)
+            self._event(action).set()
+
+
+def abort_from_outside(directory: Path) -> bool:
+    """Tell a gate or a hold that another process made to abort; True when one of them waited.
+
+    Opening a FIFO for writing succeeds only while somebody reads it (`fifo(7)`), so nothing is left
+    in it for a CRIU that comes later. Call again until the runtime has ended.
+    """
+    told = False
+    for fifo in ("gate", "verdict"):
+        try:
+            fd = os.open(directory / fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.ENOENT):
+                raise
+            continue
+        with os.fdopen(fd, "wb", buffering=0) as waiting:
+            waiting.write(b"abort\n")
+        told = True
+    return told
+
+
+def _hook_text(directory: Path, plan: HoldPlan) -> str:
+    events = shlex.quote(str(directory / "events"))
+    committed = shlex.quote(str(directory / "committed"))
+    at_unlock = ""
+    if plan.at_unlock:
+        command = " && ".join(shlex.join(words) for words in plan.at_unlock)
+        at_unlock = _AT_UNLOCK.format(command=command, committed=committed, events=events)
+    return _HOOK.format(
+        at_unlock=at_unlock,
+        committed=committed,
+        events=events,
+        hold_at=plan.hold_at,
+        verdict=shlex.quote(str(directory / "verdict")),
+    )
+
+
+def _write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o700)

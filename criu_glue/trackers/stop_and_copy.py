@@ -1,0 +1,63 @@
+"""The dirty tracker `none`: no tracking at all, for kernels and containers that allow nothing else.
+
+Every collect reports every page present. Only one collect makes sense, the last one, in the
+freeze: whatever is copied while the container runs may have changed by then, unseen. The downtime
+is that of all the memory, so whoever falls back to this has to say so loudly. Needs PAGEMAP_SCAN.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from criu_glue.errors import LimitExceededError, TaskGoneError
+from criu_glue.mappings import TASKS_MAX, Task, private_anonymous
+from criu_glue.trackers.base import TaskPages
+from criu_glue.trackers.scan import PageScanner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class StopAndCopyTracker:
+    """See the module. `pids` returns the host pids of the container's tasks at this moment."""
+
+    name: Final = "none"
+
+    def __init__(self, pids: Callable[[], list[int]]) -> None:
+        self._pids = pids
+        self._scanner = PageScanner()
+
+    def collect(self, *, last: bool = False) -> list[TaskPages]:
+        """All pages present, whether or not it is the last time."""
+        pids = self._pids()
+        if len(pids) > TASKS_MAX:
+            raise LimitExceededError(f"the container has {len(pids)} tasks, more than {TASKS_MAX}")
+        result: list[TaskPages] = []
+        for pid in pids:
+            try:
+                task = Task(pid)
+            except TaskGoneError:
+                continue
+            try:
+                result.append(self._collect_task(task))
+            except TaskGoneError:
+                self._scanner.take()
+            finally:
+                task.close()
+        return result
+
+    def detach(self) -> None:
+        """Nothing to give back."""
+
+    def _collect_task(self, task: Task) -> TaskPages:
+        thread = task.living_thread()
+        pagemap_fd = task.open(f"task/{thread}/pagemap")
+        try:
+            for start, end in private_anonymous(task.read(f"task/{thread}/maps")):
+                self._scanner.walk(
+                    pagemap_fd, start, end, written=False, tracked=False, protect=False
+                )
+        finally:
+            os.close(pagemap_fd)
+        return TaskPages(task=task.vpid(), pid=task.pid, runs=self._scanner.take())

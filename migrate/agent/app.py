@@ -1,0 +1,219 @@
+"""The agent: a daemon that receives containers. HTTP and WebSockets over mutual TLS 1.3, by aiohttp.
+
+    POST /v1/sessions                 OpenSession -> SessionOpened | Refused
+    GET  /v1/sessions/ID/control      WebSocket: the messages of core/messages.py
+    GET  /v1/sessions/ID/rootfs       WebSocket: one pass of rsync
+    the data port                     pages and image files (transport.receiver)
+
+A caller is who its certificate says; a session answers to the host that opened it and to nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+import structlog
+from aiohttp import web
+
+from migrate import config
+from migrate.agent.session import Session, new_ticket
+from migrate.core import messages
+from migrate.core.states import TARGET_TERMINAL
+from migrate.errors import MigrateError, ProtocolError
+from migrate.facts import free_memory_bytes, host_versions
+from migrate.journal import JournalWriter
+from migrate.rootfs import CHUNK_BYTES, serve_rsync
+from transport import tls
+from transport.receiver import DataListener
+
+if TYPE_CHECKING:
+    from migrate.runtimes.base import Runtime
+    from transport.core.frames import Hello
+    from transport.inbound import PageSink
+
+log = structlog.get_logger()
+
+# The source writes at least a Pong's worth in this time; a channel that is silent for two of them is
+# closed, which the session's machine hears as a lost link.
+HEARTBEAT_S = 10.0
+
+
+class Agent:
+    """Sessions of this host. Make it inside the event loop that serves it."""
+
+    def __init__(self, paths: config.HostPaths, runtimes: dict[str, Runtime], address: str) -> None:
+        self._paths = paths
+        self._runtimes = runtimes
+        self._host = socket.gethostname()
+        self._sessions: dict[str, Session] = {}
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._opening = asyncio.Lock()
+        identity = tls.TlsPaths(paths.tls.ca, paths.tls.certificate, paths.tls.key)
+        self._context = tls.server_context(identity)
+        self._journal = JournalWriter(paths.journal)
+        self._data = DataListener(address, config.DATA_PORT, self._context, self._sink_of)
+
+    def application(self) -> web.Application:
+        """The routes."""
+        app = web.Application(client_max_size=messages.MAX_MESSAGE_BYTES)
+        app.router.add_post("/v1/sessions", self._open)
+        app.router.add_get("/v1/sessions/{id}/control", self._control)
+        app.router.add_get("/v1/sessions/{id}/rootfs", self._rootfs)
+        return app
+
+    async def serve(self, address: str, port: int) -> None:
+        """Serve until SIGTERM or SIGINT; sessions that hold nothing yet are undone then."""
+        runner = web.AppRunner(self.application(), access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, address, port, ssl_context=self._context)
+        await site.start()
+        log.info("agent listens", host=self._host, port=port, data_port=self._data.port)
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await stop.wait()
+        await runner.cleanup()
+        await asyncio.to_thread(self._data.stop)
+        self._journal.close()
+
+    async def _open(self, request: web.Request) -> web.Response:
+        peer = _peer(request)
+        try:
+            message = messages.decode_from_source(await request.read())
+            if not isinstance(message, messages.OpenSession):
+                raise ProtocolError("a session is opened by OpenSession")
+            if message.host != peer:
+                raise ProtocolError(f"{peer} can't open a session in the name of {message.host}")
+        except MigrateError as error:
+            log.warning("session refused", peer=peer, why=str(error))
+            return _answer(_refused("protocol", error))
+        async with self._opening:
+            return _answer(await self._admit(message, peer))
+
+    async def _admit(
+        self, message: messages.OpenSession, peer: str
+    ) -> messages.SessionOpened | messages.Refused:
+        runtime = self._runtimes.get(message.runtime)
+        if runtime is None:
+            error = MigrateError(
+                f"{self._host} has no driver for the runtime {message.runtime}",
+                remedy=f"one of {', '.join(self._runtimes)}",
+            )
+            return _refused("runtime-unknown", error)
+        if len(self._live()) >= config.SESSIONS_MAX:
+            return _refused("busy", MigrateError(f"{self._host} serves {config.SESSIONS_MAX}"))
+        if any(one.request.container == message.container for one in self._live()):
+            taken = MigrateError(f"{message.container} is being received by {self._host} already")
+            return _refused("name-taken", taken)
+        opened = messages.SessionOpened(
+            session_id=message.migration_id,
+            ticket=new_ticket(),
+            data_port=self._data.port,
+            host=self._host,
+            versions=await asyncio.to_thread(host_versions, runtime),
+            free_memory_bytes=free_memory_bytes(),
+        )
+        if message.dry_run:
+            return opened
+        return await self._start(message, peer, runtime, opened)
+
+    async def _start(
+        self,
+        message: messages.OpenSession,
+        peer: str,
+        runtime: Runtime,
+        opened: messages.SessionOpened,
+    ) -> messages.SessionOpened | messages.Refused:
+        session = Session(
+            message,
+            peer=peer,
+            host=self._host,
+            paths=self._paths,
+            runtime=runtime,
+            journal=self._journal,
+            data=self._data,
+            opened=opened,
+        )
+        self._sessions[message.migration_id] = session
+        task = asyncio.create_task(session.run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            await session.ready
+        except MigrateError as error:
+            return _refused("session", error)
+        return opened
+
+    def _live(self) -> list[Session]:
+        return [
+            session
+            for session in self._sessions.values()
+            if session.driver.state not in TARGET_TERMINAL
+        ]
+
+    def _sink_of(self, hello: Hello, peer: str) -> PageSink | None:
+        """For the data listener, in its threads: which session a ticket belongs to."""
+        for session in list(self._sessions.values()):
+            if session.ticket == hello.ticket:
+                return session.workspace if session.is_receiving and session.peer == peer else None
+        return None
+
+    async def _control(self, request: web.Request) -> web.StreamResponse:
+        session = self._session_of(request)
+        channel = web.WebSocketResponse(
+            heartbeat=HEARTBEAT_S, compress=False, max_msg_size=messages.MAX_MESSAGE_BYTES
+        )
+        await channel.prepare(request)
+        try:
+            await session.serve(channel)
+        except ProtocolError as error:
+            log.warning("message refused", peer=session.peer, why=str(error))
+            await channel.close(code=1002, message=str(error).encode()[:120])
+        return channel
+
+    async def _rootfs(self, request: web.Request) -> web.StreamResponse:
+        session = self._session_of(request)
+        if not session.is_receiving:
+            raise web.HTTPConflict(text="this session takes no files any more")
+        channel = web.WebSocketResponse(compress=False, max_msg_size=4 * CHUNK_BYTES)
+        await channel.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            await serve_rsync(
+                channel, session.workspace.rootfs, session.workspace.work_dir / "rsync"
+            )
+        return channel
+
+    def _session_of(self, request: web.Request) -> Session:
+        """The session of the URL, if it is the caller's; otherwise there is none for it."""
+        session = self._sessions.get(request.match_info["id"])
+        if session is None or session.peer != _peer(request):
+            raise web.HTTPNotFound(text="no such session")
+        return session
+
+
+def _peer(request: web.Request) -> str:
+    """Who calls, by the verified certificate: its DNS name."""
+    assert request.transport is not None
+    certificate = request.transport.get_extra_info("peercert") or {}
+    names = [name for kind, name in certificate.get("subjectAltName", ()) if kind == "DNS"]
+    if len(names) != 1:
+        raise web.HTTPForbidden(text="a certificate has exactly one DNS name")
+    return str(names[0])
+
+
+def _refused(code: str, error: MigrateError) -> messages.Refused:
+    return messages.Refused((messages.Refusal(code, error.message, error.remedy),))
+
+
+def _answer(message: messages.SessionOpened | messages.Refused) -> web.Response:
+    status = 200 if isinstance(message, messages.SessionOpened) else 409
+    return web.Response(
+        body=messages.encode(message), status=status, content_type="application/json"
+    )
+
+

@@ -1,0 +1,175 @@
+"""One restore on the target: the runtime, its held CRIU and the pager, as one thing.
+
+    prepare   the runtime is started and comes as far as its CRIU, which waits at the gate
+    restore   the images are complete: CRIU restores and is held before the first instruction
+    commit    CRIU is let go: the port is plugged in, the tasks run
+    abort     everything that was made is undone; allowed until commit
+
+Every step has a deadline; a step that fails leaves the rest to `abort`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from criu_glue import images
+from criu_glue.core.log_hints import explain
+from criu_glue.hooks import CriuHold, HoldPlan
+from migrate import config
+from migrate.agent.pager_process import PagerProcess
+from migrate.errors import RestoreFailed
+from migrate.processes import kill_tree, tail
+from migrate.runtimes.runc import DESCRIPTORS_NAME, descriptors_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from migrate.agent.pager_process import FillResult
+    from criu_glue.page_store import PageStore
+    from migrate.network_identity import Port
+    from migrate.runtimes.base import Runtime
+
+# CRIU's log of a large container is a few MiB; the lines that matter are at its end.
+LOG_BYTES_MAX = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """What is restored and where: all paths are the agent's own, none came from the wire."""
+
+    container: str
+    bundle: Path
+    session: Path
+    lazy: bool
+    ports: tuple[Port, ...]
+
+    @property
+    def image_dir(self) -> Path:
+        """CRIU's small image files."""
+        return self.session / "img"
+
+    @property
+    def memory_dir(self) -> Path:
+        """The page store, which is also the parent of the images."""
+        return self.session / "mem"
+
+    @property
+    def work_dir(self) -> Path:
+        """Logs, sockets and the programs of the hold."""
+        return self.session / "work"
+
+
+class Restoring:
+    """See the module. Methods are to be called once each, in order, from one event loop."""
+
+    def __init__(self, plan: RestorePlan, runtime: Runtime, store: PageStore, host: str) -> None:
+        self.plan = plan
+        self._store = store
+        self._runtime = runtime
+        self._host = host
+        self._hold: CriuHold | None = None
+        self._pager: PagerProcess | None = None
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def prepare(self, descriptors: Sequence[str]) -> None:
+        """Start the runtime and the pager; returns when CRIU waits at its gate."""
+        plan = self.plan
+        (plan.image_dir / DESCRIPTORS_NAME).write_bytes(descriptors_json(descriptors))
+        at_unlock = tuple(
+            ("ip", "link", "set", "dev", port.host_end, "master", str(port.bridge), "up")
+            for port in plan.ports
+        )
+        self._hold = CriuHold.prepare(
+            plan.work_dir / "hold",
+            HoldPlan("post-restore", ("manage-cgroups ignore", "network-lock skip"), at_unlock),
+        )
+        if plan.lazy:
+            self._pager = await PagerProcess.start(plan.work_dir, plan.memory_dir, plan.image_dir)
+        command = self._runtime.restore_command(
+            plan.container, plan.bundle, plan.image_dir, plan.work_dir, lazy=plan.lazy
+        )
+        with (plan.work_dir / "runtime.log").open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                cwd=plan.bundle,
+                env=self._hold.environment(os.environ),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=log,
+                # The runtime and the container that it becomes parent of outlive the agent.
+                start_new_session=True,
+            )
+        await self._until("gate", config.PREPARE_DEADLINE_S)
+
+    async def restore(self) -> dict[str, int]:
+        """Restore from the complete images; returns the marks (µs) of gate and hold."""
+        assert self._hold is not None
+        plan = self.plan
+        await asyncio.to_thread(images.attach_page_store, plan.image_dir, self._store)
+        deadline_s = config.RESTORE_DEADLINE_S if plan.lazy else config.EAGER_RESTORE_DEADLINE_S
+        marks = {"restore": self._hold.open_gate()}
+        marks["held"] = await self._until("post-restore", deadline_s)
+        return marks
+
+    async def commit(self) -> dict[str, int]:
+        """Let the container run; returns the marks (µs) of the release and of the first run."""
+        assert self._hold is not None
+        marks = {"released": self._hold.decide("commit")}
+        marks["resumed"] = await self._until("post-resume", config.HANDOVER_DEADLINE_S)
+        return marks
+
+    async def finish(self) -> FillResult | None:
+        """Wait for the runtime's end and for the last page; None for an eager restore."""
+        assert self._process is not None
+        async with asyncio.timeout(config.RUNTIME_EXIT_DEADLINE_S):
+            await self._process.wait()
+        self.close()
+        if self._pager is None:
+            return None
+        return await self._pager.wait_filled(config.FILL_DEADLINE_S)
+
+    async def abort(self) -> None:
+        """Undo all of it: nothing restored remains, neither do the processes that did it."""
+        if self._hold is not None:
+            self._hold.decide("abort")
+        if self._process is not None:
+            try:
+                async with asyncio.timeout(config.RUNTIME_EXIT_DEADLINE_S):
+                    await self._process.wait()
+            except TimeoutError:
+                kill_tree(self._process.pid)
+                await self._process.wait()
+        if self._pager is not None:
+            await self._pager.end()
+        await asyncio.to_thread(self._runtime.delete, self.plan.container)
+        self.close()
+
+    def close(self) -> None:
+        """Give up the observation of the hooks."""
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
+
+    async def _until(self, action: str, deadline_s: float) -> int:
+        assert self._hold is not None
+        assert self._process is not None
+        seen_us = await self._hold.wait_or_end(action, self._process, deadline_s)
+        if seen_us is None:
+            raise self._failed(action)
+        return seen_us
+
+    def _failed(self, action: str) -> RestoreFailed:
+        work_dir = self.plan.work_dir
+        words = tail(work_dir / "runtime.log", LOG_BYTES_MAX).strip()
+        hint = explain(tail(work_dir / "restore.log", LOG_BYTES_MAX))
+        last = words.splitlines()[-1] if words else "it ended or hung without a word"
+        return RestoreFailed(
+            f"the restore did not come to {action}: {hint.line or last}",
+            host=self._host,
+            phase="restore",
+            remedy=hint.remedy,
+        )

@@ -1,0 +1,151 @@
+"""What a session has on the target's disk and in its memory, made and wiped as one thing.
+
+    RUN/sessions/ID.target/        a tmpfs of its own: only this container's memory can fill it
+        img/  mem/  work/
+    STATE/containers/NAME/         config.json and rootfs/: stays when the migration succeeds
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from criu_glue.images import ImageWriter
+from criu_glue.page_store import PageStore
+from migrate import config
+from migrate.errors import MigrateError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from migrate.core.messages import OpenSession
+
+_MS_NOSUID, _MS_NODEV = 2, 4
+_MNT_DETACH = 2
+# Memory that a container may grow by while it is copied, as a share of what it has at the start.
+GROWTH = 0.5
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class WorkspaceError(MigrateError):
+    """The agent could not make or wipe what a session needs on its host."""
+
+
+class Workspace:
+    """The directories of one session; also the sink of its data streams."""
+
+    def __init__(self, request: OpenSession, paths: config.HostPaths) -> None:
+        self.session = paths.session(request.migration_id, "target")
+        self.bundle = paths.containers / request.container
+        self._request = request
+        self._quota_bytes = int(request.memory_bytes * (1 + GROWTH)) + config.SESSION_RESERVE_BYTES
+        self._store: PageStore | None = None
+        self._images: ImageWriter | None = None
+
+    @property
+    def rootfs(self) -> Path:
+        """The container's root on this host."""
+        return self.bundle / "rootfs"
+
+    @property
+    def image_dir(self) -> Path:
+        """CRIU's image files."""
+        return self.session / "img"
+
+    @property
+    def store(self) -> PageStore:
+        """The page store; there is one between `make` and `wipe_session`."""
+        assert self._store is not None
+        return self._store
+
+    @property
+    def work_dir(self) -> Path:
+        """Logs, sockets and programs of the restore."""
+        return self.session / "work"
+
+    def make(self, netns: Path) -> None:
+        """Make all of it; blocking. Raises WorkspaceError, having removed what it made."""
+        try:
+            self.session.mkdir(mode=0o700, parents=True)
+            options = f"mode=0700,size={self._quota_bytes}"
+            mount_tmpfs(self.session, options)
+            self.work_dir.mkdir(mode=0o700)
+            self._store = PageStore(self.session / "mem", quota_bytes=self._quota_bytes)
+            self._images = ImageWriter(self.image_dir, quota_bytes=self._quota_bytes)
+            self.rootfs.mkdir(parents=True)
+            self.bundle.chmod(0o700)
+            text = container_config(self._request.spec.config_json, netns)
+            (self.bundle / "config.json").write_text(text)
+        except OSError as error:
+            self.discard()
+            raise WorkspaceError(f"the session's directories can't be made: {error}") from error
+
+    def write(self, task: int, address: int, data: memoryview) -> None:
+        """Pages from a data stream."""
+        self.store.write(task, address, data)
+
+    def zero(self, task: int, address: int, pages: int) -> None:
+        """Zero pages from a data stream."""
+        self.store.zero(task, address, pages)
+
+    def write_file(self, name: str, offset: int, data: memoryview) -> None:
+        """A part of an image file from a data stream."""
+        assert self._images is not None
+        self._images.write_file(name, offset, data)
+
+    def wipe_session(self) -> None:
+        """Give back the memory: the images and the page store. Idempotent; blocking."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+        unmount(self.session)
+        shutil.rmtree(self.session, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Wipe everything, the container's files on this host included. Idempotent; blocking."""
+        self.wipe_session()
+        shutil.rmtree(self.bundle, ignore_errors=True)
+
+
+def container_config(text: str, netns: Path) -> str:
+    """The source's config.json with the paths that are this host's own matter.
+
+    The root is the bundle's rootfs and the network namespace the one that the agent makes; hooks
+    would run programs of the peer's choice on this host, so a container that has some is refused.
+    """
+    try:
+        spec: dict[str, Any] = json.loads(text)
+        if any(spec.get("hooks", {}).values()):
+            raise WorkspaceError(
+                "the container's config.json names hooks, which are programs of the source's host",
+                remedy="remove the hooks from config.json",
+            )
+        spec["root"]["path"] = "rootfs"
+        for namespace in spec["linux"]["namespaces"]:
+            if namespace["type"] == "network":
+                namespace["path"] = str(netns)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WorkspaceError(f"the container's config.json can't be used: {error!r}") from error
+    return json.dumps(spec, indent=1)
+
+
+def mount_tmpfs(directory: Path, options: str) -> None:
+    """Mount a tmpfs that allows execution (the gate and the hook are programs in it)."""
+    flags = _MS_NOSUID | _MS_NODEV
+    if _libc.mount(b"tmpfs", os.fsencode(directory), b"tmpfs", flags, options.encode()) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mounting a tmpfs on {directory}: {os.strerror(code)}")
+
+
+def unmount(directory: Path) -> None:
+    """Unmount, lazily, whatever is mounted on `directory`; nothing is fine."""
+    while _libc.umount2(os.fsencode(directory), _MNT_DETACH) == 0:
+        continue
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOENT):
+        raise OSError(code, f"unmounting {directory}: {os.strerror(code)}")

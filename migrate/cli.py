@@ -1,0 +1,217 @@
+"""The command line: `migrate CONTAINER --to HOST`, `migrate agent`.
+
+    exit code   0 done, 1 failed and undone, 2 refused or wrong usage, 3 held: `errors.py`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+import structlog
+from rich.console import Console
+
+from migrate import config, progress
+from migrate.agent.app import Agent
+from migrate.coordinator import Coordinator, Options
+from migrate.errors import EXIT_FAILED, MigrateError
+from migrate.report import summary_table, write_report
+from migrate.runtimes.base import validate_name
+from migrate.runtimes.runc import Runc
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from migrate.core.messages import MigrationId
+    from migrate.report import Report
+
+
+class _ContainerFirst(click.Group):
+    """`migrate NAME …` means `migrate container NAME …`, unless NAME is a command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["container", *args]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_ContainerFirst,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="A container that is called like a command: migrate container NAME --to HOST",
+)
+@click.version_option(package_name="dolly", message="%(version)s")
+def cli() -> None:
+    """Move running containers between hosts.
+
+    migrate CONTAINER --to HOST   moves a container, now (migrate container --help).
+    """
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--to", "target", required=True, help="The host to move to, NAME or NAME:PORT.")
+@click.option("--runtime", type=click.Choice(["runc"]), default="runc", show_default=True)
+@click.option(
+    "--tracker",
+    type=click.Choice(["auto", "write-protect", "none"]),
+    default="auto",
+    show_default=True,
+    help="How written pages are found; none stops the container for the whole copy.",
+)
+@click.option(
+    "--restore",
+    type=click.Choice(["lazy", "eager"]),
+    default="lazy",
+    show_default=True,
+    help="lazy: memory is filled in after the container runs again.",
+)
+@click.option(
+    "--max-downtime",
+    "max_downtime_ms",
+    type=click.FloatRange(min=1),
+    default=config.DOWNTIME_MS_MAX_DEFAULT,
+    show_default=True,
+    help="Freeze when the predicted downtime is below this many milliseconds.",
+)
+@click.option(
+    "--max-rounds",
+    "rounds_max",
+    type=click.IntRange(1, 1000),
+    default=config.ROUNDS_MAX_DEFAULT,
+    show_default=True,
+    help="Freeze after this many rounds at the latest.",
+)
+@click.option(
+    "--on-stall",
+    type=click.Choice(["freeze", "abort"]),
+    default="freeze",
+    show_default=True,
+    help="What to do when memory is written faster than it travels.",
+)
+@click.option("--streams", type=click.IntRange(1, 16), default=config.STREAMS, show_default=True)
+@click.option(
+    "--shared",
+    multiple=True,
+    metavar="PATH",
+    help="A bind mount's path that is the same storage on both hosts.",
+)
+@click.option("--dry-run", is_flag=True, help="Check both hosts, then stop.")
+@click.option("--json", "as_json", is_flag=True, help="Progress and report as JSON lines.")
+@click.option(
+    "--report", "report_path", type=click.Path(path_type=Path), help="Write the report here."
+)
+def container(  # noqa: PLR0913  (a command line's options are its interface)
+    name: str, target: str, runtime: str, as_json: bool, report_path: Path | None, **asked: Any
+) -> None:
+    """Move the container NAME to another host while it runs."""
+    host, _, port = target.partition(":")
+    if port and not port.isdecimal():
+        raise click.BadParameter(f"{port!r} is not a port", param_hint="--to")
+    if report_path is not None and not report_path.parent.is_dir():
+        raise click.BadParameter(f"{report_path.parent} is no directory", param_hint="--report")
+    options = Options(
+        container=validate_name(name),
+        target=host,
+        port=int(port) if port else config.CONTROL_PORT,
+        **asked,
+    )
+    _log_to_stderr(logging.WARNING)
+    console = Console(stderr=as_json)
+    observer: progress.JsonLines | progress.Terminal
+    display: AbstractContextManager[object]
+    if as_json:
+        observer, display = progress.JsonLines(sys.stdout), nullcontext()
+    else:
+        observer = progress.Terminal(console)
+        display = observer
+    coordinator = Coordinator(
+        options, _runtime(runtime), config.HostPaths(), observer, new_migration_id()
+    )
+    try:
+        with display:
+            report = asyncio.run(_run(coordinator))
+    finally:
+        if report_path is not None and coordinator.report is not None:
+            write_report(coordinator.report, report_path)
+    _show(report, console, as_json=as_json)
+
+
+@cli.command()
+@click.option("--address", default="0.0.0.0", show_default=True, help="Where to listen.")  # noqa: S104
+@click.option("--port", type=click.IntRange(1, 65535), default=config.CONTROL_PORT)
+def agent(address: str, port: int) -> None:
+    """Receive containers on this host."""
+    _log_to_stderr(logging.INFO)
+
+    async def serve() -> None:
+        runtimes = {name: _runtime(name) for name in ("runc",)}
+        await Agent(config.HostPaths(), dict(runtimes), address).serve(address, port)
+
+    asyncio.run(serve())
+
+
+def new_migration_id() -> MigrationId:
+    """A name for a migration that no other has, short enough to type."""
+    return secrets.token_hex(6)
+
+
+def main() -> None:
+    """Run the command line; every error that is foreseen ends in its message and exit code."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(EXIT_FAILED)
+    except MigrateError as error:
+        click.echo(error.render(), err=True)
+        sys.exit(error.exit_code)
+
+
+async def _run(coordinator: Coordinator) -> Report:
+    """Migrate; SIGINT and SIGTERM cancel, which the coordinator undoes first."""
+    loop = asyncio.get_running_loop()
+    cancelling: set[asyncio.Task[None]] = set()
+
+    def cancel() -> None:
+        cancelling.add(loop.create_task(coordinator.cancel()))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, cancel)
+    return await coordinator.run()
+
+
+def _runtime(_: str) -> Runc:
+    return Runc()
+
+
+def _show(report: Report, console: Console, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(msgspec.json.encode(report).decode())
+    else:
+        console.print(summary_table(report))
+
+
+def _log_to_stderr(level: int) -> None:
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"]),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

@@ -1,0 +1,89 @@
+"""Where things are on a host, and every limit and deadline with its reason.
+
+Values that the operator may want to change come from the command line; the rest is here, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CONTROL_PORT = 7337
+DATA_PORT = 7338
+
+# Connections that carry pages. Each is a thread on both sides; more than the cores of a small host
+# gain nothing, and TLS of one core carries about a gigabyte a second.
+STREAMS = 4
+
+DOWNTIME_MS_MAX_DEFAULT = 300
+ROUNDS_MAX_DEFAULT = 30
+
+# Address space that a session's tmpfs keeps besides the container's memory: CRIU's small images,
+# its logs, and pages that are in the store and already filled but not yet punched out.
+SESSION_RESERVE_BYTES = 256 << 20
+
+# Each deadline ends a wait for somebody else; all are far above what was ever measured, and far
+# below what a person waits before they reach for the power switch.
+CONNECT_DEADLINE_S = 10.0
+PREPARE_DEADLINE_S = 30.0
+FREEZE_DEADLINE_S = 5.0
+DUMP_DEADLINE_S = 60.0
+RESTORE_DEADLINE_S = 60.0
+EAGER_RESTORE_DEADLINE_S = 600.0
+HANDOVER_DEADLINE_S = 10.0
+RUNTIME_EXIT_DEADLINE_S = 30.0
+ROOTFS_DEADLINE_S = 3600.0
+ROOTFS_FROZEN_DEADLINE_S = 120.0
+FILL_DEADLINE_S = 3600.0
+
+# How long a coordinator that has committed asks a target that does not answer, before it leaves the
+# container held and the decision to the operator.
+IN_DOUBT_PATIENCE_S = 60.0
+RECONNECT_PAUSE_S = 0.5
+
+# Sessions that an agent serves at once; each may hold a container's memory.
+SESSIONS_MAX = 16
+
+# CRIU copies deleted but open files into its images only up to this size (`--ghost-limit`).
+GHOST_FILE_BYTES_MAX = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TlsPaths:
+    """The three PEM files of a host's identity."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
+class HostPaths:
+    """Where this host keeps what a migration needs.
+
+    `run` is on a tmpfs and gone after a reboot; `state` survives one.
+    """
+
+    run: Path = Path("/run/migrate")
+    state: Path = Path("/var/lib/migrate")
+    config: Path = Path("/etc/migrate")
+
+    @property
+    def tls(self) -> TlsPaths:
+        """The identity of this host."""
+        directory = self.config / "tls"
+        return TlsPaths(directory / "ca.pem", directory / "host.pem", directory / "host.key")
+
+    @property
+    def journal(self) -> Path:
+        """The journal of handovers."""
+        return self.state / "journal.sqlite"
+
+    @property
+    def containers(self) -> Path:
+        """Bundles of containers that came here."""
+        return self.state / "containers"
+
+    def session(self, migration_id: str, role: str) -> Path:
+        """The directory of one migration; a tmpfs of its own is mounted there."""
+        return self.run / "sessions" / f"{migration_id}.{role}"

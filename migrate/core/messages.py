@@ -1,0 +1,359 @@
+"""The messages of the control channel: frozen structs, JSON, one websocket text message each.
+
+    source                                     target
+      | OpenSession ------------------------->  |   (also with dry_run: checks, then nothing)
+      | <------------ SessionOpened | Refused   |
+      |   ... pages and files travel on the data port ...
+      | Prepare ------------------------------> |
+      | <------------------------------ Prepared|
+      | Restore ------------------------------> |
+      | <---------------- RestoreStage ..., Held|
+      | Commit -------------------------------> |
+      | <------------------------------ Running |
+      | <-------------- FillProgress ..., FillDone
+    at any time: Ping -> Pong; Ask -> State (both ways); Failed from the target; Abort from the
+    source, before Commit
+
+What a peer sends is hostile until decoded here: every number has bounds, every text a limit, every
+name an allow-list (`\\Z`, not `$`: the latter lets a newline through), every list a length, and
+unknown fields or tags are errors. This module does not know what a valid address or a valid
+`config.json` is; who uses one parses it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from migrate.errors import ProtocolError
+from migrate.network_identity import NetworkIdentity
+
+PROTOCOL: Final = 1
+"""Both ends must speak the same one. It changes with anything that the peer could misread."""
+
+MAX_MESSAGE_BYTES: Final = 2 * 1024 * 1024
+"""Of one encoded message, to be refused before it is read (websocket `max_msg_size`). The largest
+is OpenSession: a `config.json` of up to 256 KiB whose JSON escapes may double it, and the rest."""
+
+MAX_TEXT: Final = 4096
+MAX_CONFIG_CHARS: Final = 256 * 1024
+MAX_CPUINFO_BYTES: Final = 64 * 1024
+MAX_TASKS: Final = 4096
+MAX_FILES: Final = 4 * MAX_TASKS + 256
+"""Image files of one restore: about four per task and a few for the whole."""
+MAX_LIST: Final = 1024
+MAX_MARKS: Final = 64
+MAX_BYTES: Final = 1 << 50
+"""1 PiB: no memory or file system is larger, and sums of a thousand of them fit 64 bits."""
+MAX_US: Final = 1 << 60
+
+Text: TypeAlias = Annotated[str, Meta(max_length=MAX_TEXT)]
+Label: TypeAlias = Annotated[str, Meta(max_length=128)]
+Code: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_.-]{0,63}\Z")]
+ContainerName: TypeAlias = Annotated[
+    str, Meta(pattern=r"\A[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}\Z", max_length=64)
+]
+MigrationId: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}\Z")]
+FileName: TypeAlias = Annotated[
+    str, Meta(pattern=r"\A[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}\Z", max_length=128)
+]
+HostName: TypeAlias = Annotated[
+    str, Meta(pattern=r"\A[a-zA-Z0-9]([a-zA-Z0-9.-]{0,251}[a-zA-Z0-9])?\Z", max_length=253)
+]
+Ticket: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_BYTES)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_BYTES // 4096)]
+Micros: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_US)]
+Attempt: TypeAlias = Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
+Task: TypeAlias = Annotated[int, Meta(ge=1, le=1 << 22)]
+Marks: TypeAlias = Annotated[dict[Code, Micros], Meta(max_length=MAX_MARKS)]
+"""Name of an instant -> microseconds of the sender's monotonic clock."""
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
+    """Base of every message; each names its tag, the class name in snake case."""
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of what messages contain."""
+
+
+class WireError(Part, frozen=True, omit_defaults=True):
+    """An error in the words of `MigrateError`, to be shown on the other side."""
+
+    message: Text
+    phase: Label = ""
+    remedy: Text = ""
+    container_state: Label = ""
+
+
+class Refusal(Part, frozen=True):
+    """One reason not to begin, and what the user can do about it."""
+
+    code: Code
+    message: Text
+    remedy: Text
+
+
+class Caution(Part, frozen=True):
+    """Something that works, but worse or otherwise than its user may expect."""
+
+    code: Code
+    message: Text
+    remedy: Text
+
+
+class Versions(Part, frozen=True):
+    """What decides whether a checkpoint of one host can be restored on another."""
+
+    kernel: Label
+    criu: Label
+    runtime: Label
+    architecture: Label
+
+
+class Mount(Part, frozen=True):
+    """One mount of the container's `config.json`."""
+
+    destination: Text
+    kind: Label
+    source: Text
+    options: Annotated[tuple[Label, ...], Meta(max_length=64)] = ()
+
+
+class Spec(Part, frozen=True):
+    """What the target checks of the container, and its whole `config.json` as text."""
+
+    terminal: bool
+    readonly_rootfs: bool
+    mounts: Annotated[tuple[Mount, ...], Meta(max_length=MAX_LIST)]
+    devices: Annotated[tuple[Text, ...], Meta(max_length=MAX_LIST)]
+    config_json: Annotated[str, Meta(max_length=MAX_CONFIG_CHARS)]
+
+
+class ImageFile(Part, frozen=True):
+    """An image file that the source has sent: its name in the image directory and its size."""
+
+    name: FileName
+    size_bytes: Bytes
+
+
+# --- source to target ---
+
+
+class OpenSession(Message, frozen=True, tag="open_session"):
+    """Asks the target to receive a container. With `dry_run` it only checks and answers.
+
+    attempt: the strictly growing number of this attempt (the journal's). tasks: pids in the
+    container's own pid namespace. memory_bytes: present memory, and shared_bytes of it is shared
+    (dumped and restored eagerly). cpuinfo: the image that `criu cpuinfo dump` writes.
+    """
+
+    migration_id: MigrationId
+    container: ContainerName
+    runtime: Code
+    attempt: Attempt
+    host: HostName
+    spec: Spec
+    tasks: Annotated[tuple[Task, ...], Meta(min_length=1, max_length=MAX_TASKS)]
+    memory_bytes: Bytes
+    shared_bytes: Bytes
+    rootfs_bytes: Bytes
+    streams: Annotated[int, Meta(ge=1, le=64)]
+    restore: Literal["lazy", "eager"]
+    network: NetworkIdentity
+    versions: Versions
+    cpuinfo: Annotated[bytes, Meta(max_length=MAX_CPUINFO_BYTES)]
+    dry_run: bool = False
+    protocol: Literal[1] = PROTOCOL
+
+
+class Prepare(Message, frozen=True, tag="prepare"):
+    """Asks for everything up to the restore's gate. descriptors: what stdin, stdout and stderr of
+    the container are, in the words of runc's `descriptors.json`."""
+
+    descriptors: tuple[Text, Text, Text]
+
+
+class Restore(Message, frozen=True, tag="restore"):
+    """Asks for the restore; every file and page named has been acknowledged before."""
+
+    files: Annotated[tuple[ImageFile, ...], Meta(max_length=MAX_FILES)]
+    lazy_pages: Count
+
+
+class Commit(Message, frozen=True, tag="commit"):
+    """The source's journal says that the container is the target's. May come more than once."""
+
+    migration_id: MigrationId
+    attempt: Attempt
+
+
+class Abort(Message, frozen=True, tag="abort"):
+    """The source keeps the container. Never sent after a Commit that the target may act on."""
+
+    migration_id: MigrationId
+    attempt: Attempt
+    reason: Text
+
+
+class Ping(Message, frozen=True, tag="ping"):
+    """Asks for the peer's clock. t_us: the sender's monotonic clock."""
+
+    t_us: Micros
+
+
+# --- both ways ---
+
+
+class Ask(Message, frozen=True, tag="ask"):
+    """Asks for the state that the peer's journal gives for this migration."""
+
+    migration_id: MigrationId
+    attempt: Attempt
+
+
+class State(Message, frozen=True, tag="state"):
+    """Answers Ask. name: of `SourceState` or `TargetState`, or "unknown"."""
+
+    migration_id: MigrationId
+    attempt: Attempt
+    name: Code
+
+
+# --- target to source ---
+
+
+class SessionOpened(Message, frozen=True, tag="session_opened"):
+    """The session exists. ticket: 32 bytes in hex, for the HELLO of each data stream, once each."""
+
+    session_id: MigrationId
+    ticket: Ticket
+    data_port: Annotated[int, Meta(ge=1, le=65535)]
+    host: HostName
+    versions: Versions
+    free_memory_bytes: Bytes
+    cautions: Annotated[tuple[Caution, ...], Meta(max_length=64)] = ()
+    protocol: Literal[1] = PROTOCOL
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """The session is not opened, for these reasons; nothing was touched."""
+
+    refusals: Annotated[tuple[Refusal, ...], Meta(min_length=1, max_length=64)]
+
+
+class Prepared(Message, frozen=True, tag="prepared"):
+    """The restore waits at its gate."""
+
+
+class RestoreStage(Message, frozen=True, tag="restore_stage"):
+    """The restore has reached a stage (a name of CRIU's action scripts), for the display."""
+
+    name: Code
+    at_us: Micros
+
+
+class Held(Message, frozen=True, tag="held"):
+    """Restored, and held before its first instruction."""
+
+    marks: Marks
+
+
+class Running(Message, frozen=True, tag="running"):
+    """The tasks run here."""
+
+    marks: Marks
+
+
+class FillProgress(Message, frozen=True, tag="fill_progress"):
+    """How far the pager is."""
+
+    filled_bytes: Bytes
+    total_bytes: Bytes
+
+
+class FillDone(Message, frozen=True, tag="fill_done"):
+    """All memory is there. faults: pages that were needed before the fill brought them."""
+
+    fill_ms: Annotated[float, Meta(ge=0, le=1e9)]
+    faults: Count
+    filled_bytes: Bytes
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """Something failed on the target."""
+
+    error: WireError
+
+
+class Pong(Message, frozen=True, tag="pong"):
+    """t_us: of the Ping. now_us: the target's monotonic clock as it answers."""
+
+    t_us: Micros
+    now_us: Micros
+
+
+SourceMessage: TypeAlias = OpenSession | Prepare | Restore | Commit | Abort | Ping | Ask | State
+TargetMessage: TypeAlias = (
+    SessionOpened
+    | Refused
+    | Prepared
+    | RestoreStage
+    | Held
+    | Running
+    | FillProgress
+    | FillDone
+    | Failed
+    | Pong
+    | Ask
+    | State
+)
+
+
+class _Version(msgspec.Struct):
+    """Read before anything else, so that a newer peer is refused by number and not by a field."""
+
+    protocol: int = PROTOCOL
+
+
+MessageT = TypeVar("MessageT")
+_ENCODER: Final = msgspec.json.Encoder()
+_VERSION: Final = msgspec.json.Decoder(_Version)
+_FROM_SOURCE: Final[msgspec.json.Decoder[SourceMessage]] = msgspec.json.Decoder(SourceMessage)
+_FROM_TARGET: Final[msgspec.json.Decoder[TargetMessage]] = msgspec.json.Decoder(TargetMessage)
+
+
+def encode(message: SourceMessage | TargetMessage) -> bytes:
+    """The message as JSON. Raises `ProtocolError` if the peer would refuse its size."""
+    data = _ENCODER.encode(message)
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a message of {len(data)} bytes is larger than {MAX_MESSAGE_BYTES}")
+    return data
+
+
+def decode_from_source(data: bytes | str) -> SourceMessage:
+    """A message that the target has received. Raises `ProtocolError`."""
+    return _decode(_FROM_SOURCE, data)
+
+
+def decode_from_target(data: bytes | str) -> TargetMessage:
+    """A message that the source has received. Raises `ProtocolError`."""
+    return _decode(_FROM_TARGET, data)
+
+
+def _decode(decoder: msgspec.json.Decoder[MessageT], data: bytes | str) -> MessageT:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a message of {len(data)} bytes is larger than {MAX_MESSAGE_BYTES}")
+    try:
+        version = _VERSION.decode(data).protocol
+        if version != PROTOCOL:
+            raise ProtocolError(
+                f"the peer speaks protocol {version}, this host {PROTOCOL}",
+                remedy="install the same version on both hosts",
+            )
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise ProtocolError(f"a message cannot be read: {error}") from error

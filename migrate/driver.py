@@ -1,0 +1,189 @@
+"""Drives one state machine: events in, recorded transitions, acts out. The same on both sides.
+
+One queue of events, taken one at a time. A transition that the tables want in the journal is there,
+synced, before any of its acts. The acts of one transition run one after another in a task of their
+own, so that a long one (a round, the fill) does not keep the machine from hearing the peer; an act
+answers by an event, and one that fails by ACT_FAILED. Acts that undo things (`overtaking`) first
+stop and await everything that is still under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import structlog
+
+from migrate.errors import InvalidTransition, MigrateError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from enum import StrEnum
+
+    from migrate.core.table import Machine
+
+StateT = TypeVar("StateT", bound="StrEnum")
+KindT = TypeVar("KindT", bound="StrEnum")
+ActionT = TypeVar("ActionT", bound="StrEnum")
+StateIn = TypeVar("StateIn", bound="StrEnum", contravariant=True)
+ActionIn = TypeVar("ActionIn", bound="StrEnum", contravariant=True)
+
+log = structlog.get_logger()
+
+# A peer that sends events faster than the machine takes them is stopped by its own channel: nobody
+# reads the next message before the event of the last one is in here.
+EVENTS_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Posted(Generic[KindT]):
+    """An event in the queue. `act` is the task that it answers for, None for one from outside."""
+
+    kind: KindT
+    from_peer: bool
+    act: asyncio.Task[Any] | None
+
+
+class Performer(Protocol[StateIn, KindT, ActionIn]):
+    """Who carries out the acts of a machine."""
+
+    async def perform(self, action: ActionIn) -> KindT | None:
+        """Carry out one act; the event that it answers with, if any. Failures are raised."""
+
+    def failed(self, action: ActionIn, error: MigrateError) -> None:
+        """Told of an act's failure, before its ACT_FAILED."""
+
+    async def record(self, state: StateIn, kind: KindT) -> None:
+        """Append the transition to the journal; returns when it is on disk."""
+
+
+class Driver(Generic[StateT, KindT, ActionT]):
+    """See the module. `run` ends when the machine is in one of `terminal` and all acts are over."""
+
+    def __init__(
+        self,
+        machine: Machine[StateT, KindT, ActionT],
+        performer: Performer[StateT, KindT, ActionT],
+        *,
+        must_record: Callable[[StateT, StateT], bool],
+        overtaking: frozenset[ActionT],
+        terminal: frozenset[StateT],
+        act_failed: KindT,
+        on_state: Callable[[StateT], None] = lambda _: None,
+    ) -> None:
+        self.machine = machine
+        self._performer = performer
+        self._must_record = must_record
+        self._overtaking = overtaking
+        self._terminal = terminal
+        self._act_failed = act_failed
+        self._on_state = on_state
+        self._events: asyncio.Queue[_Posted[KindT] | None] = asyncio.Queue(EVENTS_MAX)
+        self._overtaken: set[asyncio.Task[Any] | None] = set()
+        self._settled = machine.state
+        self._acts: set[asyncio.Task[None]] = set()
+        self._halted: MigrateError | None = None
+
+    @property
+    def state(self) -> StateT:
+        """The machine's state now."""
+        return self.machine.state
+
+    @property
+    def settled_state(self) -> StateT:
+        """The last state whose record, if it needs one, is on disk: what a peer may be told."""
+        return self._settled
+
+    async def post(self, kind: KindT, *, from_peer: bool = False) -> None:
+        """Queue an event. One of the peer's that the table has no row for is refused, not fatal."""
+        await self._events.put(_Posted(kind, from_peer, None))
+
+    def halt(self, error: MigrateError) -> None:
+        """Make `run` raise `error` and leave everything as it is: only the operator can go on."""
+        self._halted = error
+        self._events.put_nowait(None)
+
+    async def run(self, first: KindT) -> StateT:
+        """Feed `first`, then whatever comes, until the end; returns the state there."""
+        try:
+            await self._take(_Posted(first, False, None))
+            while self.machine.state not in self._terminal or self._acts or self._events.qsize():
+                await self._next()
+        finally:
+            await self._stop_acts()
+        return self.machine.state
+
+    async def _next(self) -> None:
+        """Wait for an event or, at the end, for the last acts."""
+        if self.machine.state in self._terminal and not self._events.qsize():
+            await asyncio.wait(self._acts, return_when=asyncio.FIRST_COMPLETED)
+            return
+        posted = await self._events.get()
+        if posted is None:
+            assert self._halted is not None
+            raise self._halted
+        await self._take(posted)
+
+    async def _take(self, posted: _Posted[KindT]) -> None:
+        if posted.act in self._overtaken:
+            return
+        before = self.machine.state
+        try:
+            actions = self.machine.feed(posted.kind)
+        except InvalidTransition as error:
+            if not posted.from_peer:
+                raise
+            log.warning("event refused", state=str(before), why=str(error))
+            return
+        after = self.machine.state
+        # Before the record: an act that is still under way must not record behind it.
+        if self._overtaking.intersection(actions):
+            await self._stop_acts()
+        if self._must_record(before, after):
+            await self._performer.record(after, posted.kind)
+        self._settled = after
+        if after is not before:
+            self._on_state(after)
+        if actions:
+            task = asyncio.create_task(self._perform_all(actions))
+            self._acts.add(task)
+            task.add_done_callback(self._acts.discard)
+
+    async def _perform_all(self, actions: tuple[ActionT, ...]) -> None:
+        for action in actions:
+            try:
+                answer = await self._performer.perform(action)
+            except MigrateError as error:
+                await self._fail(action, error)
+                return
+            except Exception as error:  # noqa: BLE001 (the end of a task: nobody above would hear of it)
+                log.exception("act failed", action=str(action))
+                await self._fail(action, MigrateError(f"{action}: {type(error).__name__}: {error}"))
+                return
+            if answer is not None:
+                await self._answer(answer)
+
+    async def _fail(self, action: ActionT, error: MigrateError) -> None:
+        self._performer.failed(action, error.at(phase=str(self.machine.state)))
+        await self._answer(self._act_failed)
+
+    async def _answer(self, kind: KindT) -> None:
+        await self._events.put(_Posted(kind, False, asyncio.current_task()))
+
+    async def _stop_acts(self) -> None:
+        """Cancel what is under way and wait for it; what it has answered already counts no more."""
+        acts = {task for task in self._acts if task is not asyncio.current_task()}
+        self._overtaken |= acts
+        for task in acts:
+            task.cancel()
+        if acts:
+            await asyncio.wait(acts)
+
+
+async def quietly(awaitable: Awaitable[object]) -> None:
+    """Await a step of an undoing whose failure must not keep the next steps from happening."""
+    try:
+        await awaitable
+    except Exception:  # noqa: BLE001 (an undoing goes on whatever happens; the log has the details)
+        log.exception("a step of an undoing failed")

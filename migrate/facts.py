@@ -1,0 +1,187 @@
+"""Facts that a migration starts from: what the container is and has, and what this host runs.
+
+Only looks, decides nothing: what follows from the facts is `preflight.py`'s matter.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import psutil
+
+from criu_glue.errors import TaskGoneError
+from criu_glue.mappings import cgroup_pids, vpid
+from migrate.core import messages
+from migrate.errors import MigrateError
+from migrate.network import NetworkHandle
+
+if TYPE_CHECKING:
+    from migrate.network_identity import NetworkIdentity
+    from migrate.runtimes.base import Container, Runtime
+
+# `criu --version` and `criu cpuinfo` take milliseconds.
+CRIU_DEADLINE_S = 20.0
+_STATUS_KB = re.compile(r"^(RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerFacts:
+    """A container that is to move. `shared_bytes` is part of `memory_bytes`; memory that several
+    tasks map is counted for each, so both are upper bounds."""
+
+    container: Container
+    network: NetworkIdentity
+    tasks: tuple[int, ...]
+    memory_bytes: int
+    shared_bytes: int
+    rootfs_bytes: int
+    versions: messages.Versions
+    cpuinfo: bytes
+
+    @property
+    def network_handle(self) -> NetworkHandle:
+        """What of the container's network is on this host."""
+        return NetworkHandle(str(self.container.netns), self.network.ports)
+
+    def open_session(
+        self,
+        *,
+        migration_id: str,
+        attempt: int,
+        host: str,
+        streams: int,
+        restore: Literal["lazy", "eager"],
+        dry_run: bool,
+    ) -> messages.OpenSession:
+        """The question to the target."""
+        container = self.container
+        config = (container.bundle / "config.json").read_text()
+        linux = container.spec.get("linux", {})
+        return messages.OpenSession(
+            migration_id=migration_id,
+            container=container.name,
+            runtime=container.runtime,
+            attempt=attempt,
+            host=host,
+            spec=messages.Spec(
+                terminal=container.terminal,
+                readonly_rootfs=bool(container.spec.get("root", {}).get("readonly", False)),
+                mounts=tuple(
+                    messages.Mount(one.destination, one.kind, one.source, one.options)
+                    for one in container.mounts
+                ),
+                devices=tuple(str(device["path"]) for device in linux.get("devices", ())),
+                config_json=config,
+            ),
+            tasks=self.tasks,
+            memory_bytes=self.memory_bytes,
+            shared_bytes=self.shared_bytes,
+            rootfs_bytes=self.rootfs_bytes,
+            streams=streams,
+            restore=restore,
+            network=self.network,
+            versions=self.versions,
+            cpuinfo=self.cpuinfo,
+            dry_run=dry_run,
+        )
+
+
+def container_facts(
+    container: Container, identity: NetworkIdentity, runtime: Runtime
+) -> ContainerFacts:
+    """Look at a running container. Blocking, some 50 ms; raises MigrateError."""
+    pids = cgroup_pids(container.cgroup)
+    tasks, private, shared = [], 0, 0
+    for pid in pids:
+        try:
+            tasks.append(vpid(pid))
+            sizes = dict(_STATUS_KB.findall(Path(f"/proc/{pid}/status").read_text()))
+        except (TaskGoneError, FileNotFoundError, ProcessLookupError):
+            continue
+        private += int(sizes.get("RssAnon", 0)) + int(sizes.get("VmSwap", 0))
+        shared += int(sizes.get("RssShmem", 0))
+    if not tasks:
+        raise MigrateError(f"{container.name} has no tasks")
+    return ContainerFacts(
+        container=container,
+        network=identity,
+        tasks=tuple(sorted(tasks)),
+        memory_bytes=(private + shared) * 1024,
+        shared_bytes=shared * 1024,
+        rootfs_bytes=tree_bytes(container.rootfs),
+        versions=host_versions(runtime),
+        cpuinfo=cpuinfo_dump(),
+    )
+
+
+def host_versions(runtime: Runtime) -> messages.Versions:
+    """What this host runs. Blocking; raises MigrateError without CRIU."""
+    words = _criu("--version").split()
+    return messages.Versions(
+        kernel=platform.release(),
+        criu=words[1] if len(words) > 1 else "unknown",
+        runtime=runtime.version(),
+        architecture=platform.machine(),
+    )
+
+
+def free_memory_bytes() -> int:
+    """Memory that a new container could take here."""
+    return int(psutil.virtual_memory().available)
+
+
+def tree_bytes(top: Path) -> int:
+    """Disk space of a tree, as `du -x` counts it; what vanishes meanwhile is left out."""
+    total, seen, todo = 0, set[tuple[int, int]](), [top]
+    device = top.stat().st_dev
+    while todo:
+        try:
+            entries = list(os.scandir(todo.pop()))
+        except OSError:
+            continue
+        for entry in entries:
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except OSError:
+                continue
+            if status.st_dev != device:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                todo.append(Path(entry.path))
+            if status.st_nlink > 1 and not entry.is_dir(follow_symlinks=False):
+                key = (status.st_dev, status.st_ino)
+                if key in seen:
+                    continue
+                seen.add(key)
+            total += status.st_blocks * 512
+    return total
+
+
+def cpuinfo_dump() -> bytes:
+    """The image that `criu cpuinfo dump` writes of this host's processor."""
+    with tempfile.TemporaryDirectory(prefix="migrate-") as directory:
+        _criu("cpuinfo", "dump", "-D", directory)
+        return (Path(directory) / "cpuinfo.img").read_bytes()
+
+
+def _criu(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["criu", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=CRIU_DEADLINE_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise MigrateError(
+            f"criu {arguments[0]} failed: {error}", remedy="install CRIU 4.2 or newer"
+        ) from error
+    return done.stdout

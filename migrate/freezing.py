@@ -1,0 +1,212 @@
+"""The source's freeze and hold: runtime, CRIU, cgroup, ports and guard of one container, as one thing.
+
+    prepare    the runtime is started and comes as far as its CRIU, which waits at the gate
+    freeze     ports unplugged, cgroup frozen
+    dump       CRIU writes its images and is held with the tasks
+    release    CRIU kills the tasks, the runtime forgets the container     (after the commit only)
+    undo       CRIU gives the tasks back, cgroup thawed, ports plugged in  (before the commit only)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from criu_glue.core.log_hints import explain
+from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
+from migrate import cgroup, config
+from migrate.driver import quietly
+from migrate.errors import DumpFailed, RollbackFailed
+from migrate.guard import GuardPlan
+from migrate.network import PortSwitch
+from migrate.processes import kill_tree, tail
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from migrate.network_identity import Port
+    from migrate.runtimes.base import Container, Runtime
+
+# A page server's address that nobody listens on: runc wants one, CRIU is given a socket instead.
+_NO_PAGE_SERVER = "127.0.0.1:1"
+_LOG_BYTES_MAX = 4 << 20
+
+
+class Freezing:
+    """See the module. Use it from one event loop; `undo` may be called at any point before release."""
+
+    def __init__(
+        self,
+        container: Container,
+        runtime: Runtime,
+        ports: tuple[Port, ...],
+        session: Path,
+        host: str,
+    ) -> None:
+        self.container = container
+        self._runtime = runtime
+        self._ports = [PortSwitch(port.host_end, str(port.bridge)) for port in ports]
+        self._session = session
+        self.image_dir = session / "img"
+        self._work_dir = session / "work"
+        self._host = host
+        self._hold: CriuHold | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._guard: asyncio.subprocess.Process | None = None
+        self._is_frozen = False
+
+    async def prepare(self, migration_id: str, journal: Path) -> None:
+        """Start the runtime up to its CRIU's gate, and the guard."""
+        self.image_dir.mkdir(mode=0o700)
+        self._work_dir.mkdir(mode=0o700)
+        options = (
+            "manage-cgroups ignore",
+            "network-lock skip",
+            f"ps-socket {PAGE_SERVER_FD}",
+            f"ghost-limit {config.GHOST_FILE_BYTES_MAX}",
+        )
+        self._hold = CriuHold.prepare(self._work_dir / "hold", HoldPlan("post-dump", options))
+        command = self._runtime.checkpoint_command(
+            self.container,
+            self.image_dir,
+            self._work_dir,
+            lazy=True,
+            page_server=_NO_PAGE_SERVER,
+        )
+        with (self._work_dir / "runtime.log").open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                env=self._hold.environment(os.environ),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=log,
+                # The hold outlives the coordinator.
+                start_new_session=True,
+            )
+        await self._start_guard(migration_id, journal)
+        await self._until("gate", config.PREPARE_DEADLINE_S)
+
+    async def freeze(self) -> dict[str, int]:
+        """Unplug and freeze; marks (µs): `unplug` when it began, `frozen` when all tasks stood."""
+        assert self._guard is not None
+        if self._guard.returncode is not None:
+            raise DumpFailed("the guard of the freeze has ended", host=self._host)
+        self._is_frozen = True
+        marks = {"unplug": time.monotonic_ns() // 1000}
+        for port in self._ports:
+            port.unplug()
+        marks["frozen"] = await asyncio.to_thread(
+            cgroup.freeze, self.container.cgroup, config.FREEZE_DEADLINE_S
+        )
+        return marks
+
+    def start_dump(self) -> None:
+        """Let CRIU begin."""
+        assert self._hold is not None
+        self._hold.open_gate()
+
+    async def dumped(self) -> int:
+        """Wait for CRIU's images to be complete; returns when they were (µs)."""
+        return await self._until("post-dump", config.DUMP_DEADLINE_S)
+
+    async def release(self) -> None:
+        """Let CRIU kill the frozen tree; returns when the runtime has forgotten the container."""
+        assert self._hold is not None
+        assert self._process is not None
+        self._hold.decide("commit")
+        async with asyncio.timeout(config.RUNTIME_EXIT_DEADLINE_S):
+            await self._process.wait()
+        if self._runtime.exists(self.container.name):
+            # The dump ended badly after the commit: the tree must die all the same.
+            self._runtime.delete(self.container.name)
+        await self._end()
+
+    async def undo(self) -> None:
+        """Give the container back to its users. Idempotent. Raises RollbackFailed."""
+        if self._hold is not None:
+            self._hold.decide("abort")
+        if self._process is not None and self._process.returncode is None:
+            try:
+                async with asyncio.timeout(config.RUNTIME_EXIT_DEADLINE_S):
+                    await self._process.wait()
+            except TimeoutError:
+                kill_tree(self._process.pid)
+        try:
+            if self._is_frozen:
+                cgroup.thaw(self.container.cgroup)
+                for port in self._ports:
+                    port.plug()
+                self._is_frozen = False
+        except OSError as error:
+            raise RollbackFailed(
+                f"{self.container.name} could not be thawed: {error}",
+                host=self._host,
+                container_state=f"may be frozen on {self._host}",
+                remedy=f"echo 0 > {self.container.cgroup}/cgroup.freeze",
+            ) from error
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        if self._guard is not None and self._guard.stdin is not None:
+            with contextlib.suppress(ConnectionError):
+                self._guard.stdin.write(b"disarm\n")
+                await self._guard.stdin.drain()
+            await quietly(self._guard.wait())
+            self._guard = None
+        for port in self._ports:
+            port.close()
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
+
+    async def _start_guard(self, migration_id: str, journal: Path) -> None:
+        assert self._process is not None
+        plan = GuardPlan(
+            migration_id=migration_id,
+            journal=str(journal),
+            hold_directory=str(self._work_dir / "hold"),
+            runtime_pid=self._process.pid,
+            cgroup=str(self.container.cgroup),
+            ports=tuple((port.name, port.bridge) for port in self._ports),
+        )
+        self._guard = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "migrate.guard",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self._guard.stdin is not None
+        assert self._guard.stdout is not None
+        self._guard.stdin.write(msgspec.json.encode(plan) + b"\n")
+        async with asyncio.timeout(config.PREPARE_DEADLINE_S):
+            armed = await self._guard.stdout.readline()
+        if armed != b"armed\n":
+            raise DumpFailed("the guard of the freeze did not start", host=self._host)
+
+    async def _until(self, action: str, deadline_s: float) -> int:
+        assert self._hold is not None
+        assert self._process is not None
+        seen_us = await self._hold.wait_or_end(action, self._process, deadline_s)
+        if seen_us is None:
+            raise self._failed(action)
+        return seen_us
+
+    def _failed(self, action: str) -> DumpFailed:
+        words = tail(self._work_dir / "runtime.log", _LOG_BYTES_MAX).strip()
+        hint = explain(tail(self._work_dir / "dump.log", _LOG_BYTES_MAX))
+        last = words.splitlines()[-1] if words else "it ended or hung without a word"
+        return DumpFailed(
+            f"the dump did not come to {action}: {hint.line or last}",
+            host=self._host,
+            phase="dump",
+            remedy=hint.remedy,
+        )

@@ -1,0 +1,74 @@
+"""The guard: thaws the source's container when its coordinator dies before the commit.
+
+A process of its own (`python3 -m migrate.guard`), started before anything is frozen. It reads one
+line, a GuardPlan, and then waits on the same pipe: "disarm" ends it, the end of the pipe means that
+the coordinator is dead. Then the journal says whose the container is. Committed: it is the target's,
+so it stays held here for `migrate recover`. Anything else: CRIU is told to abort, and when the
+runtime has ended, the container is thawed and plugged in again.
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from criu_glue.hooks import abort_from_outside
+from migrate import cgroup
+from migrate.journal import Journal
+from migrate.network import plug
+
+# CRIU undoes a dump in milliseconds; a runtime that has not ended after this hangs, and a container
+# that runs beside a hung CRIU is still better than one that stays frozen.
+ABORT_DEADLINE_S = 60.0
+_STEP_MS = 20
+
+
+class GuardPlan(msgspec.Struct, frozen=True):
+    """What the guard needs to know to give the container back to its users."""
+
+    migration_id: str
+    journal: str
+    hold_directory: str
+    runtime_pid: int
+    cgroup: str
+    ports: tuple[tuple[str, str], ...]
+
+
+def main() -> int:
+    """Wait for the coordinator's end; 0 when it ended well or the container was given back."""
+    plan = msgspec.json.decode(sys.stdin.buffer.readline(), type=GuardPlan)
+    sys.stdout.write("armed\n")
+    sys.stdout.flush()
+    if sys.stdin.buffer.readline() == b"disarm\n":
+        return 0
+    if is_committed(plan):
+        return 0
+    give_back(plan)
+    return 0
+
+
+def is_committed(plan: GuardPlan) -> bool:
+    """Whether the journal says that the container belongs to the target."""
+    with Journal.open_read_only(Path(plan.journal)) as journal:
+        return journal.is_committed(plan.migration_id)
+
+
+def give_back(plan: GuardPlan) -> None:
+    """Undo the freeze: CRIU aborts, the cgroup thaws, the port is plugged in."""
+    directory = Path(plan.hold_directory)
+    limit_s = time.monotonic() + ABORT_DEADLINE_S
+    while psutil.pid_exists(plan.runtime_pid) and time.monotonic() < limit_s:
+        abort_from_outside(directory)
+        select.select([], [], [], _STEP_MS / 1000)
+    cgroup.thaw(Path(plan.cgroup))
+    for port, bridge in plan.ports:
+        plug(port, bridge)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""The network of a container: made on the target, plugged, and removed.
+
+    recreate  namespace, interfaces, addresses, routes; ports down and in no bridge  (any time)
+    hint      neighbours that the container knew                            (before it runs)
+    plug      port up and into the bridge, the container is reachable       (CRIU's unlock)
+    destroy   ports and namespace                                           (undo, release)
+
+Nothing here knows CRIU or a session. Calls block for some milliseconds, plug and unplug for 0.1 ms.
+pyroute2 must not be called from a thread that runs an event loop: use a worker thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from migrate import netns as namespaces
+from migrate.network_capture import Capture, capture
+from migrate.network_identity import NetworkError, Port, parse_address, validate
+from migrate.port import PortSwitch, index_of, plug, unplug
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from migrate.network_identity import Interface, Neighbour, NetworkIdentity, Route
+
+__all__ = [
+    "Capture",
+    "NetworkHandle",
+    "PortSwitch",
+    "capture",
+    "destroy",
+    "free_port_name",
+    "hint_neighbours",
+    "plug",
+    "recreate",
+    "unplug",
+]
+
+_PROC_SYS = Path("/proc/sys")
+_IPV4, _IPV6 = 2, 10
+_EVERYTHING = {"inet": "0.0.0.0/0", "inet6": "::/0"}
+# The address is used at once: probing for a duplicate would take a second after the plug, and find
+# the source's if it came too early.
+_IFA_F_NODAD = 0x02
+_RTNH_F_ONLINK = 4
+_NUD_PERMANENT = 0x80
+_NUD_STALE = 0x04
+# IN6_ADDR_GEN_MODE_NONE: no link-local address but those of the identity.
+_ADDR_GEN_NONE = "1"
+
+
+class NetworkHandle(msgspec.Struct, frozen=True):
+    """What `recreate` made: enough to plug it, and to remove it after a crash."""
+
+    netns: str
+    ports: tuple[Port, ...]
+
+
+def recreate(
+    identity: NetworkIdentity, name: str, bridges: Mapping[str, str] | None = None
+) -> NetworkHandle:
+    """Make the namespace /run/netns/NAME as `identity` says, with every port unplugged.
+
+    `bridges` maps an interface to the bridge on this host, where it differs from the source's.
+    Raises NetworkError, after everything made was removed again. `identity` may come from a peer.
+    """
+    validate(identity)
+    plugs = _plan_ports(identity, bridges or {})
+    handle = NetworkHandle(str(namespaces.path_of(name)), plugs)
+    path = namespaces.create(name)
+    own = os.open(namespaces.OWN_NETNS, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        namespaces.run_in(path, lambda: _build(identity, plugs, own))
+    except (OSError, NetlinkError, NetworkError) as error:
+        destroy(handle)
+        raise NetworkError(f"the network of {name} can't be made: {error}") from error
+    finally:
+        os.close(own)
+    return handle
+
+
+def hint_neighbours(netns: Path, identity: NetworkIdentity) -> None:
+    """Tell the namespace the MACs that the container knew, so that its first answer needs no ARP.
+
+    An ARP request that is lost while the port comes up is repeated only after a second. Not part
+    of `recreate`: the kernel forgets such entries when it notices, some time after it was made,
+    that a link has no carrier. Entries that can't be made are left out: they are hints.
+    """
+
+    def work() -> None:
+        with IPRoute() as netlink:
+            indices = _indices(netlink)
+            for entry in identity.neighbours:
+                if entry.state != _NUD_PERMANENT and entry.device in indices:
+                    with contextlib.suppress(NetlinkError):
+                        _add_neighbour(netlink, entry, indices[entry.device], _NUD_STALE)
+
+    validate(identity)
+    try:
+        namespaces.run_in(netns, work)
+    except (OSError, NetlinkError) as error:
+        raise NetworkError(f"no neighbour can be added in {netns}: {error}") from error
+
+
+def destroy(handle: NetworkHandle) -> None:
+    """Remove the ports and the namespace. Idempotent; raises NetworkError."""
+    for port in handle.ports:
+        _delete_port(port.host_end)
+    namespaces.remove(Path(handle.netns))
+
+
+def free_port_name(wanted: str | None) -> str:
+    """`wanted`, if no interface of this host has that name, or else a new one."""
+    for name in (wanted, f"mig{secrets.token_hex(5)}"):
+        if name is not None and not Path("/sys/class/net", name).exists():
+            return name
+    raise NetworkError("this host has no free interface name")
+
+
+def _plan_ports(identity: NetworkIdentity, bridges: Mapping[str, str]) -> tuple[Port, ...]:
+    plugs = []
+    for port in identity.ports:
+        bridge = bridges.get(port.interface, port.bridge)
+        if bridge is None:
+            raise NetworkError(f"no bridge is given for the container's {port.interface}")
+        index_of(bridge)
+        plugs.append(Port(port.interface, free_port_name(port.host_end), bridge))
+    return tuple(plugs)
+
+
+def _build(identity: NetworkIdentity, plugs: tuple[Port, ...], host_netns: int) -> None:
+    """Inside the new namespace."""
+    host_ends = {port.interface: port.host_end for port in plugs}
+    with IPRoute() as netlink:
+        for interface in sorted(identity.interfaces, key=lambda one: one.index):
+            _create(netlink, interface, host_ends.get(interface.name), host_netns)
+        # Before any link is up: some change what the kernel does when it comes up.
+        _write_sysctls(identity.sysctls)
+        for interface in identity.interfaces:
+            _bring_up(netlink, interface)
+        indices = _indices(netlink)
+        for route in sorted(identity.routes, key=_reachable_first):
+            _add_route(netlink, route, indices)
+        for entry in identity.neighbours:
+            if entry.state == _NUD_PERMANENT:
+                _add_neighbour(netlink, entry, indices[entry.device], _NUD_PERMANENT)
+    # Once more: `addr_gen_mode` was held back while the links came up.
+    _write_sysctls(identity.sysctls)
+
+
+def _create(netlink: Any, interface: Interface, host_end: str | None, host_netns: int) -> None:
+    if interface.kind == "loopback":
+        return
+    link: dict[str, Any] = {"ifname": interface.name, "mtu": interface.mtu}
+    if interface.mac is not None:
+        link["address"] = interface.mac
+    if interface.index:
+        link["index"] = interface.index
+    if interface.kind == "veth":
+        link["peer"] = {"ifname": host_end, "mtu": interface.mtu, "net_ns_fd": host_netns}
+        if interface.mac is not None:
+            # A high MAC, as libvirt gives to its taps: a bridge without a MAC of its own takes the
+            # lowest of its ports.
+            prefix = "fa" if interface.mac.startswith("fe") else "fe"
+            link["peer"]["address"] = prefix + interface.mac[2:]
+    netlink.link("add", kind=interface.kind, **link)
+
+
+def _bring_up(netlink: Any, interface: Interface) -> None:
+    index = netlink.link_lookup(ifname=interface.name)[0]
+    mode = _PROC_SYS / f"net/ipv6/conf/{interface.name}/addr_gen_mode"
+    if mode.exists():
+        mode.write_text(_ADDR_GEN_NONE)
+    if interface.up:
+        netlink.link("set", index=index, state="up")
+    for address in interface.addresses:
+        ip, prefix_len = parse_address(address.network)
+        # The kernel has put 127.0.0.1 and ::1 on the loopback itself.
+        verb = "replace" if interface.kind == "loopback" else "add"
+        broadcast = {} if address.broadcast is None else {"broadcast": address.broadcast}
+        netlink.addr(
+            verb,
+            index=index,
+            family=_IPV6 if ip.version == 6 else _IPV4,
+            address=str(ip),
+            prefixlen=prefix_len,
+            scope=address.scope,
+            flags=address.flags | (_IFA_F_NODAD if ip.version == 6 else 0),
+            **broadcast,
+        )
+
+
+def _reachable_first(route: Route) -> tuple[bool, int]:
+    # A gateway must be reachable when its route is added, by a route that may be in this list.
+    prefix = route.destination.rpartition("/")[2]
+    return route.gateway is not None, -int(prefix) if prefix.isdecimal() else 0
+
+
+def _add_route(netlink: Any, route: Route, indices: Mapping[str, int]) -> None:
+    is_ipv6 = route.family == "inet6"
+    given: dict[str, Any] = {
+        "oif": None if route.device is None else indices[route.device],
+        "gateway": route.gateway,
+        "prefsrc": route.source,
+        "priority": route.metric or None,
+        "metrics": {"mtu": route.mtu} if route.mtu else None,
+    }
+    netlink.route(
+        "add",
+        family=_IPV6 if is_ipv6 else _IPV4,
+        dst=_EVERYTHING[route.family] if route.destination == "default" else route.destination,
+        type=route.kind,
+        table=route.table,
+        proto=route.protocol,
+        scope=0 if is_ipv6 else route.scope,
+        flags=_RTNH_F_ONLINK if route.onlink else 0,
+        **{key: value for key, value in given.items() if value is not None},
+    )
+
+
+def _add_neighbour(netlink: Any, entry: Neighbour, index: int, state: int) -> None:
+    netlink.neigh(
+        "replace",
+        family=_IPV6 if ":" in entry.address else _IPV4,
+        dst=entry.address,
+        lladdr=entry.mac,
+        ifindex=index,
+        state=state,
+    )
+
+
+def _indices(netlink: Any) -> dict[str, int]:
+    return {link.get_attr("IFLA_IFNAME"): link["index"] for link in netlink.get_links()}
+
+
+def _write_sysctls(sysctls: Mapping[str, str]) -> None:
+    for key, value in sysctls.items():
+        path = _PROC_SYS / key
+        try:
+            # Writing what is there already can have effects too (forwarding resets others).
+            if path.read_text().split() != value.split():
+                path.write_text(value)
+        except FileNotFoundError as error:
+            raise NetworkError(f"this kernel has no sysctl {key}") from error
+        except OSError as error:
+            raise NetworkError(f"the sysctl {key} can't be set to {value!r}: {error}") from error
+
+
+def _delete_port(name: str) -> None:
+    try:
+        with IPRoute() as netlink:
+            for index in netlink.link_lookup(ifname=name):
+                netlink.link("del", index=index)
+    except NetlinkError as error:
+        # It went away meanwhile, with its namespace.
+        if error.code != errno.ENODEV:
+            raise NetworkError(f"port {name} can't be removed: {error}") from error

@@ -1,0 +1,164 @@
+"""The container's memory on its way: a dirty tracker, the tasks' memory and the sender, joined.
+
+Blocking; the coordinator runs each call in its own executor thread. Knows neither CRIU's dump nor
+the handover: it is told when the tasks are frozen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from criu_glue.mappings import Task, parse_maps
+from criu_glue.memory import TaskMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from criu_glue.trackers.base import DirtyTracker, TaskPages
+    from transport.sender import PageSender, RoundStats
+
+    Runs = npt.NDArray[np.uint64]
+
+PAGE_BYTES = 4096
+
+
+class MemorySource:
+    """Rounds of one container's memory.
+
+    `make_sender` is given the function that reads pages of a task and returns the sender; the
+    sender's threads call that function concurrently.
+    """
+
+    def __init__(
+        self,
+        tracker: DirtyTracker,
+        make_sender: Callable[
+            [Callable[[int, Runs, memoryview], npt.NDArray[np.bool_]]], PageSender
+        ],
+    ) -> None:
+        self.tracker = tracker
+        self._memories: dict[int, TaskMemory] = {}
+        self._pids: dict[int, int] = {}
+        self.sender = make_sender(self._read)
+        self.round_bytes_total = 0
+        self.rounds = 0
+
+    def round(self) -> RoundStats:
+        """Send what was written since the last round (the first time: everything)."""
+        return self._send(self.tracker.collect())
+
+    def final_delta(self) -> FinalDelta:
+        """Collect the final delta of a frozen container and give its tasks back to CRIU.
+
+        The pages of executable mappings come apart: CRIU writes a few bytes of code into a task
+        while it dumps it (`compel/src/lib/infect.c`), so they must be read before CRIU starts. The
+        others may be read while it works.
+        """
+        pages = self.tracker.collect(last=True)
+        self._open_memories(pages)
+        self.tracker.detach()
+        first, rest = [], []
+        for item in pages:
+            code, other = split_runs(item.runs, executable_ranges(item.pid))
+            if len(code):
+                first.append((item.task, code))
+            if len(other):
+                rest.append((item.task, other))
+        return FinalDelta(first, rest)
+
+    def send(self, runs: Sequence[tuple[int, Runs]]) -> RoundStats:
+        """Send these pages of tasks that are known already."""
+        self.rounds += 1
+        self.round_bytes_total = PAGE_BYTES * sum(int(r[:, 1].sum()) for _, r in runs)
+        return self.sender.send_round(self.rounds, runs)
+
+    def undelivered(self, needed: Mapping[int, Runs]) -> list[tuple[int, Runs]]:
+        """Of the pages that the final images name, those that the target never got.
+
+        Every page should have been seen by the tracker; this is the check that none was missed.
+        """
+        missing = []
+        for task, runs in needed.items():
+            left = self.sender.never_delivered(task, runs)
+            if len(left):
+                missing.append((task, left))
+        return missing
+
+    def close(self) -> None:
+        """Give the tasks back untouched and end the streams."""
+        self.tracker.detach()
+        self.sender.close()
+        for memory in self._memories.values():
+            memory.close()
+        self._memories.clear()
+
+    def _send(self, pages: Sequence[TaskPages]) -> RoundStats:
+        self._open_memories(pages)
+        return self.send([(item.task, item.runs) for item in pages])
+
+    def _open_memories(self, pages: Sequence[TaskPages]) -> None:
+        for item in pages:
+            if self._pids.get(item.task) != item.pid:
+                stale = self._memories.pop(item.task, None)
+                if stale is not None:
+                    stale.close()
+                self._memories[item.task] = TaskMemory(item.pid)
+                self._pids[item.task] = item.pid
+
+    def _read(self, task: int, runs: Runs, out: memoryview) -> npt.NDArray[np.bool_]:
+        return self._memories[task].read(runs, out)
+
+
+class FinalDelta:
+    """What is sent while the container is frozen: `code` before CRIU starts, `rest` beside it."""
+
+    def __init__(self, code: list[tuple[int, Runs]], rest: list[tuple[int, Runs]]) -> None:
+        self.code = code
+        self.rest = rest
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of memory in it."""
+        return PAGE_BYTES * sum(int(runs[:, 1].sum()) for _, runs in self.code + self.rest)
+
+
+def executable_ranges(pid: int) -> list[tuple[int, int]]:
+    """The executable mappings of a task, [start, end)."""
+    task = Task(pid)
+    try:
+        return [
+            (mapping.start, mapping.end)
+            for mapping in parse_maps(task.read("maps"))
+            if "x" in mapping.permissions
+        ]
+    finally:
+        task.close()
+
+
+def split_runs(runs: Runs, ranges: Sequence[tuple[int, int]]) -> tuple[Runs, Runs]:
+    """Split page runs into those inside and those outside of address ranges [start, end)."""
+    inside: list[tuple[int, int]] = []
+    outside: list[tuple[int, int]] = []
+    ordered = sorted(ranges)
+    for address, pages in runs.tolist():
+        at, end = address, address + pages * PAGE_BYTES
+        for low, high in ordered:
+            if high <= at or low >= end:
+                continue
+            if low > at:
+                outside.append((at, (low - at) // PAGE_BYTES))
+                at = low
+            stop = min(high, end)
+            inside.append((at, (stop - at) // PAGE_BYTES))
+            at = stop
+        if at < end:
+            outside.append((at, (end - at) // PAGE_BYTES))
+    return _array(inside), _array(outside)
+
+
+def _array(runs: list[tuple[int, int]]) -> Runs:
+    return np.array(runs, dtype=np.uint64).reshape(-1, 2)

@@ -1,0 +1,35 @@
+"""Small matters of processes and their logs that both sides need."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process that we started and what it started."""
+    try:
+        top = psutil.Process(pid)
+        tree = [*top.children(recursive=True), top]
+    except psutil.NoSuchProcess:
+        return
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def tail(path: Path, bytes_max: int) -> str:
+    """The end of a text file, nothing if there is none."""
+    try:
+        with path.open("rb") as file:
+            size_bytes = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size_bytes - bytes_max))
+            return file.read(bytes_max).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,317 @@
+"""The report of one migration: what it took, in parts, and what had been predicted.
+
+Written as JSON for programs (bench, dashboards) and shown as a table. A failed migration has one as
+well, with its outcome and error, and without the figures that it never got to. Knows no migration:
+the coordinator tells the `ReportBuilder` what happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+from rich.table import Table
+
+from migrate.errors import MigrateError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from migrate.core.clock_relation import ClockRelation
+    from migrate.core.convergence import Decision
+    from migrate.core.downtime import DowntimeParts
+    from migrate.core.messages import FillDone, Versions
+    from transport.sender import RoundStats
+
+MAX_REPORT_BYTES: Final = 4 << 20
+"""Of a report that is read: a thousand rounds with everything around them are a tenth of it."""
+MIB: Final = 1 << 20
+
+Outcome = Literal["done", "aborted", "in_doubt"]
+
+
+class RoundReport(msgspec.Struct, frozen=True):
+    """One round of pre-copy; the final delta is the last of them. bytes_raw: content before
+    compression. pages travelled with content, zero_pages as a mark, unchanged_pages not at all."""
+
+    number: int
+    pages: int
+    bytes_raw: int
+    bytes_sent: int
+    zero_pages: int
+    unchanged_pages: int
+    duration_ms: float
+
+
+class PartsReport(msgspec.Struct, frozen=True):
+    """The parts of the downtime in ms, as `core/downtime.py` defines them."""
+
+    freeze: float
+    dump: float
+    final_delta: float
+    rootfs: float
+    restore: float
+    handover: float
+    resume: float
+
+
+class ClockReport(msgspec.Struct, frozen=True):
+    """target clock = source clock + offset, known to ± error."""
+
+    offset_ms: float
+    error_ms: float
+
+
+class ErrorReport(msgspec.Struct, frozen=True):
+    """What ended the migration."""
+
+    message: str
+    host: str
+    phase: str
+    container_state: str
+    remedy: str
+
+
+class HostVersions(msgspec.Struct, frozen=True):
+    """Of one host."""
+
+    kernel: str
+    criu: str
+    runtime: str
+    architecture: str
+
+
+class Report(msgspec.Struct, frozen=True):
+    """See the module. None: not known, because it did not happen or could not be measured.
+
+    outcome: "done" (runs on the target), "aborted" (runs on the source, as before) or "in_doubt".
+    downtime_ms: from unplugged on the source to running on the target. bytes_sent: written to the
+    data streams, rounds and image files. fill_ms, faults: of the pager, after the downtime.
+    """
+
+    migration_id: str
+    container: str
+    runtime: str
+    source: str
+    target: str
+    tracker: str
+    restore: str
+    outcome: Outcome
+    rounds: tuple[RoundReport, ...]
+    downtime_ms: float | None
+    downtime_parts_ms: PartsReport | None
+    predicted_downtime_ms: float | None
+    total_ms: float
+    memory_bytes: int
+    bytes_sent: int
+    fill_ms: float | None
+    faults: int | None
+    clock: ClockReport | None = None
+    error: ErrorReport | None = None
+    versions: dict[str, HostVersions] = {}
+    images_bytes: int | None = None
+    freeze_reason: str = ""
+    warnings: tuple[str, ...] = ()
+    format: Literal[1] = 1
+
+
+class ReportBuilder:
+    """Collects what becomes a report. `clock_ms` is monotonic; the total counts from here on."""
+
+    def __init__(
+        self,
+        migration_id: str,
+        container: str,
+        source: str,
+        target: str,
+        *,
+        clock_ms: Callable[[], float] = lambda: time.monotonic() * 1000,
+    ) -> None:
+        self._migration_id = migration_id
+        self._container = container
+        self._source = source
+        self._target = target
+        self._clock_ms = clock_ms
+        self._started_ms = clock_ms()
+        self.runtime = ""
+        self.tracker = ""
+        self.restore = ""
+        self.memory_bytes = 0
+        self._rounds: list[RoundReport] = []
+        self._images: RoundStats | None = None
+        self._decision: Decision | None = None
+        self._parts: DowntimeParts | None = None
+        self._clocks: ClockRelation | None = None
+        self._fill: FillDone | None = None
+        self._versions: dict[str, HostVersions] = {}
+        self._warnings: list[str] = []
+
+    def add_round(self, stats: RoundStats) -> None:
+        """A round, or the final delta, is acknowledged."""
+        names = RoundReport.__struct_fields__
+        self._rounds.append(RoundReport(**{name: getattr(stats, name) for name in names}))
+
+    def add_images(self, stats: RoundStats) -> None:
+        """The image files are acknowledged."""
+        self._images = stats
+
+    def add_decision(self, decision: Decision) -> None:
+        """The last one says why it was frozen, and what downtime was predicted then."""
+        self._decision = decision
+
+    def add_downtime(self, parts: DowntimeParts, clocks: ClockRelation) -> None:
+        """The container runs on the target."""
+        self._parts = parts
+        self._clocks = clocks
+
+    def add_fill(self, fill: FillDone) -> None:
+        """All memory has arrived in the container."""
+        self._fill = fill
+
+    def add_versions(self, host: str, versions: Versions) -> None:
+        """What a host runs."""
+        self._versions[host] = HostVersions(
+            versions.kernel, versions.criu, versions.runtime, versions.architecture
+        )
+
+    def warn(self, message: str) -> None:
+        """Something the user should know that stopped nothing; once each."""
+        if message not in self._warnings:
+            self._warnings.append(message)
+
+    def build(self, outcome: Outcome, error: MigrateError | None = None) -> Report:
+        """The report as of now."""
+        parts = self._parts
+        sent = sum(stats.bytes_sent for stats in self._rounds)
+        return Report(
+            migration_id=self._migration_id,
+            container=self._container,
+            runtime=self.runtime,
+            source=self._source,
+            target=self._target,
+            tracker=self.tracker,
+            restore=self.restore,
+            outcome=outcome,
+            rounds=tuple(self._rounds),
+            downtime_ms=parts.downtime_us / 1000 if parts else None,
+            downtime_parts_ms=PartsReport(**parts.as_ms()) if parts else None,
+            predicted_downtime_ms=(
+                round(self._decision.predicted_downtime_ms, 3) if self._decision else None
+            ),
+            total_ms=round(self._clock_ms() - self._started_ms, 3),
+            memory_bytes=self.memory_bytes,
+            bytes_sent=sent + (self._images.bytes_sent if self._images else 0),
+            fill_ms=self._fill.fill_ms if self._fill else None,
+            faults=self._fill.faults if self._fill else None,
+            clock=(
+                ClockReport(self._clocks.offset_us / 1000, self._clocks.error_us / 1000)
+                if self._clocks
+                else None
+            ),
+            error=(
+                ErrorReport(
+                    error.message, error.host, error.phase, error.container_state, error.remedy
+                )
+                if error
+                else None
+            ),
+            versions=dict(self._versions),
+            images_bytes=self._images.bytes_raw if self._images else None,
+            freeze_reason=self._decision.reason if self._decision else "",
+            warnings=tuple(self._warnings),
+        )
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write it as JSON, readable by its owner, whole or not at all. Raises MigrateError."""
+    data = msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # mkstemp makes the file 0600; the rename keeps that.
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                Path(name).unlink()
+            raise
+    except OSError as error:
+        raise MigrateError(
+            f"the report cannot be written to {path}: {error}",
+            remedy="the migration itself is not affected",
+        ) from error
+
+
+def read_report(path: Path) -> Report:
+    """A report that was written before. Raises MigrateError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_REPORT_BYTES + 1)
+        if len(data) > MAX_REPORT_BYTES:
+            raise MigrateError(f"{path} is larger than any report")
+        return msgspec.json.decode(data, type=Report)
+    except (OSError, msgspec.MsgspecError, UnicodeError) as error:
+        raise MigrateError(f"{path} is no report: {error}") from error
+
+
+def summary_table(report: Report) -> Table:
+    """What a person wants to see at the end, in two columns."""
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in _summary(report):
+        table.add_row(label, text)
+    return table
+
+
+def _summary(report: Report) -> list[tuple[str, str]]:
+    rows = [
+        ("container", f"{report.container} ({report.runtime or 'unknown runtime'})"),
+        ("way", f"{report.source} → {report.target}: {report.outcome}"),
+    ]
+    if report.downtime_ms is not None:
+        rows.append(("downtime", _downtime(report, report.downtime_ms)))
+    if report.downtime_parts_ms is not None:
+        parts = msgspec.structs.asdict(report.downtime_parts_ms)
+        rows.append(("", "  ".join(f"{name} {ms:.0f}" for name, ms in parts.items())))
+    rows.append(("total", f"{report.total_ms / 1000:.1f} s"))
+    rows.append(("memory", _memory(report)))
+    if report.fill_ms is not None:
+        rows.append(("fill", f"{report.fill_ms / 1000:.1f} s, {report.faults} pages asked for"))
+    if report.freeze_reason:
+        rows.append(("frozen", report.freeze_reason))
+    rows += [("warning", text) for text in report.warnings]
+    if report.error is not None:
+        rows.append(("error", report.error.message))
+        rows.append(("remedy", report.error.remedy))
+    return [row for row in rows if row[1]]
+
+
+def _downtime(report: Report, downtime_ms: float) -> str:
+    text = f"{downtime_ms:.0f} ms"
+    if report.clock is not None:
+        text += f" ± {report.clock.error_ms:.1f}"
+    if report.predicted_downtime_ms is not None:
+        text += f" (predicted {report.predicted_downtime_ms:.0f} ms)"
+    return text
+
+
+def _memory(report: Report) -> str:
+    rounds = "1 round" if len(report.rounds) == 1 else f"{len(report.rounds)} rounds"
+    text = (
+        f"{report.memory_bytes / MIB:.1f} MiB, {report.bytes_sent / MIB:.1f} MiB sent in {rounds}"
+    )
+    unchanged = sum(stats.unchanged_pages for stats in report.rounds)
+    zero = sum(stats.zero_pages for stats in report.rounds)
+    if unchanged or zero:
+        text += f" ({unchanged} pages unchanged, {zero} zero)"
+    return text

@@ -1,0 +1,333 @@
+"""The root file system: rsync through the session's own encrypted channel.
+
+rsync runs on both sides as a program; its bytes travel in a WebSocket of the session, so identity,
+encryption and authorisation are the session's. On the target rsync is a daemon for one connection
+with one module, the container's root, in a chroot of it: nothing that the source says becomes a path.
+
+    source: rsync ⇄ rsync_relay ⇄ unix socket ⇄ [this module] ⇄ WebSocket … ⇄ rsync --server --daemon
+
+The last pass may be *gated*: both sides are started and have shaken hands while the container still
+runs; the daemon's "OK" is withheld, so rsync looks at no file, until the container is frozen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import shlex
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aiohttp
+
+from migrate.errors import TransferFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from aiohttp import web
+
+    OpenChannel = Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]]
+
+CHUNK_BYTES = 256 * 1024
+# The text message that closes one direction, as a socket's shutdown does: rsync's daemon waits for it.
+END = "end"
+# rsync's own words on a failure are a few lines; more than this is not kept.
+RSYNC_STDERR_BYTES_MAX = 8 * 1024
+# After the last byte rsync only sets times and permissions of what it has written.
+END_DEADLINE_S = 10.0
+
+_FLAGS = ("-aHAXS", "--numeric-ids", "--delete")
+# What the daemon says when the module is open and the client may begin (rsync's clientserver.c).
+_MODULE_OPEN = b"@RSYNCD: OK\n"
+# rsync ends with 24 when files vanished while it ran: the next pass sees to it.
+_RSYNC_VANISHED = 24
+
+_DAEMON_CONF = """\
+use chroot = yes
+uid = 0
+gid = 0
+numeric ids = yes
+reverse lookup = no
+max connections = 8
+lock file = {lock}
+log file = {log}
+[rootfs]
+path = {path}
+read only = no
+write only = yes
+munge symlinks = no
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RootfsPass:
+    """One pass of rsync over the root file system."""
+
+    bytes_sent: int
+    duration_ms: float
+    ended_us: int
+
+
+class RootfsPassRun:
+    """A pass under way. `ready` is set when it waits at its gate, `release` opens the gate."""
+
+    def __init__(self, *, gated: bool) -> None:
+        self.ready = asyncio.Event()
+        self._gate = asyncio.Event()
+        self._gated = gated
+        if not gated:
+            self._gate.set()
+        self.bytes_sent = 0
+        self.task: asyncio.Task[RootfsPass] | None = None
+
+    async def wait_ready(self) -> None:
+        """Wait until the pass is at its gate; raises what ended it before."""
+        assert self.task is not None
+        ready = asyncio.create_task(self.ready.wait())
+        await asyncio.wait({ready, self.task}, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        if not self.ready.is_set():
+            await self.task
+
+    async def wait(self) -> RootfsPass:
+        """Wait for the end of the pass. Raises TransferFailed."""
+        assert self.task is not None
+        return await self.task
+
+    def cancel(self) -> None:
+        """End rsync and the pass."""
+        assert self.task is not None
+        self.task.cancel()
+
+    def release(self) -> None:
+        """Let rsync look at the files."""
+        self._gate.set()
+
+    async def pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        channel: aiohttp.ClientWebSocketResponse,
+    ) -> None:
+        """Carry bytes both ways until rsync or the target ends."""
+        # Which rsync ends first depends on its version; the other one hears of it by the end of its
+        # input, and ends soon after.
+        directions = {
+            asyncio.create_task(self._send(reader, channel)),
+            asyncio.create_task(self._receive(writer, channel)),
+        }
+        try:
+            await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+            async with asyncio.timeout(END_DEADLINE_S):
+                await asyncio.gather(*directions)
+        finally:
+            for direction in directions:
+                direction.cancel()
+            await asyncio.wait(directions)
+            await channel.close()
+            writer.close()
+
+    async def _send(
+        self, reader: asyncio.StreamReader, channel: aiohttp.ClientWebSocketResponse
+    ) -> None:
+        while data := await reader.read(CHUNK_BYTES):
+            self.bytes_sent += len(data)
+            await channel.send_bytes(data)
+        # The target's rsync may have ended first; whether all went well, ours knows.
+        with contextlib.suppress(ConnectionError):
+            await channel.send_str(END)
+
+    async def _receive(
+        self, writer: asyncio.StreamWriter, channel: aiohttp.ClientWebSocketResponse
+    ) -> None:
+        held = self._gated
+        async for message in channel:
+            if message.type is not aiohttp.WSMsgType.BINARY:
+                break
+            data: bytes = message.data
+            if held and _MODULE_OPEN in data:
+                greeting, opened, rest = data.partition(_MODULE_OPEN)
+                writer.write(greeting)
+                self.ready.set()
+                await self._gate.wait()
+                data, held = opened + rest, False
+            writer.write(data)
+            await writer.drain()
+        if not writer.is_closing():
+            writer.write_eof()
+
+
+class RootfsSource:
+    """Passes of rsync from `rootfs` into the session that `open_channel` leads to.
+
+    `work` is a directory of ours (0700) for the relay's sockets. Errors: TransferFailed.
+    """
+
+    def __init__(self, rootfs: Path, work: Path, open_channel: OpenChannel, host: str) -> None:
+        self._rootfs = rootfs
+        self._work = work
+        self._open_channel = open_channel
+        self._host = host
+        self._passes = 0
+
+    async def copy(self, deadline_s: float) -> RootfsPass:
+        """One pass while the container runs."""
+        run = self.start(gated=False)
+        assert run.task is not None
+        async with asyncio.timeout(deadline_s):
+            return await run.task
+
+    def start(self, *, gated: bool, files: Sequence[str] | None = None) -> RootfsPassRun:
+        """Begin a pass; with `files` only these (relative to the root), compared by content."""
+        self._passes += 1
+        run = RootfsPassRun(gated=gated)
+        run.task = asyncio.create_task(self._pass(run, self._passes, files))
+        return run
+
+    async def _pass(
+        self, run: RootfsPassRun, number: int, files: Sequence[str] | None
+    ) -> RootfsPass:
+        started_us = time.monotonic_ns() // 1000
+        socket_path = self._work / f"rsync-{number}.sock"
+        carried: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                async with asyncio.timeout(30):
+                    channel = await self._open_channel()
+                await run.pump(reader, writer, channel)
+            except (OSError, aiohttp.ClientError, TimeoutError) as error:
+                carried.set_exception(error)
+            else:
+                carried.set_result(None)
+            finally:
+                writer.close()
+
+        server = await asyncio.start_unix_server(on_connect, socket_path, limit=CHUNK_BYTES)
+        try:
+            await self._rsync(socket_path, files)
+            await carried
+        except (OSError, aiohttp.ClientError) as error:
+            raise TransferFailed(
+                f"the channel of the root file system broke: {error}",
+                host=self._host,
+                phase="rootfs",
+            ) from error
+        finally:
+            if carried.done():
+                carried.exception()
+            server.close()
+            socket_path.unlink(missing_ok=True)
+        ended_us = time.monotonic_ns() // 1000
+        return RootfsPass(run.bytes_sent, (ended_us - started_us) / 1000, ended_us)
+
+    async def _rsync(self, socket_path: Path, files: Sequence[str] | None) -> None:
+        relay = Path(__file__).with_name("rsync_relay.py")
+        shell = shlex.join([sys.executable, "-ISE", str(relay), str(socket_path)])
+        command = ["rsync", *_FLAGS, "-e", shell]
+        if files is not None:
+            command = ["rsync", "-aHAXS", "--numeric-ids", "-I", "--from0", "--files-from=-"]
+            command += ["-e", shell]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            f"{self._rootfs}/",
+            "target::rootfs/",
+            stdin=asyncio.subprocess.PIPE if files is not None else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        listing = None if files is None else b"\0".join(name.encode() for name in files)
+        try:
+            _, stderr = await process.communicate(listing)
+        except asyncio.CancelledError:
+            process.kill()
+            await process.wait()
+            raise
+        if process.returncode not in (0, _RSYNC_VANISHED):
+            words = stderr[-RSYNC_STDERR_BYTES_MAX:].decode("utf-8", "replace").strip()
+            raise TransferFailed(
+                f"rsync of the root file system ended with {process.returncode}: {words}",
+                host=self._host,
+                phase="rootfs",
+                remedy="look at the target's free space and at what rsync says above",
+            )
+
+
+async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) -> None:
+    """The target's end of one pass: an rsync daemon for this one connection, chrooted to `rootfs`."""
+    work.mkdir(mode=0o700, exist_ok=True)
+    conf = work / "rsyncd.conf"
+    conf.write_text(
+        _DAEMON_CONF.format(path=rootfs, log=work / "rsyncd.log", lock=work / "rsyncd.lock")
+    )
+    ours, theirs = socket.socketpair()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            "rsync",
+            "--server",
+            "--daemon",
+            f"--config={conf}",
+            ".",
+            stdin=theirs.fileno(),
+            stdout=theirs.fileno(),
+            stderr=asyncio.subprocess.DEVNULL,
+            cwd="/",
+        )
+    finally:
+        theirs.close()
+    reader, writer = await asyncio.open_connection(sock=ours, limit=CHUNK_BYTES)
+
+    async def answers() -> None:
+        while data := await reader.read(CHUNK_BYTES):
+            await channel.send_bytes(data)
+        await channel.close()
+
+    answering = asyncio.create_task(answers())
+    try:
+        async for message in channel:
+            if message.type is aiohttp.WSMsgType.TEXT:
+                writer.write_eof()
+                continue
+            writer.write(message.data)
+            await writer.drain()
+    except ConnectionError:
+        # rsync ended first (an error it has told the other side already).
+        pass
+    finally:
+        writer.close()
+        answering.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+            await answering
+        await _end(process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Give rsync the time to end by itself: it sets directories' times after the last byte."""
+    try:
+        async with asyncio.timeout(END_DEADLINE_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+_SHARED_MAPPING = re.compile(rb"^\S+ .w.s \S+ \S+ (?!0 )\d+ +(/.*)$", re.MULTILINE)
+
+
+def shared_file_mappings(maps: bytes) -> set[str]:
+    """Files that a task maps shared and writable, of the text of its /proc/PID/maps.
+
+    Writing to such a mapping changes a file's time only at the first write after a write-back
+    (`page_mkwrite`), so size and time do not tell rsync that it changed.
+    """
+    return {
+        path.decode("utf-8", "surrogateescape")
+        for path in _SHARED_MAPPING.findall(maps)
+        if not path.endswith(b" (deleted)")
+    }

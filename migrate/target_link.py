@@ -1,0 +1,152 @@
+"""The source's end of the control channel: HTTP and WebSockets to the target's agent, over mutual TLS.
+
+Knows how to reach the agent and to carry messages; what they mean is the coordinator's matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import aiohttp
+
+from migrate import config
+from migrate.core import messages
+from migrate.core.clock_relation import PingSample
+from migrate.errors import MigrateError, ProtocolError, SessionRefused, Unreachable
+from migrate.rootfs import CHUNK_BYTES
+from transport import tls
+from transport.errors import TransportError
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import AsyncIterator, Iterator
+
+    from migrate.core.messages import OpenSession, SourceMessage, TargetMessage
+
+# Samples of the two hosts' clocks; the best round trip of them counts.
+PINGS = 16
+HEARTBEAT_S = 10.0
+
+
+class TargetLink:
+    """One migration's way to the agent of `host`. Close it; one event loop."""
+
+    def __init__(self, host: str, port: int, paths: config.HostPaths) -> None:
+        self.host = host
+        self._port = port
+        identity = tls.TlsPaths(paths.tls.ca, paths.tls.certificate, paths.tls.key)
+        try:
+            self.context: ssl.SSLContext = tls.client_context(identity)
+        except TransportError as error:
+            raise MigrateError(
+                str(error),
+                phase="preflight",
+                remedy=f"this host needs an identity in {paths.tls.ca.parent}",
+            ) from error
+        self._http: aiohttp.ClientSession | None = None
+        self._control: aiohttp.ClientWebSocketResponse | None = None
+        self.opened: messages.SessionOpened | None = None
+        self._pongs: asyncio.Queue[messages.Pong] = asyncio.Queue()
+
+    async def open_session(self, request: OpenSession) -> messages.SessionOpened:
+        """Ask for a session. Raises SessionRefused, Unreachable, ProtocolError."""
+        with self._errors():
+            async with self._client().post(
+                self._url("/v1/sessions"), data=messages.encode(request)
+            ) as response:
+                body = await response.content.read(messages.MAX_MESSAGE_BYTES + 1)
+        answer = messages.decode_from_target(body)
+        match answer:
+            case messages.SessionOpened():
+                self.opened = answer
+                return answer
+            case messages.Refused(refusals=refusals):
+                raise SessionRefused(
+                    [(one.code, one.message, one.remedy) for one in refusals], host=self.host
+                )
+            case _:
+                raise ProtocolError(f"{self.host} answered {type(answer).__name__}", host=self.host)
+
+    async def connect(self) -> None:
+        """Open the control channel of the session, or open it again."""
+        if self._control is not None:
+            await self._control.close()
+        with self._errors():
+            self._control = await self._client().ws_connect(
+                self._session_url("control"),
+                heartbeat=HEARTBEAT_S,
+                compress=0,
+                max_msg_size=messages.MAX_MESSAGE_BYTES,
+            )
+
+    async def rootfs_channel(self) -> aiohttp.ClientWebSocketResponse:
+        """A channel for one pass of rsync."""
+        return await self._client().ws_connect(
+            self._session_url("rootfs"), compress=0, max_msg_size=4 * CHUNK_BYTES
+        )
+
+    async def tell(self, message: SourceMessage) -> None:
+        """Send a message; raises Unreachable when the channel is down."""
+        if self._control is None or self._control.closed:
+            raise Unreachable(f"the control channel to {self.host} is down", host=self.host)
+        with self._errors():
+            await self._control.send_str(messages.encode(message).decode())
+
+    async def listen(self) -> AsyncIterator[TargetMessage]:
+        """Messages of the target until the channel ends; answers to pings are kept apart."""
+        assert self._control is not None
+        async for frame in self._control:
+            if frame.type is not aiohttp.WSMsgType.TEXT:
+                continue
+            message = messages.decode_from_target(frame.data)
+            if isinstance(message, messages.Pong):
+                self._pongs.put_nowait(message)
+            else:
+                yield message
+
+    async def ping(self) -> list[PingSample]:
+        """Samples of the two clocks; needs somebody in `listen`."""
+        samples = []
+        for _ in range(PINGS):
+            sent_us = time.monotonic_ns() // 1000
+            await self.tell(messages.Ping(sent_us))
+            async with asyncio.timeout(config.CONNECT_DEADLINE_S):
+                pong = await self._pongs.get()
+            samples.append(PingSample(sent_us, pong.now_us, time.monotonic_ns() // 1000))
+        return samples
+
+    async def close(self) -> None:
+        """Close everything. Idempotent."""
+        if self._control is not None:
+            await self._control.close()
+        if self._http is not None:
+            await self._http.close()
+            self._http = None
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            connector = aiohttp.TCPConnector(ssl=self.context)
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.CONNECT_DEADLINE_S)
+            self._http = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        return self._http
+
+    def _url(self, path: str) -> str:
+        return f"https://{self.host}:{self._port}{path}"
+
+    def _session_url(self, channel: str) -> str:
+        assert self.opened is not None
+        return self._url(f"/v1/sessions/{self.opened.session_id}/{channel}")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unreachable(
+                f"the agent of {self.host} does not answer on port {self._port}: {error}",
+                host=self.host,
+                remedy=f"is `migrate agent` running on {self.host}, and is the port reachable?",
+            ) from error

@@ -1,0 +1,49 @@
+"""Where the lab looks for cgroup2, and for what setup made."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench.lab import paths
+from bench.lab.errors import LabError
+
+ROOT = "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n"
+V1 = "30 28 0:26 / /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory\n"
+HYBRID = "31 28 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:10 - cgroup2 cgroup2 rw\n"
+PURE = "28 24 0:25 / /sys/fs/cgroup rw,nosuid,nodev - cgroup2 cgroup2 rw,nsdelegate\n"
+
+
+@pytest.mark.parametrize(
+    ("mountinfo", "place"),
+    [(ROOT + V1 + HYBRID, "/sys/fs/cgroup/unified"), (ROOT + PURE, "/sys/fs/cgroup")],
+)
+def test_cgroup2_is_found_alone_and_beside_v1(mountinfo: str, place: str) -> None:
+    assert paths.find_cgroup2(mountinfo) == Path(place)
+
+
+def test_a_machine_without_cgroup2_is_told_so() -> None:
+    with pytest.raises(LabError, match="no cgroup2"):
+        paths.find_cgroup2(ROOT + V1)
+
+
+def test_setup_and_the_lab_agree_on_the_roots_key() -> None:
+    """The key is computed twice, in shell and here; a missing root is reported by its path."""
+    script = "cat bench/lab/root/{build,packages,packages-sid} | sha256sum | cut -c1-16"
+    command = ["bash", "-c", script]
+    key = subprocess.run(
+        command, cwd=paths.PROJECT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    setup = (paths.PROJECT / "scripts" / "setup").read_text()
+    assert script in setup
+    assert paths.root_path() == paths.CACHE / f"root-{key}"
+
+
+def test_a_root_that_setup_has_not_made_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    with pytest.raises(LabError, match="run scripts/setup"):
+        paths.root_path()

@@ -1,0 +1,145 @@
+"""rsync through a WebSocket, with the real rsync on both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from migrate.errors import TransferFailed
+from migrate.rootfs import RootfsSource, serve_rsync, shared_file_mappings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the daemon's chroot needs root")
+
+
+class Pair:
+    """A source directory, a target directory, and a way between them."""
+
+    def __init__(self, base: Path, session: aiohttp.ClientSession, url: str) -> None:
+        self.source = base / "source"
+        self.target = base / "target"
+        self.work = base / "work"
+        self.copier = RootfsSource(
+            self.source, self.work, lambda: session.ws_connect(url, compress=0), "A"
+        )
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
+    async def rootfs(request: web.Request) -> web.WebSocketResponse:
+        channel = web.WebSocketResponse(compress=False)
+        await channel.prepare(request)
+        await serve_rsync(channel, tmp_path / "target", tmp_path / "target-work")
+        return channel
+
+    app = web.Application()
+    app.router.add_get("/rootfs", rootfs)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    for name in ("source", "target", "work"):
+        (tmp_path / name).mkdir()
+    async with aiohttp.ClientSession() as session:
+        yield Pair(tmp_path, session, f"http://127.0.0.1:{port}/rootfs")
+    await runner.cleanup()
+
+
+def tree(top: Path) -> dict[str, tuple[object, ...]]:
+    """Everything that a container could notice of a tree."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in sorted(top.rglob("*")):
+        status = path.lstat()
+        content: object = None
+        if path.is_symlink():
+            content = os.readlink(path)
+        elif path.is_file():
+            content = path.read_bytes()
+        xattrs = () if path.is_symlink() else tuple(sorted(os.listxattr(path)))
+        # rsync keeps the times of files only: those of devices, and of directories that it makes hard
+        # links in, become the present.
+        mtime_ns = status.st_mtime_ns if path.is_file() and not path.is_symlink() else 0
+        key = str(path.relative_to(top))
+        facts = (status.st_mode, status.st_uid, status.st_gid, status.st_nlink, mtime_ns)
+        found[key] = (*facts, content, xattrs)
+    return found
+
+
+def populate(top: Path) -> None:
+    (top / "etc").mkdir()
+    (top / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\n")
+    os.link(top / "etc/passwd", top / "etc/passwd-")
+    (top / "link").symlink_to("/etc/passwd")
+    (top / "escape").symlink_to("../../../../etc")
+    with (top / "sparse").open("wb") as file:
+        file.truncate(8 << 20)
+        file.seek(5 << 20)
+        file.write(os.urandom(70_000))
+    os.setxattr(top / "sparse", "user.dolly", b"1")
+    os.mkfifo(top / "fifo")
+    os.mknod(top / "null", 0o020666, os.makedev(1, 3))
+    (top / "setuid").write_text("x")
+    os.chown(top / "setuid", 1234, 5678)
+    (top / "setuid").chmod(0o4755)
+
+
+async def test_a_pass_makes_both_trees_equal(pair: Pair) -> None:
+    populate(pair.source)
+    (pair.target / "left-from-before").write_text("x")
+    done = await pair.copier.copy(60)
+    assert tree(pair.target) == tree(pair.source)
+    assert done.bytes_sent > 70_000
+    assert (pair.target / "sparse").stat().st_blocks == (pair.source / "sparse").stat().st_blocks
+
+
+async def test_a_gated_pass_sees_what_was_written_before_its_release(pair: Pair) -> None:
+    populate(pair.source)
+    await pair.copier.copy(60)
+    run = pair.copier.start(gated=True)
+    async with asyncio.timeout(30):
+        await run.ready.wait()
+    before = tree(pair.target)
+    (pair.source / "log").write_text("written while the pass waits\n")
+    (pair.source / "etc/passwd-").unlink()
+    assert tree(pair.target) == before
+    run.release()
+    assert run.task is not None
+    await run.task
+    assert tree(pair.target) == tree(pair.source)
+
+
+async def test_listed_files_are_compared_by_content(pair: Pair) -> None:
+    """A write through a mapping may leave size and time as they were."""
+    data = pair.source / "mapped"
+    data.write_bytes(b"a" * 8192)
+    await pair.copier.copy(60)
+    times = data.stat()
+    data.write_bytes(b"b" * 8192)
+    os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
+    await pair.copier.copy(60)
+    assert (pair.target / "mapped").read_bytes() == b"a" * 8192
+    run = pair.copier.start(gated=False, files=["mapped"])
+    assert run.task is not None
+    await run.task
+    assert (pair.target / "mapped").read_bytes() == b"b" * 8192
+
+
+async def test_a_failing_daemon_is_reported_with_rsyncs_words(pair: Pair) -> None:
+    populate(pair.source)
+    pair.target.rmdir()
+    with pytest.raises(TransferFailed, match=r"rsync of the root file system ended with \d+"):
+        await pair.copier.copy(60)
+
+
+def test_shared_writable_file_mappings_are_found() -> None:
+    maps = Path("tests/migrate/data/maps-shared.txt").read_bytes()
+    assert shared_file_mappings(maps) == {"/var/db/data.mdb", "/srv/with space"}

@@ -1,0 +1,1 @@
+"""Moving bytes between two hosts: frames, compression, TLS streams. Knows nothing of CRIU."""

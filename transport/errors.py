@@ -1,0 +1,83 @@
+"""The errors of this package: one sentence for each class says when it is raised.
+
+Library errors (`ssl`, `OSError`, `zstandard`) are translated into these, `from` the original.
+Whoever calls this package needs to catch `TransportError` only.
+"""
+
+from __future__ import annotations
+
+
+class TransportError(Exception):
+    """Memory or files could not be moved between the two hosts."""
+
+
+class FrameError(TransportError):
+    """The peer sent bytes that are not a frame of this protocol."""
+
+
+class FrameTooLargeError(FrameError):
+    """A length in a frame exceeds its limit; nothing was allocated for it."""
+
+
+class FrameMalformedError(FrameError):
+    """A frame's fields contradict each other, its own size, or the protocol's rules."""
+
+
+class FrameCorruptError(FrameError):
+    """A frame's checksum does not match its content."""
+
+
+class FrameUndecodableError(FrameError):
+    """A frame's compressed body does not decompress to exactly the size that it declares."""
+
+
+class FrameOutOfOrderError(FrameError):
+    """A frame's sequence number or round is not the one that may follow what was applied."""
+
+
+class TlsError(TransportError):
+    """An encrypted connection could not be set up."""
+
+
+class PeerNotTrustedError(TlsError):
+    """One side's certificate is missing or was not issued by the authority that the other
+    trusts."""
+
+
+class CertificateExpiredError(TlsError):
+    """One side's certificate is expired or not yet valid."""
+
+
+class PeerNameMismatchError(TlsError):
+    """The certificate is good, but belongs to another host than the one that was called."""
+
+
+class StreamBrokenError(TransportError):
+    """The connection of a stream was lost, or stood still beyond its deadline; it may be
+    reopened."""
+
+
+class StreamRefusedError(TransportError):
+    """The target answered the stream's greeting with a refusal that will not change by asking
+    again."""
+
+
+class StreamBusyError(TransportError):
+    """The target cannot take the stream right now; it may be asked again."""
+
+
+class TargetFailedError(TransportError):
+    """The target received a frame and could not store it, or found it wrong."""
+
+
+class SourceFailedError(TransportError):
+    """The source could not read the memory or the file that was to be sent."""
+
+
+class AbortedError(TransportError):
+    """The transfer was ended on this side by `abort()` or `close()`."""
+
+
+class TableFullError(TransportError):
+    """The container's memory spreads over more address space than the source can keep account
+    of."""

@@ -1,0 +1,270 @@
+"""The sending end of one stream: a connection that is reopened when it breaks, and nothing gets
+lost.
+
+Knows TLS sockets, greetings and answers; does not know pages, files or compression. One thread uses
+a stream, only `cut` may be called from any. Frames are written with blocking calls and answers are
+read in between, as far as they have arrived; only when the window is full is one waited for.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transport import tls
+from transport.core.connection import Outbox
+from transport.core.frames import (
+    ANSWER_BYTES,
+    Answer,
+    Hello,
+    Status,
+    StreamKind,
+    encode_hello,
+    parse_answer,
+)
+from transport.errors import (
+    AbortedError,
+    StreamBrokenError,
+    StreamBusyError,
+    StreamRefusedError,
+    TargetFailedError,
+    TransportError,
+)
+
+if TYPE_CHECKING:
+    import ssl
+    import threading
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from transport.core.frames import Data
+
+STALL_DEADLINE_S = 30.0
+"""For 1 MiB to leave, or an answer to come: slower than 35 kB/s no migration ends, so it has
+stopped."""
+REOPEN_DELAYS_S = (0.0, 0.1, 0.3, 1.0, 2.0)
+"""Pauses before each attempt to reopen a stream; it starts anew when an attempt got frames
+across."""
+JOIN_BYTES = 16 << 10
+"""Parts that fit together into one TLS record are sent as one."""
+
+
+def reopenable(error: TransportError) -> bool:
+    """Whether a new connection may help: the link's fault, not the peer's decision."""
+    return isinstance(error, (StreamBrokenError, StreamBusyError))
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What the target will hold when a frame is applied; see `PageHashes.commit`."""
+
+    places: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class OutFrame:
+    """A frame ready to be sent, and sent again. `buffer` is what to give back once it is
+    applied."""
+
+    sequence: int
+    parts: tuple[Data, ...]
+    delivery: Delivery | None = None
+    buffer: object | None = None
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(map(len, self.parts))
+
+
+class OutStream:
+    """Stream `index` of the session of `ticket`.
+
+    `open_stream` connects to the target, TLS done, greeting not. `stopped` is set before `cut` is
+    called to end the transfer. `applied` is called for every frame that the target has
+    acknowledged, in order.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        ticket: bytes,
+        open_stream: Callable[[int], ssl.SSLSocket],
+        stopped: threading.Event,
+        applied: Callable[[OutFrame], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._index = index
+        self._hello = encode_hello(Hello(StreamKind.PAGES, index, ticket))
+        self._open_stream = open_stream
+        self._stopped = stopped
+        self._applied = applied
+        self._clock = clock
+        self._outbox: Outbox[OutFrame] = Outbox()
+        self._socket: ssl.SSLSocket | None = None
+        self._poll = select.poll()
+        self._answer = memoryview(bytearray(ANSWER_BYTES))
+        self.bytes_sent = 0
+        self.opened = 0
+
+    def ensure_open(self) -> None:
+        """Open the stream if it is not, or was closed by the other side while it was idle."""
+        if self._socket is not None and not self._outbox.pending and self._readable(self._socket):
+            self._close_socket()  # Nothing is expected: whatever comes now is an end.
+        if self._socket is None:
+            self._reopen(None)
+
+    def next_sequence(self) -> int:
+        """The number for the next frame. The stream is open afterwards, if it was new."""
+        if self.opened == 0:
+            self._reopen(None)
+        return self._outbox.next_sequence
+
+    def send(self, frame: OutFrame) -> float:
+        """Send the frame when the window has room; returns the seconds spent. Raises
+        TransportError."""
+        before_s = self._clock()
+        while not self._outbox.room_for(frame.kept_bytes):
+            self.await_answer()
+        self._outbox.add(frame)
+        try:
+            self._transmit(frame)
+            self._take_answers()
+        except StreamBrokenError as error:
+            self._reopen(error)
+        return self._clock() - before_s
+
+    def await_answer(self) -> None:
+        """Wait until the oldest frame is acknowledged."""
+        before = self._outbox.pending
+        while self._outbox.pending >= before > 0:
+            try:
+                self._take_answer(self._connected())
+            except StreamBrokenError as error:
+                self._reopen(error)
+
+    def drain(self) -> None:
+        """Wait until every frame is acknowledged."""
+        while self._outbox.pending:
+            self.await_answer()
+
+    def cut(self) -> None:
+        """End whatever the stream is doing, from any thread."""
+        stream = self._socket
+        if stream is not None:
+            tls.cut(stream)
+
+    def close(self) -> None:
+        self._close_socket()
+
+    def _transmit(self, frame: OutFrame) -> None:
+        stream = self._connected()
+        with self._link_errors():
+            if len(frame.parts) > 1 and frame.kept_bytes <= JOIN_BYTES:
+                stream.sendall(b"".join(frame.parts))
+            else:
+                for part in frame.parts:
+                    stream.sendall(part)
+        self.bytes_sent += frame.kept_bytes
+
+    def _take_answers(self) -> None:
+        """Every answer that has arrived."""
+        stream = self._connected()
+        while self._outbox.pending and self._readable(stream):
+            self._take_answer(stream)
+
+    def _take_answer(self, stream: ssl.SSLSocket) -> None:
+        with self._link_errors():
+            answer = self._read_answer(stream)
+        if answer.status != Status.APPLIED:
+            raise _refusal(answer.status, self._index)
+        self._applied(self._outbox.acknowledged(answer.sequence))
+
+    def _readable(self, stream: ssl.SSLSocket) -> bool:
+        return stream.pending() > 0 or bool(self._poll.poll(0))
+
+    def _read_answer(self, stream: ssl.SSLSocket) -> Answer:
+        filled = 0
+        while filled < ANSWER_BYTES:
+            count = stream.recv_into(self._answer[filled:])
+            if count == 0:
+                raise StreamBrokenError(f"the target closed stream {self._index}")
+            filled += count
+        return parse_answer(self._answer)
+
+    def _reopen(self, cause: TransportError | None) -> None:
+        """Connect, greet, and send again what the target does not have. Raises TransportError."""
+        delays_s = iter(REOPEN_DELAYS_S)
+        while (delay_s := next(delays_s, None)) is not None:
+            self._close_socket()
+            if self._stopped.wait(delay_s):
+                raise AbortedError("the transfer was aborted")
+            before = self._outbox.pending
+            try:
+                self._open()
+            except TransportError as error:
+                if self._stopped.is_set() or not reopenable(error):
+                    raise
+                cause = error
+                if self._outbox.pending < before:
+                    delays_s = iter(REOPEN_DELAYS_S)
+            else:
+                return
+        raise StreamBrokenError(f"stream {self._index} cannot be reopened: {cause}") from cause
+
+    def _open(self) -> None:
+        try:
+            stream = self._open_stream(self._index)
+        except OSError as error:
+            raise StreamBrokenError(f"stream {self._index} cannot be opened: {error}") from error
+        self._socket = stream
+        if self._stopped.is_set():  # `cut` may have come before there was something to cut
+            raise AbortedError("the transfer was aborted")
+        stream.settimeout(STALL_DEADLINE_S)
+        self._poll = select.poll()
+        self._poll.register(stream, select.POLLIN)
+        with tls.handshake_errors("the target"):
+            stream.sendall(self._hello)
+            answer = self._read_answer(stream)
+        if answer.status != Status.ACCEPTED:
+            raise _refusal(answer.status, self._index)
+        self.opened += 1
+        done, again = self._outbox.resume(answer.sequence)
+        for frame in done:
+            self._applied(frame)
+        for frame in again:
+            self._transmit(frame)
+            self._take_answers()
+
+    def _connected(self) -> ssl.SSLSocket:
+        if self._socket is None:
+            raise StreamBrokenError(f"stream {self._index} is not connected")
+        return self._socket
+
+    def _close_socket(self) -> None:
+        stream, self._socket = self._socket, None
+        if stream is not None:
+            stream.close()
+
+    @contextmanager
+    def _link_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # ssl.SSLError and timeouts are OSErrors
+            if self._stopped.is_set():
+                raise AbortedError("the transfer was aborted") from error
+            raise StreamBrokenError(f"stream {self._index} broke: {error}") from error
+
+
+def _refusal(status: Status, index: int) -> TransportError:
+    if status == Status.BUSY:
+        return StreamBusyError(f"the target has no room for stream {index} now")
+    if status in (Status.SINK_FAILED, Status.BAD_FRAME):
+        return TargetFailedError(f"the target failed on stream {index}: {status.name}")
+    return StreamRefusedError(f"the target refused stream {index}: {status.name}")
