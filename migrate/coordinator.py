@@ -424,12 +424,12 @@ class Coordinator:
     # --- while it stands still ---
 
     async def _freeze_and_dump(self) -> E:
-        assert self._freezing is not None
-        assert self._memory is not None
         assert self._prepared_here is not None
-        assert self._final_rootfs is not None
         async with asyncio.timeout(config.PREPARE_DEADLINE_S):
             await asyncio.shield(self._prepared_here)
+        assert self._freezing is not None
+        assert self._memory is not None
+        assert self._final_rootfs is not None
         self._observer.tell(progress.Phase("freeze"))
         self._marks |= await self._freezing.freeze()
         self._final_rootfs.release()

@@ -50,7 +50,8 @@ def up(
 def down(name: str, every: bool) -> None:
     """End a lab; nothing of it is left."""
     for each in labs.names() if every else [name]:
-        labs.take_down(each)
+        found = labs.take_down(each)
+        click.echo(f"lab {each} is down" if found else f"lab {each} was not up")
 
 
 @main.command("list")

@@ -268,9 +268,10 @@ def names() -> list[str]:
     return sorted(path.name for path in paths.STATE_BASE.iterdir() if remains.is_alive(path))
 
 
-def take_down(name: str) -> None:
-    """Ends a lab, whoever started it, and waits until nothing of it is left."""
+def take_down(name: str) -> bool:
+    """Ends a lab, whoever started it, and waits until nothing of it is left; False: none there."""
     state = paths.state_path(check_name("lab", name))
+    found = state.is_dir()
     pid = int((state / remains.LOCK).read_text() or 0) if remains.is_alive(state) else 0
     if pid:
         with contextlib.suppress(ProcessLookupError):
@@ -285,6 +286,7 @@ def take_down(name: str) -> None:
                 os.close(keeper_fd)
     with remains.sweeping():
         remains.sweep()
+    return found
 
 
 def _read_answer(answers: IO[bytes]) -> dict[str, Any]:

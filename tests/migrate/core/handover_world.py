@@ -14,7 +14,6 @@ Names are plain strings here, since hashing an Enum's members costs most of the 
 
 from __future__ import annotations
 
-import gc
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -548,14 +547,6 @@ class Search:
 
     def run(self) -> None:
         """Breadth first, so that the way to a violation is a shortest one. Raises `Violation`."""
-        # Nothing here is ever garbage, and looking for it would take half of the time.
-        gc.disable()
-        try:
-            self._run()
-        finally:
-            gc.enable()
-
-    def _run(self) -> None:
         number = 0
         while number < len(self.worlds):
             world = self.worlds[number]
