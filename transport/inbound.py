@@ -31,7 +31,7 @@ from transport.core.frames import (
     parse_runs,
     verify,
 )
-from transport.errors import StreamBrokenError, TargetFailedError
+from transport.errors import StreamBrokenError, TargetFailedError, TransportError
 
 if TYPE_CHECKING:
     import ssl
@@ -68,7 +68,7 @@ class Session:
 
     rounds: Rounds = field(default_factory=Rounds)
     inboxes: dict[int, Inbox] = field(default_factory=dict)
-    failure: Status | None = None
+    failure: TransportError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def inbox(self, stream: int) -> Inbox:

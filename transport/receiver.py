@@ -224,7 +224,7 @@ class DataListener:
         hello = self._greeting(stream)
         try:
             session, sink = self._admit(connection, hello)
-        except (StreamRefusedError, StreamBusyError, TargetFailedError) as error:
+        except TransportError as error:
             send_answer(stream, _status_of(error), 0)
             raise
         inbox = session.inbox(hello.stream)
@@ -240,8 +240,8 @@ class DataListener:
         try:
             inbound.run()
         except (FrameError, TargetFailedError) as error:
-            session.failure = _status_of(error)
-            send_answer(stream, session.failure, inbox.applied)
+            session.failure = error
+            send_answer(stream, _status_of(error), inbox.applied)
             raise
         self._log.debug(
             "stream ended", peer=connection.peer, stream=hello.stream, frames=inbound.frames
@@ -290,7 +290,7 @@ class DataListener:
                 raise StreamBusyError(f"there are {self._streams_max} streams already")
             session = self._session(hello.ticket)
             if session.failure is not None:
-                raise TargetFailedError("the session has failed before")
+                raise type(session.failure)(f"the session failed before: {session.failure}")
             connection.session = session
             return session, sink
 

@@ -67,7 +67,8 @@ def talk(port: int, context: ssl.SSLContext, name: str = NAME) -> ssl.SSLSocket:
     try:
         with tls.handshake_errors(name):
             stream.sendall(b"x")
-            assert stream.recv(1) == b"x"
+            if stream.recv(1) != b"x":
+                raise StreamBrokenError("the server left without a word")
     except BaseException:
         stream.close()
         raise
