@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 PAGE_BYTES: Final = 4096
-# First address that user space cannot have on x86-64 with four page-table levels.
-USER_SPACE_END: Final = 0x7FFF_FFFF_F000
 # uio(7): iovecs that one readv-like call may be given; the kernel's UIO_MAXIOV.
 IOV_MAX: Final = 1024
 
@@ -33,22 +31,8 @@ UFFD_USER_MODE_ONLY: Final = 1
 UFFD_API: Final = 0xAA
 
 UFFD_FEATURE_PAGEFAULT_FLAG_WP: Final = 1 << 0
-UFFD_FEATURE_EVENT_FORK: Final = 1 << 1
-UFFD_FEATURE_EVENT_REMAP: Final = 1 << 2
-UFFD_FEATURE_EVENT_REMOVE: Final = 1 << 3
-UFFD_FEATURE_MISSING_HUGETLBFS: Final = 1 << 4
-UFFD_FEATURE_MISSING_SHMEM: Final = 1 << 5
-UFFD_FEATURE_EVENT_UNMAP: Final = 1 << 6
-UFFD_FEATURE_SIGBUS: Final = 1 << 7
-UFFD_FEATURE_THREAD_ID: Final = 1 << 8
-UFFD_FEATURE_MINOR_HUGETLBFS: Final = 1 << 9
-UFFD_FEATURE_MINOR_SHMEM: Final = 1 << 10
-UFFD_FEATURE_EXACT_ADDRESS: Final = 1 << 11
-UFFD_FEATURE_WP_HUGETLBFS_SHMEM: Final = 1 << 12
 UFFD_FEATURE_WP_UNPOPULATED: Final = 1 << 13
-UFFD_FEATURE_POISON: Final = 1 << 14
 UFFD_FEATURE_WP_ASYNC: Final = 1 << 15
-UFFD_FEATURE_MOVE: Final = 1 << 16
 
 # uffd_msg.event; a message has UFFD_MSG_BYTES, the event is its first byte.
 UFFD_MSG_BYTES: Final = 32
@@ -58,20 +42,8 @@ UFFD_EVENT_REMAP: Final = 0x14
 UFFD_EVENT_REMOVE: Final = 0x15
 UFFD_EVENT_UNMAP: Final = 0x16
 
-# uffd_msg.arg.pagefault.flags
-UFFD_PAGEFAULT_FLAG_WRITE: Final = 1 << 0
-UFFD_PAGEFAULT_FLAG_WP: Final = 1 << 1
-UFFD_PAGEFAULT_FLAG_MINOR: Final = 1 << 2
-
-UFFDIO_REGISTER_MODE_MISSING: Final = 1 << 0
 UFFDIO_REGISTER_MODE_WP: Final = 1 << 1
-UFFDIO_REGISTER_MODE_MINOR: Final = 1 << 2
 
-UFFDIO_COPY_MODE_DONTWAKE: Final = 1 << 0
-UFFDIO_COPY_MODE_WP: Final = 1 << 1
-UFFDIO_ZEROPAGE_MODE_DONTWAKE: Final = 1 << 0
-UFFDIO_WRITEPROTECT_MODE_WP: Final = 1 << 0
-UFFDIO_WRITEPROTECT_MODE_DONTWAKE: Final = 1 << 1
 
 # -- kcmp(2): "the same memory?" --
 KCMP_VM: Final = 1
@@ -80,14 +52,10 @@ KCMP_VM: Final = 1
 PM_SCAN_WP_MATCHING: Final = 1 << 0
 PM_SCAN_CHECK_WPASYNC: Final = 1 << 1
 
-PAGE_IS_WPALLOWED: Final = 1 << 0
 PAGE_IS_WRITTEN: Final = 1 << 1
-PAGE_IS_FILE: Final = 1 << 2
 PAGE_IS_PRESENT: Final = 1 << 3
 PAGE_IS_SWAPPED: Final = 1 << 4
 PAGE_IS_PFNZERO: Final = 1 << 5
-PAGE_IS_HUGE: Final = 1 << 6
-PAGE_IS_SOFT_DIRTY: Final = 1 << 7
 # Linux >= 6.15; EINVAL before.
 PAGE_IS_GUARD: Final = 1 << 8
 
@@ -142,16 +110,6 @@ class UffdioZeropage(ctypes.Structure):
     )
 
 
-class UffdioWriteprotect(ctypes.Structure):
-    """struct uffdio_writeprotect"""
-
-    _fields_ = (
-        ("start", ctypes.c_uint64),
-        ("len", ctypes.c_uint64),
-        ("mode", ctypes.c_uint64),
-    )
-
-
 class PmScanArg(ctypes.Structure):
     """struct pm_scan_arg; `vec` is the address of `vec_len` regions of three u64 each:
     start, end, categories."""
@@ -194,7 +152,6 @@ UFFDIO_UNREGISTER: Final = _ior(UFFD_API, 0x01, UffdioRange)
 UFFDIO_WAKE: Final = _ior(UFFD_API, 0x02, UffdioRange)
 UFFDIO_COPY: Final = _iowr(UFFD_API, 0x03, UffdioCopy)
 UFFDIO_ZEROPAGE: Final = _iowr(UFFD_API, 0x04, UffdioZeropage)
-UFFDIO_WRITEPROTECT: Final = _iowr(UFFD_API, 0x06, UffdioWriteprotect)
 PAGEMAP_SCAN: Final = _iowr(ord("f"), 16, PmScanArg)
 
 
@@ -228,14 +185,6 @@ def ioctl(fd: int, request: int, argument: ctypes.Structure) -> int:
     if result < 0:
         raise _failure("ioctl")
     return result
-
-
-def userfaultfd(flags: int) -> int:
-    """userfaultfd(2) for the calling process. Returns a file descriptor."""
-    fd = int(_libc.syscall(SYS_USERFAULTFD, flags))
-    if fd < 0:
-        raise _failure("userfaultfd")
-    return fd
 
 
 def pidfd_getfd(pidfd: int, target_fd: int) -> int:

@@ -144,10 +144,6 @@ class Task:
         """The task's number in its own, innermost pid namespace (pid_namespaces(7))."""
         return int(self.status("NSpid").split()[-1])
 
-    def start_time_ticks(self) -> int:
-        """When the task started, in clock ticks since the host's boot: field 22 of proc(5) stat."""
-        return int(self._stat_fields("stat")[19])
-
     def threads(self) -> list[int]:
         """Its threads by their host numbers, the main thread first."""
         try:

@@ -26,10 +26,12 @@ import os
 import struct
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from criu_glue.core.fill_map import Run
 from criu_glue.errors import CriuGlueError, TaskGoneError
 from criu_glue.kernel import (
     PAGE_BYTES,
@@ -110,9 +112,10 @@ class StoreFile:
                 return end
             raise
 
-    def release(self, start: int, end: int) -> None:
-        """Give the memory of [start, end) back, now or as soon as nobody needs it any more."""
-        if any(user.missing.needs_stored(start, end) for user in self.users):
+    def release(self, start: int, end: int, by: UffdMemory | None = None) -> None:
+        """Give the memory of [start, end) back, now or as soon as nobody needs it any more; `by`
+        is known not to."""
+        if any(user is not by and user.missing.needs_stored(start, end) for user in self.users):
             self._unpunched.append((start, end))
         else:
             punch_hole(self._fd, start, end - start)
@@ -136,15 +139,35 @@ class Buffer:
         self.view = memoryview(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._words = np.frombuffer(self._memory, dtype=np.uint64).reshape(-1, _WORDS)
+        self._zero: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
+        self._any_zero = False
 
-    def zero_pages(self, pages: int) -> npt.NDArray[np.bool_]:
-        """Which of the first `pages` pages are all zero."""
+    def find_zeros(self, pages: int) -> None:
+        """Look which of the first `pages` pages are all zero, for `pieces` and `is_zero`."""
         words = self._words[:pages]
         # Three words of a page tell nearly always; only where they don't, all are read.
-        zero: npt.NDArray[np.bool_] = (words[:, 0] | words[:, _WORDS // 2] | words[:, -1]) == 0
-        for page in np.flatnonzero(zero):
-            zero[page] = not words[page].any()
-        return zero
+        self._zero = (words[:, 0] | words[:, _WORDS // 2] | words[:, -1]) == 0
+        for page in np.flatnonzero(self._zero):
+            self._zero[page] = not words[page].any()
+        self._any_zero = bool(self._zero.any())
+
+    def is_zero(self, page: int) -> bool:
+        """Whether a page is all zero."""
+        return bool(self._zero[page])
+
+    def pieces(self, start: int, end: int) -> list[tuple[int, int, bool]]:
+        """[start, end) cut into pieces that are all zero or have no such page: offsets in bytes,
+        (start, end, is zero)."""
+        if not self._any_zero:
+            return [(start, end, False)]
+        zero = self._zero[start // PAGE_BYTES : end // PAGE_BYTES]
+        edges = (np.flatnonzero(zero[1:] != zero[:-1]) + 1).tolist()
+        places = [start + page * PAGE_BYTES for page in (0, *edges, len(zero))]
+        first = bool(zero[0])
+        return [
+            (begin, after, first == (number % 2 == 0))
+            for number, (begin, after) in enumerate(pairwise(places))
+        ]
 
 
 @dataclass(slots=True)
@@ -225,39 +248,33 @@ class UffdMemory:
         run = self.missing.find(address)
         if run is None:
             return self._give_zeros(address)
-        pages = min((run.end - address) // PAGE_BYTES, FAULT_AROUND_PAGES)
-        self.store.read_into(address - run.shift, buffer.view[: pages * PAGE_BYTES])
-        zero = buffer.zero_pages(pages)
-        if zero[0]:
-            self._forget(address, address + PAGE_BYTES, run.shift)
-            self.counters.zero_bytes += PAGE_BYTES
+        end = address + FAULT_AROUND_PAGES * PAGE_BYTES
+        result = self._fill_window(Run(address, end, run.shift), buffer, give_up=False)
+        self.cursor = end
+        if result is not Filled.DONE:
+            return result
+        if self.missing.find(address) is None and buffer.is_zero(0):
             return self._give_zeros(address)
-        result = self._place(address, run.shift, buffer, zero, give_up=False)
-        self.cursor = address + pages * PAGE_BYTES
-        if result is Filled.DONE:
-            # A copy wakes; but the page may have been there, or its mapping gone.
-            self._wake(address)
-        return result
+        # A copy wakes; but the page may have been there, or its mapping gone.
+        self._wake(address)
+        return Filled.DONE
 
     def fill_some(self, buffer: Buffer) -> Filled:
         """Fill the next chunk behind the cursor. Only to be called when something is missing, and
         when all mappings are registered: what is in no mapping is given up."""
         run = self.missing.first_from(self.cursor)
         assert run is not None, "nothing is missing"
-        start = run.start
-        data = self.store.next_data(start - run.shift, run.end - run.shift) + run.shift
+        data = self.store.next_data(run.start - run.shift, run.end - run.shift) + run.shift
         data &= -PAGE_BYTES
-        if data > start:
-            self._forget(start, data, run.shift)
-            self.counters.zero_bytes += data - start
+        if data > run.start:
+            self._forget(run.start, data, run.shift)
+            self.counters.zero_bytes += data - run.start
             self.cursor = data
             return Filled.DONE
-        bytes_ = min(run.end - start, len(buffer.view))
-        self.store.read_into(start - run.shift, buffer.view[:bytes_])
-        zero = buffer.zero_pages(bytes_ // PAGE_BYTES)
-        result = self._place(start, run.shift, buffer, zero, give_up=True)
+        window = Run(run.start, run.start + len(buffer.view), run.shift)
+        result = self._fill_window(window, buffer, give_up=True)
         if result is Filled.DONE:
-            self.cursor = start + bytes_
+            self.cursor = window.end
         return result
 
     def is_gone(self) -> bool:
@@ -268,39 +285,35 @@ class UffdMemory:
         # A copy from address 0 fails in every case; how, depends on whether there is anybody.
         return self._copy(run.start, 0, PAGE_BYTES)[1] == errno.ESRCH
 
-    def _place(
-        self,
-        address: int,
-        shift: int,
-        buffer: Buffer,
-        zero: npt.NDArray[np.bool_],
-        *,
-        give_up: bool,
-    ) -> Filled:
-        """Copy the pages of the buffer to `address` on, except those of zeros; takes off the map
-        what is settled."""
-        edges = (np.flatnonzero(zero[1:] != zero[:-1]) + 1).tolist()
-        begins = [0, *edges]
-        ends = [*edges, len(zero)]
-        skip = bool(zero[0])
-        for begin, end in zip(begins, ends, strict=True):
-            start, bytes_ = address + begin * PAGE_BYTES, (end - begin) * PAGE_BYTES
-            if skip:
-                settled, result = bytes_, Filled.DONE
-                self.counters.zero_bytes += bytes_
-            else:
-                source = buffer.address + begin * PAGE_BYTES
-                settled, result = self._copy_all(start, source, bytes_, give_up=give_up)
-            if settled:
-                self._forget(start, start + settled, shift)
-            if result is not Filled.DONE or settled < bytes_:
-                return result
-            skip = not skip
+    def _fill_window(self, window: Run, buffer: Buffer, *, give_up: bool) -> Filled:
+        """Fill what is missing inside a window and comes from one piece of the store: one read of
+        the store for many small runs. The buffer holds the window's content afterwards."""
+        runs = self.missing.overlapping(window.start, window.end)
+        end = min(runs[-1].end, window.end)
+        self.store.read_into(window.start - window.shift, buffer.view[: end - window.start])
+        buffer.find_zeros((end - window.start) // PAGE_BYTES)
+        for run in runs:
+            if run.shift != window.shift:
+                continue
+            low, high = max(run.start, window.start), min(run.end, end)
+            offset = low - window.start
+            for begin, after, is_zero in buffer.pieces(offset, high - window.start):
+                start, bytes_ = window.start + begin, after - begin
+                if is_zero:
+                    settled, result = bytes_, Filled.DONE
+                    self.counters.zero_bytes += bytes_
+                else:
+                    source = buffer.address + begin
+                    settled, result = self._copy_all(start, source, bytes_, give_up=give_up)
+                if settled:
+                    self._forget(start, start + settled, run.shift)
+                if result is not Filled.DONE or settled < bytes_:
+                    return result
         return Filled.DONE
 
     def _forget(self, start: int, end: int, shift: int) -> None:
         self.missing.remove(start, end)
-        self.store.release(start - shift, end - shift)
+        self.store.release(start - shift, end - shift, by=self)
 
     def _copy_all(
         self, address: int, source: int, bytes_: int, *, give_up: bool

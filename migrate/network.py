@@ -1,6 +1,6 @@
 """The network of a container: made on the target, plugged, and removed.
 
-    recreate  namespace, interfaces, addresses, routes; ports down and in no bridge  (any time)
+    recreate  namespace, interfaces, addresses, routes; ports in no bridge  (any time)
     hint      neighbours that the container knew                            (before it runs)
     plug      port up and into the bridge, the container is reachable       (CRIU's unlock)
     destroy   ports and namespace                                           (undo, release)
@@ -54,6 +54,8 @@ _IFA_F_NODAD = 0x02
 _RTNH_F_ONLINK = 4
 _NUD_PERMANENT = 0x80
 _NUD_STALE = 0x04
+# Until it is plugged, a port is an interface of the host: it answers no ARP there, has no IPv6.
+_MUTE = {"net/ipv4/conf/{}/arp_ignore": "8", "net/ipv6/conf/{}/disable_ipv6": "1"}
 # IN6_ADDR_GEN_MODE_NONE: no link-local address but those of the identity.
 _ADDR_GEN_NONE = "1"
 
@@ -68,7 +70,7 @@ class NetworkHandle(msgspec.Struct, frozen=True):
 def recreate(
     identity: NetworkIdentity, name: str, bridges: Mapping[str, str] | None = None
 ) -> NetworkHandle:
-    """Make the namespace /run/netns/NAME as `identity` says, with every port unplugged.
+    """Make the namespace /run/netns/NAME as `identity` says, with every port in no bridge.
 
     `bridges` maps an interface to the bridge on this host, where it differs from the source's.
     Raises NetworkError, after everything made was removed again. `identity` may come from a peer.
@@ -79,7 +81,10 @@ def recreate(
     path = namespaces.create(name)
     own = os.open(namespaces.OWN_NETNS, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        namespaces.run_in(path, lambda: _build(identity, plugs, own))
+        namespaces.run_in(path, lambda: _create_links(identity, plugs, own))
+        for port in plugs:
+            _raise_port(port.host_end)
+        namespaces.run_in(path, lambda: _configure(identity))
     except (OSError, NetlinkError, NetworkError) as error:
         destroy(handle)
         raise NetworkError(f"the network of {name} can't be made: {error}") from error
@@ -91,9 +96,9 @@ def recreate(
 def hint_neighbours(netns: Path, identity: NetworkIdentity) -> None:
     """Tell the namespace the MACs that the container knew, so that its first answer needs no ARP.
 
-    An ARP request that is lost while the port comes up is repeated only after a second. Not part
-    of `recreate`: the kernel forgets such entries when it notices, some time after it was made,
-    that a link has no carrier. Entries that can't be made are left out: they are hints.
+    An ARP request that is lost is repeated only after a second. Not part of `recreate`, because
+    such entries age, and the kernel forgets them when it notices, some time after it was made, that
+    a link had no carrier. Entries that can't be made are left out: they are hints.
     """
 
     def work() -> None:
@@ -137,14 +142,29 @@ def _plan_ports(identity: NetworkIdentity, bridges: Mapping[str, str]) -> tuple[
     return tuple(plugs)
 
 
-def _build(identity: NetworkIdentity, plugs: tuple[Port, ...], host_netns: int) -> None:
+def _create_links(identity: NetworkIdentity, plugs: tuple[Port, ...], host_netns: int) -> None:
     """Inside the new namespace."""
     host_ends = {port.interface: port.host_end for port in plugs}
     with IPRoute() as netlink:
         for interface in sorted(identity.interfaces, key=lambda one: one.index):
             _create(netlink, interface, host_ends.get(interface.name), host_netns)
-        # Before any link is up: some change what the kernel does when it comes up.
-        _write_sysctls(identity.sysctls)
+    # Before any link is up: some change what the kernel does when it comes up.
+    _write_sysctls(identity.sysctls)
+
+
+def _raise_port(name: str) -> None:
+    """Bring a host end up, in no bridge, as an interface on which this host itself is mute."""
+    for key, value in _MUTE.items():
+        path = _PROC_SYS / key.format(name)
+        if path.exists():
+            path.write_text(value)
+    with IPRoute() as netlink:
+        netlink.link("set", index=index_of(name), state="up")
+
+
+def _configure(identity: NetworkIdentity) -> None:
+    """Inside the new namespace."""
+    with IPRoute() as netlink:
         for interface in identity.interfaces:
             _bring_up(netlink, interface)
         indices = _indices(netlink)

@@ -5,12 +5,17 @@ netlink socket that is open already: about 0.1 ms, from any thread. (pyroute2 is
 else; from 0.9 on it runs an event loop of its own inside each call, so it can't be called from a
 thread that runs one, and opens a socket for every thread.)
 
-    nlmsghdr  length u32 | RTM_NEWLINK u16 | REQUEST|ACK u16 | sequence u32 | 0 u32
-    ifinfomsg 0 u8 | 0 u8 | 0 u16 | index i32 | IFF_UP or 0 u32 | IFF_UP u32
-    rtattr    8 u16 | IFLA_MASTER u16 | the bridge's index or 0 u32          (rtnetlink(7))
+    nlmsghdr  length u32 | type u16 | REQUEST|ACK u16 | sequence u32 | 0 u32
+    ifinfomsg family u8 | 0 u8 | 0 u16 | index i32 | flags u32 | change u32
+    plug      RTM_NEWLINK, flags and change IFF_UP, IFLA_MASTER u32 the bridge's index
+    open      RTM_SETLINK, AF_BRIDGE, IFLA_PROTINFO { IFLA_BRPORT_STATE u8 forwarding }
+    unplug    the same with the state "disabled"                             (rtnetlink(7))
 
-An unplugged port is *down* and in no bridge: up without a bridge it would be an interface of the
-host, whose kernel answers and routes what the container sends.
+A port is never taken down to unplug it: the container would lose its carrier, and if it listens for
+such events (netlink, RTNLGRP_LINK), they wait in a socket of a frozen task, which CRIU refuses to
+dump (`criu/sk-netlink.c: can_dump_netlink_sk`). Its bridge drops whatever goes through a disabled
+port, both ways. The target's port waits up as well, in no bridge, so that it forwards as soon as it
+is plugged: one that has to come up first drops packets for up to half a millisecond.
 """
 
 from __future__ import annotations
@@ -28,11 +33,19 @@ _SYS_NET = Path("/sys/class/net")
 
 _NLMSG_ERROR = 2
 _RTM_NEWLINK = 16
+_RTM_SETLINK = 19
 _NLM_F_REQUEST = 1
 _NLM_F_ACK = 4
 _IFF_UP = 1
 _IFLA_ADDRESS = 1
 _IFLA_MASTER = 10
+_IFLA_PROTINFO = 12
+_IFLA_BRPORT_STATE = 1
+_NLA_F_NESTED = 0x8000
+_AF_BRIDGE = 7
+# linux/if_bridge.h, BR_STATE_*
+_DISABLED = 0
+_FORWARDING = 3
 # linux/netdevice.h: the MAC was set by somebody, so a bridge keeps it whatever its ports are.
 _NET_ADDR_SET = 3
 
@@ -49,24 +62,28 @@ class PortSwitch:
         """Raises NetworkError when either does not exist. The bridge's MAC is pinned."""
         self.name = name
         self.bridge = bridge
-        self._index = index_of(name)
-        bridge_index = index_of(bridge)
+        index, bridge_index = index_of(name), index_of(bridge)
         pin_bridge_mac(bridge)
-        self._plug = link_message(self._index, is_up=True, master=bridge_index)
-        self._unplug = link_message(self._index, is_up=False, master=0)
+        self._plug = plug_message(index, bridge_index)
+        self._open = state_message(index, _FORWARDING)
+        self._unplug = state_message(index, _DISABLED)
         self._netlink = _open()
 
     def plug(self) -> None:
-        """Up and into the bridge; raises NetworkError."""
-        _exchange(self._netlink, self._plug, f"{self.name} can't be plugged into {self.bridge}")
+        """Up, into the bridge, and forwarding; raises NetworkError."""
+        failure = f"{self.name} can't be plugged into {self.bridge}"
+        _exchange(self._netlink, self._plug, failure)
+        # It forwards by itself unless `unplug` has disabled it. ENETDOWN: the container's end is
+        # down, so there is nothing to forward.
+        _exchange(self._netlink, self._open, failure, ignored=(errno.ENETDOWN,))
 
     def unplug(self) -> None:
-        """Down and out of the bridge. A port that is gone is unplugged. Raises NetworkError."""
-        _unplug(self._netlink, self._unplug, self.name)
+        """Let nothing through any more. A port in no bridge is unplugged. Raises NetworkError."""
+        _exchange_unplug(self._netlink, self._unplug, self.name)
 
     def is_plugged(self) -> bool:
-        """Whether it is in its bridge (a few system calls; not for the frozen path)."""
-        return bridge_of(self.name) == self.bridge
+        """Whether it forwards for its bridge (a few system calls; not for the frozen path)."""
+        return bridge_of(self.name) == self.bridge and is_forwarding(self.name)
 
     def close(self) -> None:
         """Close the socket; the port stays as it is. Idempotent."""
@@ -86,13 +103,20 @@ def unplug(name: str) -> None:
     except NetworkError:
         return
     with _open() as netlink:
-        _unplug(netlink, link_message(index, is_up=False, master=0), name)
+        _exchange_unplug(netlink, state_message(index, _DISABLED), name)
 
 
-def link_message(index: int, *, is_up: bool, master: int) -> bytes:
-    """RTM_NEWLINK that sets an interface's state and its bridge (0: none) at once."""
-    attribute = struct.pack("=HHI", 8, _IFLA_MASTER, master)
-    return _message(index, _IFF_UP if is_up else 0, _IFF_UP, attribute)
+def plug_message(index: int, bridge: int) -> bytes:
+    """The message that brings an interface up and makes it a port of a bridge, by their indices."""
+    attribute = struct.pack("=HHI", 8, _IFLA_MASTER, bridge)
+    return _message(_RTM_NEWLINK, socket.AF_UNSPEC, index, _IFF_UP, attribute)
+
+
+def state_message(index: int, state: int) -> bytes:
+    """The message that sets a bridge port's state (BR_STATE_*)."""
+    inner = struct.pack("=HHB3x", 5, _IFLA_BRPORT_STATE, state)
+    attribute = struct.pack("=HH", 4 + len(inner), _IFLA_PROTINFO | _NLA_F_NESTED) + inner
+    return _message(_RTM_SETLINK, _AF_BRIDGE, index, 0, attribute)
 
 
 def index_of(name: str) -> int:
@@ -113,6 +137,14 @@ def bridge_of(name: str) -> str | None:
         return None
 
 
+def is_forwarding(name: str) -> bool:
+    """Whether a bridge port lets packets through; what is no bridge port does not."""
+    try:
+        return int((_SYS_NET / name / "brport" / "state").read_text()) == _FORWARDING
+    except (OSError, ValueError):
+        return False
+
+
 def pin_bridge_mac(bridge: str) -> None:
     """Give a bridge the MAC that it has, for good.
 
@@ -129,14 +161,15 @@ def pin_bridge_mac(bridge: str) -> None:
         raise NetworkError(f"the MAC of {bridge} can't be read: {error}") from error
     attribute = struct.pack("=HH6s2x", 10, _IFLA_ADDRESS, mac)
     with _open() as netlink:
-        request = _message(index_of(bridge), 0, 0, attribute)
+        request = _message(_RTM_NEWLINK, socket.AF_UNSPEC, index_of(bridge), 0, attribute)
         _exchange(netlink, request, f"the MAC of {bridge} can't be set")
 
 
-def _message(index: int, flags: int, change: int, attributes: bytes) -> bytes:
-    body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, flags, change) + attributes
-    kind = _NLM_F_REQUEST | _NLM_F_ACK
-    return struct.pack("=IHHII", 16 + len(body), _RTM_NEWLINK, kind, 1, 0) + body
+def _message(kind: int, family: int, index: int, flags: int, attributes: bytes) -> bytes:
+    # `change` says which of the flags are meant: those that are set.
+    body = struct.pack("=BxHiII", family, 0, index, flags, flags) + attributes
+    how = _NLM_F_REQUEST | _NLM_F_ACK
+    return struct.pack("=IHHII", 16 + len(body), kind, how, 1, 0) + body
 
 
 def _open() -> socket.socket:
@@ -148,8 +181,10 @@ def _open() -> socket.socket:
     return netlink
 
 
-def _unplug(netlink: socket.socket, message: bytes, name: str) -> None:
-    _exchange(netlink, message, f"{name} can't be unplugged", ignored=(errno.ENODEV,))
+def _exchange_unplug(netlink: socket.socket, message: bytes, name: str) -> None:
+    # ENODEV: it is gone. EOPNOTSUPP, EINVAL: it is no bridge port (rtnl_bridge_setlink).
+    ignored = (errno.ENODEV, errno.EOPNOTSUPP, errno.EINVAL)
+    _exchange(netlink, message, f"{name} can't be unplugged", ignored=ignored)
 
 
 def _exchange(

@@ -23,6 +23,8 @@ PAGE_BYTES: Final = 4096
 # Emptied runs stay in the lists until they are this many, and half of all: deleting each at once
 # would move the whole list every time.
 _EMPTY_MAX: Final = 256
+# Distances of mremap that needs_stored looks at, at a microsecond each.
+_SHIFTS_MAX: Final = 64
 
 
 class Run(NamedTuple):
@@ -41,7 +43,8 @@ class FillMap:
         self._ends: list[int] = []
         self._shifts: list[int] = []
         self._empty = 0
-        self._moved = 0
+        # How many runs have each shift; nearly always all have 0.
+        self._shifted: dict[int, int] = {}
         self.bytes = 0
 
     @classmethod
@@ -54,6 +57,7 @@ class FillMap:
             start + count * PAGE_BYTES for start, count in zip(new._starts, pages, strict=True)
         ]
         new._shifts = [0] * len(pages)
+        new._shifted = {0: len(pages)}
         new.bytes = sum(pages) * PAGE_BYTES
         return new
 
@@ -62,7 +66,8 @@ class FillMap:
         self._compact()
         new = FillMap()
         new._starts, new._ends = self._starts.copy(), self._ends.copy()
-        new._shifts, new._moved, new.bytes = self._shifts.copy(), self._moved, self.bytes
+        new._shifts, new._shifted = self._shifts.copy(), self._shifted.copy()
+        new.bytes = self.bytes
         return new
 
     def __iter__(self) -> Iterator[Run]:
@@ -128,13 +133,16 @@ class FillMap:
         else:
             self._ends[index] = start
             self._empty += 1
-            self._moved -= self._shifts[index] != 0
+            shift = self._shifts[index]
+            self._shifted[shift] -= 1
+            if not self._shifted[shift]:
+                del self._shifted[shift]
 
     def _insert(self, index: int, run: Run) -> None:
         self._starts.insert(index, run.start)
         self._ends.insert(index, run.end)
         self._shifts.insert(index, run.shift)
-        self._moved += run.shift != 0
+        self._shifted[run.shift] = self._shifted.get(run.shift, 0) + 1
 
     def move(self, start: int, to: int, bytes_: int) -> None:
         """mremap(2): [start, start + bytes_) is now at `to`, in place of whatever was there."""
@@ -162,10 +170,17 @@ class FillMap:
         return found
 
     def needs_stored(self, start: int, end: int) -> bool:
-        """Whether any content of [start, end) of the *store* is still to be filled from."""
-        if not self._moved:
-            return bool(self.overlapping(start, end))
-        return any(run.start - run.shift < end and run.end - run.shift > start for run in self)
+        """Whether content of [start, end) of the *store* may still have to be filled from.
+
+        True means maybe, once so much was moved here and there that looking would take long.
+        """
+        if len(self._shifted) > _SHIFTS_MAX:
+            return True
+        return any(
+            run.shift == shift
+            for shift in self._shifted
+            for run in self.overlapping(start + shift, end + shift)
+        )
 
     def _compact(self) -> None:
         if self._empty:

@@ -71,16 +71,21 @@ class PageScanner:
             argument.vec = self._address + self._used * _REGION_WORDS * 8
             argument.vec_len = VECTOR_REGIONS - self._used
             try:
-                self._used += kernel.ioctl(pagemap_fd, kernel.PAGEMAP_SCAN, argument)
+                found = kernel.ioctl(pagemap_fd, kernel.PAGEMAP_SCAN, argument)
+                self._used += found
             except OSError as error:
                 if error.errno == errno.EPERM and tracked:
                     return start
                 if error.errno in (errno.ENOTTY, errno.EINVAL):
                     raise TrackerUnsupportedError("no PAGEMAP_SCAN (Linux >= 6.7)") from error
                 raise TrackerError(f"PAGEMAP_SCAN of {start:#x}-{end:#x}: {error}") from error
-            if argument.walk_end <= start:
+            # The kernel leaves `walk_end` where its own buffer (512 regions) was full the last time,
+            # also when it went on behind it to the end (fs/proc/task_mmu.c: do_pagemap_scan): what
+            # it has reported is the better witness, and must not be reported twice.
+            reached = max(argument.walk_end, int(self._vector[self._used - 1, 1]) if found else 0)
+            if reached <= start:
                 raise TrackerError(f"PAGEMAP_SCAN makes no progress at {start:#x}")
-            start = argument.walk_end
+            start = reached
         return end
 
     def take(self) -> npt.NDArray[np.uint64]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.criu_glue.puppets import Puppet, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SOURCES = Path(__file__).parent / "programs"
 
@@ -23,7 +27,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stage(programs: Path, tmp_path: Path):
+def stage(programs: Path, tmp_path: Path) -> Iterator[Stage]:
     """Where puppets are started; all are gone afterwards."""
     with Stage(programs / "puppet", tmp_path / "socket") as made:
         yield made

@@ -9,14 +9,17 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from criu_glue import ptrace_requests as request
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
 
@@ -60,6 +63,28 @@ def status(pid: int) -> dict[str, str]:
 def descriptors(pid: int) -> set[str]:
     """The numbers of a process's open files."""
     return {path.name for path in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+@contextlib.contextmanager
+def traced_by_another(pid: int) -> Iterator[None]:
+    """As under a debugger."""
+    begun, end = threading.Event(), threading.Event()
+
+    def trace() -> None:
+        request.ptrace(request.SEIZE, pid)
+        begun.set()
+        end.wait()
+        # The end of this thread releases the process.
+
+    tracer = threading.Thread(target=trace)
+    tracer.start()
+    begun.wait()
+    try:
+        yield
+    finally:
+        end.set()
+        tracer.join()
+        until(lambda: status(pid)["TracerPid"] == "0")
 
 
 class Puppet:

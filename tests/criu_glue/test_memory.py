@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ from criu_glue.kernel import IOV_MAX
 from criu_glue.memory import TaskMemory
 from tests.criu_glue.puppets import ARENA, NONE, PAGE, READ_WRITE, Puppet, Stage, state, until
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 MADV_GUARD_INSTALL = 102
 PAGES = 2 * IOV_MAX + 500
 
 
 @pytest.fixture
-def memory(puppet: Puppet):
+def memory(puppet: Puppet) -> Iterator[TaskMemory]:
     puppet.do("map", ARENA, 2 * PAGES, READ_WRITE)
     puppet.do("write", ARENA, 2 * PAGES, 0)
     memory = TaskMemory(puppet.pid)
@@ -110,11 +114,14 @@ def test_a_guard_page(puppet: Puppet, memory: TaskMemory) -> None:
 def test_a_large_hole_is_skipped_at_once(
     puppet: Puppet, memory: TaskMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    calls: list[int] = []
     real = memory_module._pread
-    monkeypatch.setattr(
-        memory_module, "_pread", lambda *arguments: calls.append(1) or real(*arguments)
-    )
+
+    def pread(fd: int, address: int, out: np.ndarray) -> int:
+        calls.append(address)
+        return real(fd, address, out)
+
+    monkeypatch.setattr(memory_module, "_pread", pread)
     puppet.do("unmap", ARENA + PAGE, PAGES)
     numbers, mask = read(memory, runs_of((0, PAGES + 3)))
     assert mask == [True] + [False] * PAGES + [True] * 2

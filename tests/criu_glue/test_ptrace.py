@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from criu_glue import ptrace
-from criu_glue import ptrace_requests as request
 from criu_glue.errors import InjectionError, TaskBusyError, TaskGoneError
 from criu_glue.mappings import Task
 from tests.criu_glue.puppets import (
@@ -25,6 +23,7 @@ from tests.criu_glue.puppets import (
     proc,
     state,
     status,
+    traced_by_another,
     until,
 )
 
@@ -43,28 +42,6 @@ def inject(pid: int, times: int = 1, tid: int | None = None) -> None:
     for _ in range(times):
         assert ptrace.run_in_thread(task, tid or pid, lambda thread: thread.call(SYS_GETPID)) == own
     task.close()
-
-
-@contextmanager
-def traced_by_another(pid: int) -> Iterator[None]:
-    """As under a debugger."""
-    begun, end = threading.Event(), threading.Event()
-
-    def trace() -> None:
-        request.ptrace(request.SEIZE, pid)
-        begun.set()
-        end.wait()
-        # The end of this thread releases the process.
-
-    tracer = threading.Thread(target=trace)
-    tracer.start()
-    begun.wait()
-    try:
-        yield
-    finally:
-        end.set()
-        tracer.join()
-        until(lambda: status(pid)["TracerPid"] == "0")
 
 
 @contextmanager
@@ -486,15 +463,3 @@ def test_a_frozen_task_is_left_as_it_was(
     assert puppet.answer() > 0
     inject(puppet.pid)
     os.kill(puppet.pid, signal.SIGKILL)
-
-
-def test_how_long_a_task_stands_still(puppet: Puppet, record_property) -> None:
-    """Not asserted, as other work runs on this machine; recorded for the report."""
-    task = Task(puppet.pid)
-    durations = []
-    for _ in range(50):
-        begin = time.perf_counter()
-        ptrace.run_in_thread(task, puppet.pid, lambda thread: thread.call(SYS_GETPID))
-        durations.append(time.perf_counter() - begin)
-    record_property("injection_us_median", sorted(durations)[25] * 1e6)
-    task.close()

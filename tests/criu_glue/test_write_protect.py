@@ -35,6 +35,7 @@ from tests.criu_glue.puppets import (
     proc,
     state,
     status,
+    traced_by_another,
     until,
 )
 
@@ -46,7 +47,7 @@ MADV_HUGEPAGE = 14
 
 
 @pytest.fixture
-def tracker(stage: Stage):
+def tracker(stage: Stage) -> Iterator[WriteProtectTracker]:
     tracker = WriteProtectTracker(lambda: [puppet.pid for puppet in stage.puppets])
     yield tracker
     tracker.detach()
@@ -424,8 +425,6 @@ def test_a_pid_that_belongs_to_another_task_now(
 def test_a_task_that_is_traced_is_reported_whole(
     puppet: Puppet, tracker: WriteProtectTracker
 ) -> None:
-    from tests.criu_glue.test_ptrace import traced_by_another
-
     puppet.do("map", ARENA, 4, READ_WRITE)
     puppet.do("write", ARENA, 4, 1)
     with traced_by_another(puppet.pid):
@@ -677,7 +676,13 @@ def test_a_mapping_replaced_between_protecting_and_reporting(
     real = WriteProtectTracker._collect_mapping
 
     def collect_mapping(
-        self: WriteProtectTracker, tracked: object, fd: int, start: int, end: int, *, last: bool
+        self: WriteProtectTracker,
+        tracked: TrackedTask,
+        fd: int,
+        start: int,
+        end: int,
+        *,
+        last: bool,
     ) -> None:
         if start == ARENA:
             # After the maps were read: a new mapping in the middle of a tracked one.

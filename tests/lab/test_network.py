@@ -138,9 +138,8 @@ def test_the_target_gets_the_same_network_and_nobody_hears_of_it(
         port = {"interface": "eth0", "host_end": "v-net1", "bridge": None}
         expected = identity | {"ports": [port], "neighbours": permanent}
         assert sorted_parts(made["identity"]) == sorted_parts(expected)
-        # Down and in no bridge: a packet for the container still finds the source.
-        state = target.read_text("/sys/class/net/v-net1/operstate").strip()
-        assert state == "down"
+        # Ready, but in no bridge: a packet for the container still finds the source.
+        assert target.read_text("/sys/class/net/v-net1/operstate").strip() == "up"
         assert not target.path("/sys/class/net/v-net1").joinpath("master").exists()
         lab.client.run(["ping", "-q", "-c1", "-W5", SPEC.ip])
     finally:
@@ -165,7 +164,9 @@ def test_a_container_that_moves_is_reached_at_once(lab: Lab, source: Host, targe
     handle = inside(target, RECREATE, {"identity": identity, "name": "net1"})
     try:
         lab.client.run(["ping", "-q", "-c1", "-W5", SPEC.ip])
-        source.run(["ip", "link", "set", "v-net1", "nomaster", "down"])
+        inside(source, 'from migrate import network\nnetwork.unplug("v-net1")')
+        with pytest.raises(LabCommandError, match="100% packet loss"):
+            lab.client.run(["ping", "-q", "-c1", "-W1", SPEC.ip])
         heard = "arp or (icmp6 and ip6[40] == 136)"
         with lab.client.popen(
             ["tcpdump", "-lnvv", f"ether src {SPEC.hardware_address} and ({heard})"],
@@ -219,7 +220,19 @@ switch.plug()
 switch.close()
 switch.close()
 """
-    inside(source, script)
+    with source.popen(
+        ["ip", "-n", "net1", "monitor", "link", "address", "neigh"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as monitor:
+        inside(source, script)
+        # Whatever the container could hear of it comes before this.
+        source.run(["ip", "-n", "net1", "address", "add", "127.0.0.8/32", "dev", "lo"])
+        assert monitor.stdout is not None
+        heard = monitor.stdout.readline()
+        source.signal(monitor, signal.SIGINT)
+    assert "127.0.0.8" in heard
+    source.run(["ip", "-n", "net1", "address", "delete", "127.0.0.8/32", "dev", "lo"])
     for address in (SPEC.ip, str(SPEC.ip6)):
         lab.client.run(["ping", "-q", "-c1", "-W5", address])
     after = capture(source)["identity"]
@@ -315,6 +328,7 @@ import subprocess
 from migrate import network
 from migrate.network_identity import NetworkError
 switch = network.PortSwitch("p7", "br0")
+switch.plug()
 subprocess.run(["ip", "link", "delete", "p7"], check=True)
 switch.unplug()
 network.unplug("p7")

@@ -144,15 +144,17 @@ def test_addresses_are_parsed() -> None:
     assert (str(ip), prefix_len) == ("fd77::50", 112)
 
 
-def test_plugging_is_this_message() -> None:
-    plug = port.link_message(5, is_up=True, master=3)
-    assert plug == bytes.fromhex(
+def test_plugging_is_these_messages() -> None:
+    assert port.plug_message(5, 3) == bytes.fromhex(
         "28000000 1000 0500 01000000 00000000"  # 40 bytes, RTM_NEWLINK, REQUEST|ACK, sequence 1
         "00 00 0000 05000000 01000000 01000000"  # index 5, flags UP, change UP
         "0800 0a00 03000000"  # IFLA_MASTER 3
     )
-    unplug = port.link_message(5, is_up=False, master=0)
-    assert unplug[16:] == bytes.fromhex("00 00 0000 05000000 00000000 01000000 0800 0a00 00000000")
+    assert port.state_message(5, 3) == bytes.fromhex(
+        "2c000000 1300 0500 01000000 00000000"  # 44 bytes, RTM_SETLINK
+        "07 00 0000 05000000 00000000 00000000"  # AF_BRIDGE, index 5
+        "0c00 0c80 0500 0100 03000000"  # IFLA_PROTINFO { IFLA_BRPORT_STATE 3 }
+    )
 
 
 def test_ports_that_are_not_there() -> None:

@@ -110,7 +110,8 @@ static void go_on(void)
 	if (status)
 		complain("the forked child", 0);
 	memory = memory + 3 * quarter * WORDS;
-	check(memory, 3 * quarter, pages - 3 * quarter, owner == 2);
+	check(memory, 3 * quarter, quarter / 2, owner == 2);
+	check(memory + quarter / 2 * WORDS, 3 * quarter + quarter / 2, quarter / 2, 0);
 }
 
 static void say(void)
