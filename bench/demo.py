@@ -129,9 +129,7 @@ def run_demo(workload: Workload, options: Sequence[str], console: Console) -> Ou
         if workload.writer is not None:
             stack.enter_context(workload.writer)
         probe = stack.enter_context(
-            start_probe(
-                workload.probe_kind, workload.spec.ip, workload.spec.port, host=lab.client
-            )
+            start_probe(workload.probe_kind, workload.spec.ip, workload.spec.port, host=lab.client)
         )
         console.print(
             f"[dim]{workload.kind} with {workload.memory_mib} MiB runs on A at "
@@ -187,7 +185,7 @@ def show(outcome: Outcome, workload: Workload, console: Console) -> None:
 
 
 def size_mib(text: str) -> int:
-    """"256", "256M" or "1G" in MiB."""
+    """ "256", "256M" or "1G" in MiB."""
     match = re.fullmatch(r"(\d{1,7})([MG]?)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 256M or 1G")

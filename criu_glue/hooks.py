@@ -84,8 +84,8 @@ until read -r verdict < {verdict}; do :; done
 [ "$verdict" = commit ] && : > {committed}
 """
 
-# CRIU unlocks the network after a failed restore too, with the tasks dead: a port plugged then would
-# have the kernel answer the container's clients with RST.
+# CRIU unlocks the network after a failed restore too, with the tasks dead: a port plugged then
+# would have the kernel answer the container's clients with RST.
 _AT_UNLOCK = """\
 if [ "$action" = network-unlock ] && [ -e {committed} ]; then
     {{ {command}; }} || echo network-unlock-failed 1<> {events}
@@ -122,7 +122,7 @@ class CriuHold:
 
     @classmethod
     def prepare(cls, directory: Path, plan: HoldPlan) -> CriuHold:
-        """Write the programs into `directory` (made, 0700; its file system must allow execution)."""
+        """Write the programs into `directory`, which is made; its file system allows execution."""
         criu = shutil.which("criu", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
         if criu is None:
             raise CriuGlueError("criu is not installed")

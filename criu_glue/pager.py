@@ -21,6 +21,7 @@ import gc
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -29,6 +30,7 @@ from typing import Final
 
 from criu_glue.errors import CriuGlueError
 from criu_glue.lazy_pages_socket import listen
+from criu_glue.pager_journal import Keeper
 from criu_glue.pager_loop import Pager
 from criu_glue.pager_progress import Progress
 
@@ -107,28 +109,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--progress-fd", type=int)
+    parser.add_argument("--keeper-fd", type=int)
+    parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
     images, store = options.images.absolute(), options.store.absolute()
     progress = Progress(options.progress_fd)
+    keeper = Keeper(None if options.keeper_fd is None else socket.socket(fileno=options.keeper_fd))
     signals = _signals()
-    try:
-        listener = listen(options.work)
-    except OSError as error:
-        progress.report("error", reason=f"can't listen in {options.work}: {error}")
-        return 1
-    _leave_everything_else()
-    pager = Pager(listener, images, store, progress)
+    pager = Pager(images, store, progress, keeper)
     pager.wake_on(signals)
-    # No cycles are made in the loop, and a collection would make a page fault wait.
-    gc.freeze()
-    gc.disable()
-    progress.report("listening")
     code = 0
     try:
+        if options.resume:
+            _leave_everything_else()
+            pager.resume()
+        else:
+            # In the caller's working directory: WORK may be relative.
+            pager.listen(listen(options.work))
+            _leave_everything_else()
+        # No cycles are made in the loop, and a collection would make a page fault wait.
+        gc.freeze()
+        gc.disable()
+        progress.report("listening")
         _run(pager, signals)
         pager.finish()
     except Exception as error:  # noqa: BLE001 - whatever it is, the memory must not become zeros
-        if not isinstance(error, CriuGlueError):
+        if not isinstance(error, (CriuGlueError, OSError)):
             traceback.print_exc()
         progress.report("error", reason=str(error) or type(error).__name__)
         pager.hold()

@@ -15,11 +15,14 @@ from __future__ import annotations
 import errno
 import os
 import select
+import socket
 import time
 from typing import TYPE_CHECKING, Final
 
+from criu_glue.core.fill_journal import replay
 from criu_glue.core.fill_map import FillMap
 from criu_glue.errors import CriuGlueError, TaskGoneError
+from criu_glue.fill_source import CHUNK_BYTES, Buffer, FillSourceError, StoreFile
 from criu_glue.images import pager_ranges
 from criu_glue.lazy_pages_socket import (
     Ended,
@@ -29,18 +32,10 @@ from criu_glue.lazy_pages_socket import (
     TaskAnnounced,
 )
 from criu_glue.page_store import pages_file_name
-from criu_glue.uffd_memory import (
-    CHUNK_BYTES,
-    Buffer,
-    Counters,
-    Filled,
-    StoreFile,
-    UffdError,
-    UffdMemory,
-)
+from criu_glue.pager_journal import JOURNAL_BYTES_MAX, JOURNAL_NAME, Journal, Keeper, KeeperError
+from criu_glue.uffd_memory import Filled, UffdError, UffdMemory
 
 if TYPE_CHECKING:
-    import socket
     from pathlib import Path
 
     from criu_glue.pager_progress import Progress
@@ -54,6 +49,9 @@ _RETRY_S: Final = 0.001
 _NO_MEMORY_S: Final = 0.05
 # How often a pager that can't go on looks whether the tasks whose memory it holds have ended.
 _HOLD_S: Final = 0.2
+# Under which the keeper has the connection from CRIU: a pager's death must not let CRIU's last
+# word fail, for then CRIU kills what it restored.
+_CONNECTION: Final = 0
 
 
 class RestoreFailedError(CriuGlueError):
@@ -61,22 +59,20 @@ class RestoreFailedError(CriuGlueError):
 
 
 class Pager:
-    """Fills the memory of the tasks of one restore. `run` returns when all of it is filled.
+    """Fills the memory of the tasks of one restore. `turn` until `is_finished`.
 
     `images` is CRIU's image directory after attach_page_store, `store` the page store's
     directory; both are read when a task is announced.
     """
 
-    def __init__(
-        self, listener: socket.socket, images: Path, store: Path, progress: Progress
-    ) -> None:
-        self._listener = listener
+    def __init__(self, images: Path, store: Path, progress: Progress, keeper: Keeper) -> None:
         self._images = images
         self._store = store
         self._progress = progress
+        self._keeper = keeper
+        self._listener: socket.socket | None = None
         self._peer: LazyPagesPeer | None = None
         self._epoll = select.epoll()
-        self._epoll.register(listener, select.EPOLLIN)
         self._memories: dict[int, UffdMemory] = {}
         # Could not be filled for a reason that should not occur. Their descriptors stay open.
         self._broken: list[UffdMemory] = []
@@ -84,12 +80,57 @@ class Pager:
         self._waiting_s = _RETRY_S
         self._resting_until_s = 0.0
         self._buffer = Buffer(CHUNK_BYTES)
-        self._counters = Counters()
+        self._journal: Journal | None = None
         self._tasks = 0
         self._filling = False
         self._restored_s: float | None = None
         self._reported_s = 0.0
         self._fault_us_max = 0
+        self._fault_us_sum = 0
+
+    def listen(self, listener: socket.socket) -> None:
+        """Wait for CRIU there."""
+        (self._store / JOURNAL_NAME).unlink(missing_ok=True)
+        self._journal = Journal(self._store / JOURNAL_NAME)
+        self._listener = listener
+        self._epoll.register(listener, select.EPOLLIN)
+
+    def resume(self) -> None:
+        """Go on where another pager ended, with what it left in the journal and at the keeper.
+        Raises KeeperError, ImageFormatError and OSError, with every descriptor still held."""
+        held = self._keeper.receive_held()
+        path = self._store / JOURNAL_NAME
+        with path.open("rb") as file:
+            data = file.read(JOURNAL_BYTES_MAX + 1)
+        if len(data) > JOURNAL_BYTES_MAX:
+            raise KeeperError(f"{path} is longer than {JOURNAL_BYTES_MAX} bytes")
+        found = replay(data, lambda task: FillMap.of(pager_ranges(self._images, task)))
+        self._journal = Journal(path, number_max=found.number_max)
+        stores: dict[int, StoreFile] = {}
+        for each in held:
+            space = found.spaces.get(each.number)
+            if each.number == _CONNECTION:
+                self._connect(LazyPagesPeer(socket.socket(fileno=each.uffd)))
+            elif space is None:
+                # Closed in the journal: nothing was missing any more.
+                os.close(each.uffd)
+                self._keeper.release(each.number)
+            else:
+                if space.root not in stores:
+                    stores[space.root] = self._open_store(space.task)
+                memory = UffdMemory(
+                    each.uffd,
+                    space.task,
+                    space.missing,
+                    stores[space.root],
+                    self._journal,
+                    number=each.number,
+                )
+                self._tasks += space.root == space.number
+                self._take(memory)
+                memory.wake_all()
+        if found.finished:
+            self._finish_restore()
 
     @property
     def has_tasks(self) -> bool:
@@ -118,8 +159,8 @@ class Pager:
             memory = self._memories.get(fd)
             if memory is not None:
                 self._read_events(memory)
-            elif fd == self._listener.fileno():
-                self._accept()
+            elif self._listener is not None and fd == self._listener.fileno():
+                self._accept(self._listener)
             elif self._peer is not None and fd == self._peer.fileno():
                 self._receive(self._peer)
         self._serve_waiting()
@@ -131,6 +172,7 @@ class Pager:
         """After an error: keep the userfaultfds until the tasks are gone, since closing one turns
         what is missing into zeros, and a task that waits for ever is better than that."""
         self._broken += self._memories.values()
+        self._memories.clear()
         while self._broken:
             self._broken = [memory for memory in self._broken if not memory.is_gone()]
             self._progress.flush()
@@ -139,7 +181,7 @@ class Pager:
     def finish(self) -> None:
         """Report the end."""
         assert self._restored_s is not None
-        counters = self._counters
+        counters = self._journal_now.counters
         self._progress.report(
             "done",
             tasks=self._tasks,
@@ -149,6 +191,7 @@ class Pager:
             present_bytes=counters.present_bytes,
             unplaced_bytes=counters.unplaced_bytes,
             fill_ms=round(1e3 * (time.monotonic() - self._restored_s), 1),
+            fault_us_mean=self._fault_us_sum // max(counters.faults, 1),
             fault_us_max=self._fault_us_max,
         )
 
@@ -161,13 +204,18 @@ class Pager:
 
     # -- CRIU --
 
-    def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        self._peer = LazyPagesPeer(connection)
-        self._epoll.register(connection, select.EPOLLIN)
+    def _accept(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        self._keeper.hold(_CONNECTION, _CONNECTION, connection.fileno())
+        self._connect(LazyPagesPeer(connection))
         # There is one restore for one pager.
-        self._epoll.unregister(self._listener)
-        self._listener.close()
+        self._epoll.unregister(listener)
+        listener.close()
+        self._listener = None
+
+    def _connect(self, peer: LazyPagesPeer) -> None:
+        self._peer = peer
+        self._epoll.register(peer, select.EPOLLIN)
 
     def _receive(self, peer: LazyPagesPeer) -> None:
         while (message := peer.receive()) is not None:
@@ -179,24 +227,34 @@ class Pager:
                 self._epoll.unregister(peer)
                 peer.close()
                 self._peer = None
+                self._keeper.release(_CONNECTION)
                 if self._restored_s is None:
                     raise RestoreFailedError("CRIU closed the connection before the restore ended")
                 return
 
     def _announce(self, task: int, uffd: int) -> None:
         missing = FillMap.of(pager_ranges(self._images, task))
-        try:
-            store = StoreFile(self._store / pages_file_name(task))
-        except OSError as error:
-            raise UffdError(f"page store of task {task}: {error}") from error
-        self._adopt(UffdMemory(uffd, task, missing, store, self._counters))
+        memory = UffdMemory(uffd, task, missing, self._open_store(task), self._journal_now)
+        self._adopt(memory)
         self._tasks += 1
         self._progress.report("tasks", count=self._tasks)
+
+    def _open_store(self, task: int) -> StoreFile:
+        try:
+            return StoreFile(self._store / pages_file_name(task))
+        except OSError as error:
+            raise FillSourceError(f"page store of task {task}: {error}") from error
+
+    @property
+    def _journal_now(self) -> Journal:
+        assert self._journal is not None, "neither listening nor resumed"
+        return self._journal
 
     def _finish_restore(self) -> None:
         if self._restored_s is not None:
             raise LazyPagesProtocolError("CRIU finished the same restore twice")
         self._restored_s = time.monotonic()
+        self._journal_now.finished()
         self._progress.report("restored")
         self._filling = True
         for memory in list(self._memories.values()):
@@ -205,6 +263,11 @@ class Pager:
     # -- tasks --
 
     def _adopt(self, memory: UffdMemory) -> None:
+        if not self._keeper.hold(memory.number, memory.task, memory.uffd):
+            self._progress.report("unkept", task=memory.task)
+        self._take(memory)
+
+    def _take(self, memory: UffdMemory) -> None:
         self._memories[memory.uffd] = memory
         self._epoll.register(memory.uffd, select.EPOLLIN)
 
@@ -217,6 +280,7 @@ class Pager:
         """Nothing is missing, or nobody is there to miss it."""
         self._forget(memory)
         memory.close()
+        self._keeper.release(memory.number)
 
     def _drop_if_filled(self, memory: UffdMemory) -> None:
         # Before the end of the restore CRIU may still register mappings with it.
@@ -244,8 +308,8 @@ class Pager:
             for other in [other for other in self._memories.values() if other.is_gone()]:
                 self._drop(other)
             return
-        for uffd in events.forked_uffds:
-            self._adopt(memory.forked(uffd))
+        for child in events.children:
+            self._adopt(child)
         for address in dict.fromkeys(events.faults):
             self._serve(memory, address)
         if self._is_held(memory):
@@ -269,12 +333,13 @@ class Pager:
         except TaskGoneError:
             self._drop(memory)
             return
-        except (UffdError, OSError) as error:
+        except (UffdError, FillSourceError, OSError) as error:
             self._give_up(memory, error)
             return
         if result is Filled.DONE:
-            self._counters.faults += 1
+            memory.counters.faults += 1
             taken_us = (time.monotonic_ns() - started_ns) // 1000
+            self._fault_us_sum += taken_us
             self._fault_us_max = max(self._fault_us_max, taken_us)
             return
         self._waiting.append((memory, address))
@@ -290,7 +355,7 @@ class Pager:
         except TaskGoneError:
             self._drop(memory)
             return
-        except (UffdError, OSError) as error:
+        except (UffdError, FillSourceError, OSError) as error:
             self._give_up(memory, error)
             return
         if result is Filled.AGAIN:
@@ -306,9 +371,10 @@ class Pager:
             return
         self._reported_s = now_s
         if self._memories:
+            counters = self._journal_now.counters
             self._progress.report(
                 "fault_stats",
-                faults=self._counters.faults,
-                filled_bytes=self._counters.filled_bytes,
+                faults=counters.faults,
+                filled_bytes=counters.filled_bytes,
                 missing_bytes=sum(memory.missing.bytes for memory in self._memories.values()),
             )

@@ -19,17 +19,12 @@ Rules that keep content right, all from fs/userfaultfd.c and mm/userfaultfd.c:
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
 import os
 import struct
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final
-
-import numpy as np
 
 from criu_glue.core.fill_map import Run
 from criu_glue.errors import CriuGlueError, TaskGoneError
@@ -49,16 +44,12 @@ from criu_glue.kernel import (
     UffdioZeropage,
     ioctl,
 )
-from criu_glue.page_store import punch_hole
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from criu_glue.core.fill_map import FillMap
+    from criu_glue.fill_source import Buffer, StoreFile
+    from criu_glue.pager_journal import Journal
 
-# Copied between two looks at the page faults: 120 µs measured, which is what a fault may wait.
-# Larger chunks fill no faster.
-CHUNK_BYTES: Final = 256 << 10
 # Filled with a faulting page when they follow it: costs 15 µs more, and saves most faults of a
 # task that walks through its memory.
 FAULT_AROUND_PAGES: Final = 16
@@ -67,7 +58,10 @@ ZERO_AROUND_PAGES: Final = 64
 # Messages read at once. A task with more threads has its other faults read in the next turn.
 _MESSAGES: Final = 64
 
-_WORDS: Final = PAGE_BYTES // 8
+# Ranges of userfaultfd's ioctls are within vm.mmap_min_addr and the end of user space.
+_LOWEST_ADDRESS: Final = 1 << 16
+_ADDRESS_END: Final = 0x7FFF_FFFF_F000
+_ARGUMENTS: Final = struct.Struct("<QQQ")
 _READ_BYTES: Final = _MESSAGES * UFFD_MSG_BYTES
 
 
@@ -85,111 +79,12 @@ class Filled(Enum):
     NO_MEMORY = "no memory"
 
 
-class StoreFile:
-    """A task's file in the page store, shared by the task and the children it forks."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        # Everybody that may still need its content.
-        self.users: list[UffdMemory] = []
-        self._unpunched: list[tuple[int, int]] = []
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out`; holes read as zeros."""
-        done = 0
-        while done < len(out):
-            count = os.preadv(self._fd, [out[done:]], offset + done)
-            if not count:
-                raise UffdError("the page store is shorter than the address space")
-            done += count
-
-    def next_data(self, offset: int, end: int) -> int:
-        """The first offset in [offset, end) that has content, or `end`."""
-        try:
-            return min(os.lseek(self._fd, offset, os.SEEK_DATA), end)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return end
-            raise
-
-    def release(self, start: int, end: int, by: UffdMemory | None = None) -> None:
-        """Give the memory of [start, end) back, now or as soon as nobody needs it any more; `by`
-        is known not to."""
-        if any(user is not by and user.missing.needs_stored(start, end) for user in self.users):
-            self._unpunched.append((start, end))
-        else:
-            punch_hole(self._fd, start, end - start)
-
-    def leave(self, user: UffdMemory) -> None:
-        """`user` needs nothing any more; closes the file after the last one."""
-        self.users.remove(user)
-        if not self.users:
-            os.close(self._fd)
-            return
-        waiting, self._unpunched = self._unpunched, []
-        for start, end in waiting:
-            self.release(start, end)
-
-
-class Buffer:
-    """Page-aligned scratch memory whose address the kernel can be given."""
-
-    def __init__(self, bytes_: int) -> None:
-        self._memory = mmap.mmap(-1, bytes_)
-        self.view = memoryview(self._memory)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._words = np.frombuffer(self._memory, dtype=np.uint64).reshape(-1, _WORDS)
-        self._zero: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
-        self._any_zero = False
-
-    def find_zeros(self, pages: int) -> None:
-        """Look which of the first `pages` pages are all zero, for `pieces` and `is_zero`."""
-        words = self._words[:pages]
-        # Three words of a page tell nearly always; only where they don't, all are read.
-        self._zero = (words[:, 0] | words[:, _WORDS // 2] | words[:, -1]) == 0
-        for page in np.flatnonzero(self._zero):
-            self._zero[page] = not words[page].any()
-        self._any_zero = bool(self._zero.any())
-
-    def is_zero(self, page: int) -> bool:
-        """Whether a page is all zero."""
-        return bool(self._zero[page])
-
-    def pieces(self, start: int, end: int) -> list[tuple[int, int, bool]]:
-        """[start, end) cut into pieces that are all zero or have no such page: offsets in bytes,
-        (start, end, is zero)."""
-        if not self._any_zero:
-            return [(start, end, False)]
-        zero = self._zero[start // PAGE_BYTES : end // PAGE_BYTES]
-        edges = (np.flatnonzero(zero[1:] != zero[:-1]) + 1).tolist()
-        places = [start + page * PAGE_BYTES for page in (0, *edges, len(zero))]
-        first = bool(zero[0])
-        return [
-            (begin, after, first == (number % 2 == 0))
-            for number, (begin, after) in enumerate(pairwise(places))
-        ]
-
-
-@dataclass(slots=True)
-class Counters:
-    """What was done so far; bytes of memory."""
-
-    faults: int = 0
-    filled_bytes: int = 0
-    # Content of zeros: left to the kernel, which gives zeros by itself.
-    zero_bytes: int = 0
-    # There already when the fill came: never overwritten.
-    present_bytes: int = 0
-    # In no mapping when the fill came, though no event said so.
-    unplaced_bytes: int = 0
-
-
 @dataclass(slots=True)
 class Events:
     """What one read of a userfaultfd brought, mappings already taken account of."""
 
     faults: list[int] = field(default_factory=list)
-    forked_uffds: list[int] = field(default_factory=list)
+    children: list[UffdMemory] = field(default_factory=list)
 
 
 class UffdMemory:
@@ -200,24 +95,31 @@ class UffdMemory:
     """
 
     def __init__(
-        self, uffd: int, task: int, missing: FillMap, store: StoreFile, counters: Counters
+        self,
+        uffd: int,
+        task: int,
+        missing: FillMap,
+        store: StoreFile,
+        journal: Journal,
+        *,
+        number: int | None = None,
     ) -> None:
+        """`number`: of an address space that the journal knows already."""
         self.uffd = uffd
         self.task = task
         self.missing = missing
         self.store = store
-        self.counters = counters
+        self.journal = journal
+        self.counters = journal.counters
+        self.number = journal.opened(task) if number is None else number
         # Where the background fill goes on: behind the last page fault.
         self.cursor = 0
         store.users.append(self)
 
-    def forked(self, uffd: int) -> UffdMemory:
-        """The child's memory: it misses what the parent missed when it forked."""
-        return UffdMemory(uffd, self.task, self.missing.copy(), self.store, self.counters)
-
     def close(self) -> None:
         """Give the userfaultfd back to the kernel. Whatever is still missing becomes zeros, so
         only when nothing is, or when the task is gone."""
+        self.journal.closed(self.number)
         os.close(self.uffd)
         self.store.leave(self)
 
@@ -230,18 +132,31 @@ class UffdMemory:
             return found
         for offset in range(0, len(data), UFFD_MSG_BYTES):
             event = data[offset]
-            first, second, third = struct.unpack_from("<QQQ", data, offset + 8)
+            first, second, third = _ARGUMENTS.unpack_from(data, offset + 8)
             if event == UFFD_EVENT_PAGEFAULT:
                 found.faults.append(second & -PAGE_BYTES)
             elif event in (UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP):
+                self.journal.removed(self.number, first, second)
                 self.missing.remove(first, second)
             elif event == UFFD_EVENT_REMAP:
+                self.journal.moved(self.number, first, second, third)
                 self.missing.move(first, second, third)
             elif event == UFFD_EVENT_FORK:
-                found.forked_uffds.append(first & 0xFFFF_FFFF)
+                found.children.append(self._forked(first & 0xFFFF_FFFF))
             else:
                 raise UffdError(f"unknown event {event:#x} of a userfaultfd")
         return found
+
+    def _forked(self, uffd: int) -> UffdMemory:
+        """The child misses what the parent missed at that moment, not after later events."""
+        number = self.journal.forked(self.number)
+        missing = self.missing.copy()
+        return UffdMemory(uffd, self.task, missing, self.store, self.journal, number=number)
+
+    def wake_all(self) -> None:
+        """Have everybody fault again who waits for a page that another pager was to bring."""
+        everything = UffdioRange(_LOWEST_ADDRESS, _ADDRESS_END - _LOWEST_ADDRESS)
+        ioctl(self.uffd, UFFDIO_WAKE, everything)
 
     def serve_fault(self, address: int, buffer: Buffer) -> Filled:
         """Fill the page at `address`, and some behind it, and wake whoever waits for it."""

@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 
     from migrate.network_identity import Interface, NetworkIdentity
 
-# At once, because a client waits; again soon, because a port that has just been plugged drops what
-# it gets for up to half a millisecond (11 of 30 first frames were lost, none of those sent later);
-# and late, for switches that were busy. RFC 5227 repeats an announcement as well.
-REPEAT_DELAYS_S = (0.0, 0.002, 0.02, 0.5)
+# At once, because a client waits; again soon, in case the first was lost; and late, for switches
+# that were busy. RFC 5227 repeats an announcement as well.
+REPEAT_DELAYS_S = (0.0, 0.01, 0.5)
 
 _ETH_BROADCAST = b"\xff" * 6
 # ff02::1, "all nodes", as a multicast MAC (RFC 2464, section 7).

@@ -1,6 +1,6 @@
 """The command line: `migrate CONTAINER --to HOST`, `migrate agent`.
 
-    exit code   0 done, 1 failed and undone, 2 refused or wrong usage, 3 held: `errors.py`
+exit code   0 done, 1 failed and undone, 2 refused or wrong usage, 3 held: `errors.py`
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from rich.console import Console
 
 from migrate import config, progress
 from migrate.agent.app import Agent
-from migrate.coordinator import Coordinator, Options
+from migrate.coordinator import Coordinator
 from migrate.errors import EXIT_FAILED, MigrateError
+from migrate.options import Options
 from migrate.report import summary_table, write_report
 from migrate.runtimes.base import validate_name
 from migrate.runtimes.runc import Runc
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from migrate.core.messages import MigrationId
-    from migrate.report import Report
+    from migrate.options import Options
+from migrate.report import Report
 
 
 class _ContainerFirst(click.Group):
@@ -111,7 +113,7 @@ def cli() -> None:
 @click.option(
     "--report", "report_path", type=click.Path(path_type=Path), help="Write the report here."
 )
-def container(  # noqa: PLR0913  (a command line's options are its interface)
+def container(
     name: str, target: str, runtime: str, as_json: bool, report_path: Path | None, **asked: Any
 ) -> None:
     """Move the container NAME to another host while it runs."""

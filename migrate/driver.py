@@ -157,7 +157,7 @@ class Driver(Generic[StateT, KindT, ActionT]):
             except MigrateError as error:
                 await self._fail(action, error)
                 return
-            except Exception as error:  # noqa: BLE001 (the end of a task: nobody above would hear of it)
+            except Exception as error:
                 log.exception("act failed", action=str(action))
                 await self._fail(action, MigrateError(f"{action}: {type(error).__name__}: {error}"))
                 return
@@ -185,5 +185,5 @@ async def quietly(awaitable: Awaitable[object]) -> None:
     """Await a step of an undoing whose failure must not keep the next steps from happening."""
     try:
         await awaitable
-    except Exception:  # noqa: BLE001 (an undoing goes on whatever happens; the log has the details)
+    except Exception:
         log.exception("a step of an undoing failed")

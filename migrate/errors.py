@@ -208,8 +208,10 @@ class InvalidTransition(MigrateError):
         self.state = state
         self.event = event
         self.history = tuple(history)
-        way = " ".join(f"{past_state} -{past_event}->" for past_state, past_event in self.history)
+        way = " ".join(
+            f"{past_state!s} -{past_event!s}->" for past_state, past_event in self.history
+        )
         super().__init__(
-            f"the {machine} does not allow {event!r} in state {state!r} (way: {way or 'none'})",
+            f"the {machine} does not allow {event} in state {state} (way: {way or 'none'})",
             phase=state,
         )

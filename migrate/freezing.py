@@ -1,10 +1,10 @@
-"""The source's freeze and hold: runtime, CRIU, cgroup, ports and guard of one container, as one thing.
+"""The source's freeze and hold: runtime, CRIU, cgroup, ports and guard of one container.
 
-    prepare    the runtime is started and comes as far as its CRIU, which waits at the gate
-    freeze     ports unplugged, cgroup frozen
-    dump       CRIU writes its images and is held with the tasks
-    release    CRIU kills the tasks, the runtime forgets the container     (after the commit only)
-    undo       CRIU gives the tasks back, cgroup thawed, ports plugged in  (before the commit only)
+prepare    the runtime is started and comes as far as its CRIU, which waits at the gate
+freeze     ports unplugged, cgroup frozen
+dump       CRIU writes its images and is held with the tasks
+release    CRIU kills the tasks, the runtime forgets the container     (after the commit only)
+undo       CRIU gives the tasks back, cgroup thawed, ports plugged in  (before the commit only)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LOG_BYTES_MAX = 4 << 20
 
 
 class Freezing:
-    """See the module. Use it from one event loop; `undo` may be called at any point before release."""
+    """See the module. For one event loop; `undo` may be called at any point before `release`."""
 
     def __init__(
         self,

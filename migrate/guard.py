@@ -1,10 +1,10 @@
 """The guard: thaws the source's container when its coordinator dies before the commit.
 
-A process of its own (`python3 -m migrate.guard`), started before anything is frozen. It reads one
-line, a GuardPlan, and then waits on the same pipe: "disarm" ends it, the end of the pipe means that
-the coordinator is dead. Then the journal says whose the container is. Committed: it is the target's,
-so it stays held here for `migrate recover`. Anything else: CRIU is told to abort, and when the
-runtime has ended, the container is thawed and plugged in again.
+A process of its own (`python3 -m migrate.guard`), started before anything is frozen. It reads a
+line, a GuardPlan, and then waits on the same pipe: "disarm" ends it, the end of the pipe means
+that the coordinator is dead. Then the journal says whose the container is. Committed: it is the
+target's, so it stays held here until an operator decides. Anything else: CRIU is told to abort, and
+when the runtime has ended, the container is thawed and plugged in again.
 """
 
 from __future__ import annotations

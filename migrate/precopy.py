@@ -89,9 +89,9 @@ class MemorySource:
         return missing
 
     def close(self) -> None:
-        """Give the tasks back untouched and end the streams."""
-        self.tracker.detach()
+        """Give the tasks back untouched and end the streams. Idempotent."""
         self.sender.close()
+        self.tracker.detach()
         for memory in self._memories.values():
             memory.close()
         self._memories.clear()

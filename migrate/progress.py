@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 
+# Over the lines of the rounds: MiB read, MiB sent, seconds, MiB/s; then what follows from them: how
+# fast memory is written (MiB/s), what is left (MiB), and the downtime if frozen now.
+ROUNDS_HEADER = "                 MiB      sent       s   MiB/s   dirty/s      left   predicted"
+
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event"):
     """A migration begins."""
@@ -118,6 +122,7 @@ class Terminal:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(Text(""), console=console, transient=True, refresh_per_second=8)
+        self._has_header = False
 
     def __enter__(self) -> Terminal:
         if self._console.is_terminal:
@@ -138,6 +143,9 @@ class Terminal:
             self._live.update(_progress_line(event))
             return
         self._live.update(Text(""))
+        if isinstance(event, RoundEnded) and not self._has_header:
+            self._has_header = True
+            self._console.print(Text(ROUNDS_HEADER, "dim"))
         self._console.print(describe(event), highlight=False)
 
 
@@ -159,11 +167,11 @@ def describe(event: Event) -> Text:
             return _progress_line(event)
         case RoundEnded():
             return Text(
-                f"  round {event.number:<4} {mib(event.bytes_raw)} ({mib(event.bytes_sent)} sent) "
-                f"in {event.duration_ms / 1000:.2f} s, {rate(event.rate_bytes_s)}; "
-                f"dirtied {rate(event.dirty_rate_bytes_s)}, "
-                f"about {mib(event.remaining_bytes)} left; "
-                f"frozen now it would take {event.predicted_downtime_ms:.0f} ms → {event.decision}"
+                f"  round {event.number:<4}{event.bytes_raw / MIB:9.1f}"
+                f"{event.bytes_sent / MIB:10.1f}"
+                f"{event.duration_ms / 1000:8.2f}{event.rate_bytes_s / MIB:8.0f}"
+                f"{event.dirty_rate_bytes_s / MIB:10.1f}{event.remaining_bytes / MIB:10.1f}"
+                f"{event.predicted_downtime_ms:9.0f} ms"
             )
         case Warned():
             return Text(f"  warning    {event.message}", "yellow")

@@ -2,9 +2,9 @@
 
 rsync runs on both sides as a program; its bytes travel in a WebSocket of the session, so identity,
 encryption and authorisation are the session's. On the target rsync is a daemon for one connection
-with one module, the container's root, in a chroot of it: nothing that the source says becomes a path.
+with one module, the container's root, in a chroot of it: no word of the source becomes a path.
 
-    source: rsync ⇄ rsync_relay ⇄ unix socket ⇄ [this module] ⇄ WebSocket … ⇄ rsync --server --daemon
+    source: rsync ⇄ rsync_relay ⇄ unix socket ⇄ [here] ⇄ WebSocket … ⇄ rsync --server --daemon
 
 The last pass may be *gated*: both sides are started and have shaken hands while the container still
 runs; the daemon's "OK" is withheld, so rsync looks at no file, until the container is frozen.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     OpenChannel = Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]]
 
 CHUNK_BYTES = 256 * 1024
-# The text message that closes one direction, as a socket's shutdown does: rsync's daemon waits for it.
+# The text message that closes one direction, as a socket's shutdown does; some rsync waits for it.
 END = "end"
 # rsync's own words on a failure are a few lines; more than this is not kept.
 RSYNC_STDERR_BYTES_MAX = 8 * 1024
@@ -176,13 +176,6 @@ class RootfsSource:
         self._host = host
         self._passes = 0
 
-    async def copy(self, deadline_s: float) -> RootfsPass:
-        """One pass while the container runs."""
-        run = self.start(gated=False)
-        assert run.task is not None
-        async with asyncio.timeout(deadline_s):
-            return await run.task
-
     def start(self, *, gated: bool, files: Sequence[str] | None = None) -> RootfsPassRun:
         """Begin a pass; with `files` only these (relative to the root), compared by content."""
         self._passes += 1
@@ -260,8 +253,10 @@ class RootfsSource:
 
 
 async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) -> None:
-    """The target's end of one pass: an rsync daemon for this one connection, chrooted to `rootfs`."""
-    work.mkdir(mode=0o700, exist_ok=True)
+    """The target's end of one pass: an rsync daemon for this connection, chrooted to `rootfs`.
+
+    `work` is an existing directory of ours for its configuration and log.
+    """
     conf = work / "rsyncd.conf"
     conf.write_text(
         _DAEMON_CONF.format(path=rootfs, log=work / "rsyncd.log", lock=work / "rsyncd.lock")

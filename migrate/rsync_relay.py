@@ -1,8 +1,8 @@
 """The program that rsync takes for its remote shell: it joins rsync to a unix socket.
 
-Run by path (`python3 -ISE rsync_relay.py SOCKET HOST COMMAND…`) and free of imports of this project,
-because it stands between rsync and the frozen container. HOST and COMMAND are what rsync would give
-to a remote shell; the agent runs a command of its own instead.
+Run by path (`python3 -ISE rsync_relay.py SOCKET HOST COMMAND…`) and free of imports of this
+project, because it stands between rsync and the frozen container. HOST and COMMAND are what rsync
+would give to a remote shell; the agent runs a command of its own instead.
 """
 
 from __future__ import annotations

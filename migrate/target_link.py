@@ -1,4 +1,4 @@
-"""The source's end of the control channel: HTTP and WebSockets to the target's agent, over mutual TLS.
+"""The source's end of the control channel: HTTP and WebSockets to the agent, over mutual TLS.
 
 Knows how to reach the agent and to carry messages; what they mean is the coordinator's matter.
 """

@@ -79,9 +79,9 @@ class PageScanner:
                 if error.errno in (errno.ENOTTY, errno.EINVAL):
                     raise TrackerUnsupportedError("no PAGEMAP_SCAN (Linux >= 6.7)") from error
                 raise TrackerError(f"PAGEMAP_SCAN of {start:#x}-{end:#x}: {error}") from error
-            # The kernel leaves `walk_end` where its own buffer (512 regions) was full the last time,
-            # also when it went on behind it to the end (fs/proc/task_mmu.c: do_pagemap_scan): what
-            # it has reported is the better witness, and must not be reported twice.
+            # `walk_end` stays where the kernel's own buffer of 512 regions was last full, also
+            # when the walk went on from there to the end (fs/proc/task_mmu.c: do_pagemap_scan).
+            # What it has reported is the better witness, and must not be reported twice.
             reached = max(argument.walk_end, int(self._vector[self._used - 1, 1]) if found else 0)
             if reached <= start:
                 raise TrackerError(f"PAGEMAP_SCAN makes no progress at {start:#x}")

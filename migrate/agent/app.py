@@ -1,11 +1,11 @@
-"""The agent: a daemon that receives containers. HTTP and WebSockets over mutual TLS 1.3, by aiohttp.
+"""The agent: a daemon that receives containers, by HTTP and WebSockets over mutual TLS 1.3.
 
     POST /v1/sessions                 OpenSession -> SessionOpened | Refused
     GET  /v1/sessions/ID/control      WebSocket: the messages of core/messages.py
     GET  /v1/sessions/ID/rootfs       WebSocket: one pass of rsync
     the data port                     pages and image files (transport.receiver)
 
-A caller is who its certificate says; a session answers to the host that opened it and to nobody else.
+A caller is who its certificate says; a session answers only to the host that opened it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-# The source writes at least a Pong's worth in this time; a channel that is silent for two of them is
-# closed, which the session's machine hears as a lost link.
+# A channel on which nothing was heard for this long after a ping is closed, which the session's
+# machine hears as a lost link.
 HEARTBEAT_S = 10.0
 
 
@@ -183,9 +183,7 @@ class Agent:
         channel = web.WebSocketResponse(compress=False, max_msg_size=4 * CHUNK_BYTES)
         await channel.prepare(request)
         with contextlib.suppress(ConnectionError):
-            await serve_rsync(
-                channel, session.workspace.rootfs, session.workspace.work_dir / "rsync"
-            )
+            await serve_rsync(channel, session.workspace.rootfs, session.workspace.work_dir)
         return channel
 
     def _session_of(self, request: web.Request) -> Session:
@@ -215,5 +213,3 @@ def _answer(message: messages.SessionOpened | messages.Refused) -> web.Response:
     return web.Response(
         body=messages.encode(message), status=status, content_type="application/json"
     )
-
-

@@ -1,6 +1,6 @@
 """The pager's process, seen from the agent: started before CRIU, heard on a pipe, outlives us.
 
-Everything that the pager does is in `criu_glue/pager.py`; this only starts it and reads its progress.
+What the pager does is in `criu_glue/pager.py`; this only starts it and reads its progress.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # A line of the pager's progress has a handful of numbers.
 LINE_BYTES_MAX = 64 * 1024
+SOURCE = Path(__file__).resolve().parents[2]
 # For a pager that holds nothing to end when told to.
 END_DEADLINE_S = 5.0
 
@@ -54,12 +55,11 @@ class PagerProcess:
         command = pager.command(
             work=work_dir, images=image_dir, store=store_dir, progress_fd=write_fd
         )
-        root = Path(__file__).resolve().parents[2]
         try:
             with (work_dir / "pager.log").open("wb") as log:
                 process = await asyncio.create_subprocess_exec(
                     *command,
-                    env={**os.environ, "PYTHONPATH": str(root)},
+                    env={**os.environ, "PYTHONPATH": str(SOURCE)},
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

@@ -25,11 +25,10 @@ from migrate.processes import kill_tree, tail
 from migrate.runtimes.runc import DESCRIPTORS_NAME, descriptors_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
-    from migrate.agent.pager_process import FillResult
     from criu_glue.page_store import PageStore
+    from migrate.agent.pager_process import FillResult
     from migrate.network_identity import Port
     from migrate.runtimes.base import Runtime
 
@@ -75,7 +74,7 @@ class Restoring:
         self._pager: PagerProcess | None = None
         self._process: asyncio.subprocess.Process | None = None
 
-    async def prepare(self, descriptors: Sequence[str]) -> None:
+    async def prepare(self, descriptors: tuple[str, str, str]) -> None:
         """Start the runtime and the pager; returns when CRIU waits at its gate."""
         plan = self.plan
         (plan.image_dir / DESCRIPTORS_NAME).write_bytes(descriptors_json(descriptors))

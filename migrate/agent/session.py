@@ -271,9 +271,7 @@ class Session:
     async def _tell_state(self) -> None:
         request = self.request
         await self._tell(
-            messages.State(
-                request.migration_id, request.attempt, str(self.driver.settled_state)
-            )
+            messages.State(request.migration_id, request.attempt, str(self.driver.settled_state))
         )
 
     async def _ask_source(self) -> None:

@@ -1,16 +1,13 @@
 """What a session has on the target's disk and in its memory, made and wiped as one thing.
 
-    RUN/sessions/ID.target/        a tmpfs of its own: only this container's memory can fill it
-        img/  mem/  work/
-    STATE/containers/NAME/         config.json and rootfs/: stays when the migration succeeds
+RUN/sessions/ID.target/        a tmpfs of its own: only this container's memory can fill it
+    img/  mem/  work/
+STATE/containers/NAME/         config.json and rootfs/: stays when the migration succeeds
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
-import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +15,15 @@ from criu_glue.images import ImageWriter
 from criu_glue.page_store import PageStore
 from migrate import config
 from migrate.errors import MigrateError
+from migrate.mounts import mount_tmpfs, unmount
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from migrate.core.messages import OpenSession
 
-_MS_NOSUID, _MS_NODEV = 2, 4
-_MNT_DETACH = 2
 # Memory that a container may grow by while it is copied, as a share of what it has at the start.
 GROWTH = 0.5
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class WorkspaceError(MigrateError):
@@ -72,8 +66,7 @@ class Workspace:
         """Make all of it; blocking. Raises WorkspaceError, having removed what it made."""
         try:
             self.session.mkdir(mode=0o700, parents=True)
-            options = f"mode=0700,size={self._quota_bytes}"
-            mount_tmpfs(self.session, options)
+            mount_tmpfs(self.session, self._quota_bytes)
             self.work_dir.mkdir(mode=0o700)
             self._store = PageStore(self.session / "mem", quota_bytes=self._quota_bytes)
             self._images = ImageWriter(self.image_dir, quota_bytes=self._quota_bytes)
@@ -132,20 +125,3 @@ def container_config(text: str, netns: Path) -> str:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WorkspaceError(f"the container's config.json can't be used: {error!r}") from error
     return json.dumps(spec, indent=1)
-
-
-def mount_tmpfs(directory: Path, options: str) -> None:
-    """Mount a tmpfs that allows execution (the gate and the hook are programs in it)."""
-    flags = _MS_NOSUID | _MS_NODEV
-    if _libc.mount(b"tmpfs", os.fsencode(directory), b"tmpfs", flags, options.encode()) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"mounting a tmpfs on {directory}: {os.strerror(code)}")
-
-
-def unmount(directory: Path) -> None:
-    """Unmount, lazily, whatever is mounted on `directory`; nothing is fine."""
-    while _libc.umount2(os.fsencode(directory), _MNT_DETACH) == 0:
-        continue
-    code = ctypes.get_errno()
-    if code not in (errno.EINVAL, errno.ENOENT):
-        raise OSError(code, f"unmounting {directory}: {os.strerror(code)}")

@@ -287,6 +287,12 @@ def _judge(
             Verdict.STALLED,
             f"{expected}, and in {STALL_ROUNDS} rounds memory was written faster than sent",
         )
+    floor_ms = predict(history, workload, 0).downtime_ms
+    if predicted_ms - floor_ms < MIN_GAIN_MS:
+        return (
+            Verdict.STALLED,
+            f"{expected}, and {floor_ms:.0f} ms of it no round of pre-copy can shorten",
+        )
     if _gains_nothing(history, workload):
         return Verdict.STALLED, f"{expected}, and another round would not bring it down"
     return Verdict.CONTINUE, expected

@@ -19,6 +19,7 @@ from criu_glue.mappings import TASKS_MAX
 from criu_glue.memory import TaskMemory
 from criu_glue.trackers import scan
 from criu_glue.trackers.base import DirtyTracker, TaskPages
+from criu_glue.trackers.stop_and_copy import StopAndCopyTracker
 from criu_glue.trackers.tracked_task import TrackedTask
 from criu_glue.trackers.write_protect import WriteProtectTracker, supported
 from tests.criu_glue.puppets import (
@@ -565,6 +566,26 @@ def test_many_regions_overflow_the_vector(
     assert collect(tracker, puppet, 512) == list(range(0, 512, 2))
     assert collect(tracker, puppet, 512) == []
     tracker.detach()
+
+
+def test_more_regions_than_the_kernel_buffers(puppet: Puppet, tracker: WriteProtectTracker) -> None:
+    """The kernel hands its regions out 512 at a time, and then misreports how far it has come."""
+    pages = 4 * 512 + 100
+    scattered = list(range(0, pages, 2))
+    puppet.do("map", ARENA, pages, READ_WRITE)
+    for page in scattered:
+        puppet.do("write", ARENA + page * PAGE, 1, 1)
+    assert collect(tracker, puppet, pages) == scattered
+    assert collect(tracker, puppet, pages) == []
+    for page in scattered:
+        puppet.do("write", ARENA + page * PAGE, 1, 2)
+    for _ in range(2):
+        [last] = tracker.collect(last=True)
+        assert pages_in(last.runs, ARENA, pages) == scattered
+    [everything] = StopAndCopyTracker(lambda: [puppet.pid]).collect(last=True)
+    assert pages_in(everything.runs, ARENA, pages) == scattered
+    assert collect(tracker, puppet, pages) == scattered
+    assert collect(tracker, puppet, pages) == []
 
 
 def test_too_many_tasks() -> None:

@@ -47,7 +47,7 @@ async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     port = runner.addresses[0][1]
-    for name in ("source", "target", "work"):
+    for name in ("source", "target", "work", "target-work"):
         (tmp_path / name).mkdir()
     async with aiohttp.ClientSession() as session:
         yield Pair(tmp_path, session, f"http://127.0.0.1:{port}/rootfs")
@@ -95,7 +95,7 @@ def populate(top: Path) -> None:
 async def test_a_pass_makes_both_trees_equal(pair: Pair) -> None:
     populate(pair.source)
     (pair.target / "left-from-before").write_text("x")
-    done = await pair.copier.copy(60)
+    done = await pair.copier.start(gated=False).wait()
     assert tree(pair.target) == tree(pair.source)
     assert done.bytes_sent > 70_000
     assert (pair.target / "sparse").stat().st_blocks == (pair.source / "sparse").stat().st_blocks
@@ -103,7 +103,7 @@ async def test_a_pass_makes_both_trees_equal(pair: Pair) -> None:
 
 async def test_a_gated_pass_sees_what_was_written_before_its_release(pair: Pair) -> None:
     populate(pair.source)
-    await pair.copier.copy(60)
+    await pair.copier.start(gated=False).wait()
     run = pair.copier.start(gated=True)
     async with asyncio.timeout(30):
         await run.ready.wait()
@@ -121,11 +121,11 @@ async def test_listed_files_are_compared_by_content(pair: Pair) -> None:
     """A write through a mapping may leave size and time as they were."""
     data = pair.source / "mapped"
     data.write_bytes(b"a" * 8192)
-    await pair.copier.copy(60)
+    await pair.copier.start(gated=False).wait()
     times = data.stat()
     data.write_bytes(b"b" * 8192)
     os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
-    await pair.copier.copy(60)
+    await pair.copier.start(gated=False).wait()
     assert (pair.target / "mapped").read_bytes() == b"a" * 8192
     run = pair.copier.start(gated=False, files=["mapped"])
     assert run.task is not None
@@ -137,7 +137,7 @@ async def test_a_failing_daemon_is_reported_with_rsyncs_words(pair: Pair) -> Non
     populate(pair.source)
     pair.target.rmdir()
     with pytest.raises(TransferFailed, match=r"rsync of the root file system ended with \d+"):
-        await pair.copier.copy(60)
+        await pair.copier.start(gated=False).wait()
 
 
 def test_shared_writable_file_mappings_are_found() -> None:

@@ -266,8 +266,7 @@ def test_connect_reopens_what_broke_while_it_was_idle(
         assert proxy.connections == 2
         sender.connect()
         assert proxy.connections == 2
-        for pair in list(proxy._pairs):
-            proxy._cut(pair)
+        proxy.cut_all()
         sender.connect()
         assert proxy.connections == 4
         sender.send_round(1, [(TASK, memory.runs)])

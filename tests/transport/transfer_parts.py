@@ -199,7 +199,10 @@ class Target:
 
 
 class CuttingProxy:
-    """Passes TCP on to `port`, and cuts connections after random numbers of bytes, `cuts` times."""
+    """Passes TCP on to `port`, and cuts connections after random numbers of bytes, `cuts` times.
+
+    Cut as a dying host's kernel does it: closed with bytes unread, so that both sides get a reset.
+    """
 
     def __init__(self, port: int, *, seed: int, cuts: int, up: int, down: int) -> None:
         self._target = port
@@ -207,9 +210,8 @@ class CuttingProxy:
         self._limits = (up, down)
         self._lock = threading.Lock()
         self._stopping = False
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self.cuts_left = cuts
-        self.connections = 0
+        self._pairs: list[_Pair] = []
+        self._cuts_left = cuts
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         self._threads = [threading.Thread(target=self._accept)]
@@ -224,13 +226,17 @@ class CuttingProxy:
             self._listening.shutdown(socket.SHUT_RDWR)
         self._threads[0].join()
         self._listening.close()
-        for pair in self._pairs:
-            self._cut(pair)
+        self.cut_all()
         for thread in self._threads[1:]:
             thread.join()
-        for pair in self._pairs:
-            for end in pair:
-                end.close()
+
+    @property
+    def connections(self) -> int:
+        return len(self._pairs)
+
+    def cut_all(self) -> None:
+        for pair in list(self._pairs):
+            pair.shut()
 
     def _accept(self) -> None:
         while not self._stopping:
@@ -238,43 +244,52 @@ class CuttingProxy:
                 client, _ = self._listening.accept()
             except OSError:
                 return
-            pair = (client, socket.create_connection(("127.0.0.1", self._target)))
-            self._pairs.append(pair)
-            with self._lock:
-                self.connections += 1
-                # The handshake must pass, or no connection ever carries anything.
-                budgets = [4096 + self._random.randrange(limit) for limit in self._limits]
-            for (begin, end), budget in zip((pair, pair[::-1]), budgets, strict=True):
-                thread = threading.Thread(target=self._pump, args=(begin, end, budget, pair))
+            pair = _Pair(client, socket.create_connection(("127.0.0.1", self._target)))
+            # The handshake must pass, or no connection ever carries anything.
+            budgets = [4096 + self._random.randrange(limit) for limit in self._limits]
+            for ends, budget in zip((pair.ends, pair.ends[::-1]), budgets, strict=True):
+                thread = threading.Thread(target=self._pump, args=(pair, *ends, budget))
                 self._threads.append(thread)
                 thread.start()
+            self._pairs.append(pair)
 
-    def _pump(
-        self,
-        begin: socket.socket,
-        end: socket.socket,
-        budget: int,
-        pair: tuple[socket.socket, socket.socket],
-    ) -> None:
+    def _pump(self, pair: _Pair, begin: socket.socket, end: socket.socket, budget: int) -> None:
         with suppress(OSError):
-            while data := begin.recv(min(64 << 10, max(budget, 1))):
+            while data := begin.recv(min(64 << 10, budget)):
                 end.sendall(data)
                 budget -= len(data)
-                if budget <= 0 and self._may_cut():
-                    break
-                budget = budget if budget > 0 else 1 << 40
-        self._cut(pair)
+                if budget <= 0:
+                    if self._may_cut():
+                        break
+                    budget = 1 << 40
+        pair.shut()
+        pair.leave()
 
     def _may_cut(self) -> bool:
         with self._lock:
-            self.cuts_left -= 1
-            return self.cuts_left >= 0
+            self._cuts_left -= 1
+            return self._cuts_left >= 0
 
-    @staticmethod
-    def _cut(pair: tuple[socket.socket, socket.socket]) -> None:
-        for end in pair:
+
+class _Pair:
+    """The two sockets of a connection through the proxy; its second pump to end closes them."""
+
+    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+        self.ends = (client, server)
+        self._lock = threading.Lock()
+        self._pumps = 2
+
+    def shut(self) -> None:
+        for end in self.ends:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._pumps -= 1
+            if self._pumps == 0:
+                for end in self.ends:
+                    end.close()
 
 
 class RawClient:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import msgspec
 import pytest
 
@@ -86,36 +84,45 @@ def test_the_way_of_the_target() -> None:
         state = after
 
 
-@pytest.mark.parametrize(("state", "kind"), list(product(S, E)))
-def test_every_pair_of_the_source_has_a_row_or_is_refused(
-    state: SourceState, kind: SourceEventKind
-) -> None:
-    if (state, kind) in source_machine.TABLE:
-        assert source_machine.step(state, SourceEvent(kind)) == source_machine.TABLE[state, kind]
-        return
-    with pytest.raises(InvalidTransition) as caught:
-        source_machine.step(state, SourceEvent(kind), ((S.NEW, E.STARTED),))
-    assert (caught.value.state, caught.value.event) == (state, kind)
-    assert "new -started->" in str(caught.value)
+@pytest.mark.parametrize("state", S)
+def test_every_event_of_the_source_has_a_row_or_is_refused(state: SourceState) -> None:
+    for kind in E:
+        if (state, kind) in source_machine.TABLE:
+            row = source_machine.TABLE[state, kind]
+            assert source_machine.step(state, SourceEvent(kind)) == row
+            continue
+        with pytest.raises(InvalidTransition) as caught:
+            source_machine.step(state, SourceEvent(kind), ((S.NEW, E.STARTED),))
+        assert (caught.value.state, caught.value.event) == (state, kind)
+        assert "new -started->" in str(caught.value)
 
 
-@pytest.mark.parametrize(("state", "kind"), list(product(T, F)))
-def test_every_pair_of_the_target_has_a_row_or_is_refused(
-    state: TargetState, kind: TargetEventKind
-) -> None:
-    if (state, kind) in target_machine.TABLE:
-        assert target_machine.step(state, TargetEvent(kind)) == target_machine.TABLE[state, kind]
-        return
-    with pytest.raises(InvalidTransition):
-        target_machine.step(state, TargetEvent(kind))
+@pytest.mark.parametrize("state", T)
+def test_every_event_of_the_target_has_a_row_or_is_refused(state: TargetState) -> None:
+    for kind in F:
+        if (state, kind) in target_machine.TABLE:
+            row = target_machine.TABLE[state, kind]
+            assert target_machine.step(state, TargetEvent(kind)) == row
+            continue
+        with pytest.raises(InvalidTransition):
+            target_machine.step(state, TargetEvent(kind))
 
 
-@pytest.mark.parametrize("kind", sorted(source_machine.FAILURES))
-@pytest.mark.parametrize("state", source_machine.UNDOABLE)
-def test_every_failure_before_the_commit_is_undone(
-    state: SourceState, kind: SourceEventKind
-) -> None:
-    assert source_machine.TABLE[state, kind] == (S.ROLLING_BACK, (A.ROLLBACK,))
+@pytest.mark.parametrize(
+    "state", [S.PRECOPY, S.PREPARING, S.FROZEN, S.SENDING_FINAL, S.RESTORING, S.HELD]
+)
+def test_every_failure_before_the_commit_is_undone(state: SourceState) -> None:
+    failures = [
+        E.TARGET_REFUSED,
+        E.TARGET_FAILED,
+        E.TARGET_ABORTED,
+        E.LINK_LOST,
+        E.ACT_FAILED,
+        E.DEADLINE_PASSED,
+        E.CANCELLED,
+    ]
+    for kind in failures:
+        assert source_machine.TABLE[state, kind] == (S.ROLLING_BACK, (A.ROLLBACK,))
 
 
 @pytest.mark.parametrize("state", [S.COMMITTED, S.IN_DOUBT, S.RELEASING, S.DONE])
@@ -300,7 +307,7 @@ def test_a_machine_that_refuses_stays_as_it_was() -> None:
     machine = source_machine.machine()
     assert machine.feed(E.STARTED) == (A.RUN_PREFLIGHT,)
     assert not machine.allows(E.DUMPED)
-    with pytest.raises(InvalidTransition, match="'dumped' in state 'preflight'"):
+    with pytest.raises(InvalidTransition, match="dumped in state preflight"):
         machine.feed(E.DUMPED)
     assert machine.state is S.PREFLIGHT
     assert machine.history == ((S.NEW, E.STARTED),)

@@ -1,0 +1,153 @@
+"""The pager's memory outside of itself: a journal in the page store, and a keeper's descriptors.
+
+A pager that dies must not take the memory of the tasks with it: when the last descriptor of a
+userfaultfd closes, what is missing becomes zeros. So whoever supervises the pager holds a copy of
+each, and gives them to the next one. Knows files and sockets, not what is done with the memory.
+
+    keeper socket (UNIX, SOCK_SEQPACKET); one JSON object a packet
+        pager -> keeper   {"hold": number, "task": task}  + the descriptor (SCM_RIGHTS)
+        pager -> keeper   {"release": number}
+    to a pager that resumes, over its own keeper socket, before anything else:
+        keeper -> pager   {"hold": number, "task": task}  + the descriptor, for each that it holds
+        keeper -> pager   {"resume": true}
+    STORE/pager.journal   see core/fill_journal.py; on the tmpfs of the store: it lives as long
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from criu_glue.core.fill_journal import RECORD_BYTES, Kind, encode
+from criu_glue.errors import CriuGlueError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+JOURNAL_NAME: Final = "pager.journal"
+# A program that gives memory up a million times while its memory comes in does not exist; a
+# reader must still not be made to read without end.
+JOURNAL_BYTES_MAX: Final = RECORD_BYTES << 20
+PACKET_BYTES_MAX: Final = 256
+
+
+class KeeperError(CriuGlueError):
+    """The keeper did not give what a pager needs to resume."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What was done so far; bytes of memory."""
+
+    faults: int = 0
+    filled_bytes: int = 0
+    # Content of zeros: left to the kernel, which gives zeros by itself.
+    zero_bytes: int = 0
+    # There already when the fill came: never overwritten.
+    present_bytes: int = 0
+    # In no mapping when the fill came, though no event said so.
+    unplaced_bytes: int = 0
+
+
+class Journal:
+    """Gives every address space a number and writes down what becomes of it. `path` None: only
+    the numbers."""
+
+    def __init__(self, path: Path | None = None, *, number_max: int = 0) -> None:
+        self.counters = Counters()
+        self._number = number_max
+        self._fd: int | None = None
+        if path is not None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._fd = os.open(path, flags, 0o600)
+
+    def opened(self, task: int) -> int:
+        """A restored task; returns its number."""
+        return self._new(Kind.OPENED, task)
+
+    def forked(self, parent: int) -> int:
+        """A child of address space `parent`; returns its number."""
+        return self._new(Kind.FORKED, parent)
+
+    def removed(self, number: int, start: int, end: int) -> None:
+        """[start, end) is unmapped or given up."""
+        self._write(encode(Kind.REMOVED, number, start, end))
+
+    def moved(self, number: int, start: int, to: int, bytes_: int) -> None:
+        """[start, start + bytes_) is now at `to`."""
+        self._write(encode(Kind.MOVED, number, start, to, bytes_))
+
+    def closed(self, number: int) -> None:
+        """Nothing more will be filled there."""
+        self._write(encode(Kind.CLOSED, number))
+
+    def finished(self) -> None:
+        """CRIU has finished the restore."""
+        self._write(encode(Kind.FINISHED, 0))
+
+    def _new(self, kind: Kind, first: int) -> int:
+        self._number += 1
+        self._write(encode(kind, self._number, first))
+        return self._number
+
+    def _write(self, record: bytes) -> None:
+        if self._fd is not None:
+            os.write(self._fd, record)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A userfaultfd that a keeper gave back; it belongs to the receiver now."""
+
+    number: int
+    task: int
+    uffd: int
+
+
+class Keeper:
+    """The pager's side of the keeper's socket; without a socket nothing is kept."""
+
+    def __init__(self, connection: socket.socket | None) -> None:
+        self._connection = connection
+
+    def receive_held(self) -> list[Held]:
+        """What the keeper holds, for a pager that resumes. Waits. Raises KeeperError."""
+        if self._connection is None:
+            raise KeeperError("a pager can't resume without a keeper")
+        found: list[Held] = []
+        while True:
+            data, descriptors, _, _ = socket.recv_fds(self._connection, PACKET_BYTES_MAX, 1)
+            try:
+                message = json.loads(data)
+                if message.get("resume"):
+                    return found
+                (uffd,) = descriptors
+                found.append(Held(int(message["hold"]), int(message["task"]), uffd))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise KeeperError(f"the keeper sent {data!r}") from error
+
+    def hold(self, number: int, task: int, uffd: int) -> bool:
+        """Give the keeper a copy; False when it can't have one. Never blocks."""
+        return self._send({"hold": number, "task": task}, [uffd])
+
+    def release(self, number: int) -> None:
+        """The keeper may close its copy."""
+        self._send({"release": number}, [])
+
+    def _send(self, message: dict[str, int], descriptors: list[int]) -> bool:
+        if self._connection is None:
+            return True
+        data = json.dumps(message).encode()
+        try:
+            socket.send_fds(self._connection, [data], descriptors, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            # The keeper is gone, and with it all its copies.
+            self._connection.close()
+            self._connection = None
+            return False
+        return True

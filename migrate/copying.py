@@ -1,0 +1,202 @@
+"""Copying while the container runs: root file system, rounds of memory, and when to stop.
+
+    start        tracker chosen, streams open
+    copy_rootfs  one pass of rsync
+    run_round    one round of memory -> the decision of core/convergence.py
+    make_ready   the last rsync waits at its gate, a last round keeps the final delta small
+
+Nothing is frozen here, and nothing here changes the container.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from criu_glue.mappings import cgroup_pids
+from criu_glue.trackers import stop_and_copy, write_protect
+from migrate import config, progress
+from migrate.core import convergence
+from migrate.errors import MigrateError
+from migrate.precopy import MemorySource
+from migrate.rootfs import RootfsPassRun, RootfsSource
+from transport import tls
+from transport.sender import PageSender
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from criu_glue.trackers.base import DirtyTracker
+    from migrate.core.clock_relation import ClockRelation
+    from migrate.core.messages import SessionOpened
+    from migrate.facts import ContainerFacts
+    from migrate.options import Options
+    from migrate.progress import Observer
+    from migrate.report import ReportBuilder
+    from migrate.target_link import TargetLink
+    from transport.sender import RoundStats
+    from transport.worker import ReadPages
+
+PROGRESS_PERIOD_S = 0.2
+
+
+class Copying:
+    """See the module. One event loop; what blocks runs in threads. `close` it in any case."""
+
+    def __init__(
+        self,
+        facts: ContainerFacts,
+        options: Options,
+        link: TargetLink,
+        session: Path,
+        host: str,
+        observer: Observer,
+        report: ReportBuilder,
+    ) -> None:
+        self.facts = facts
+        self._options = options
+        self._link = link
+        self._host = host
+        self._observer = observer
+        self._report = report
+        self._limits = convergence.Limits(options.max_downtime_ms, options.rounds_max)
+        self._history = convergence.History()
+        self.clocks: ClockRelation | None = None
+        self.rootfs = RootfsSource(facts.container.rootfs, session, link.rootfs_channel, host)
+        self.final_rootfs: RootfsPassRun | None = None
+        self._memory: MemorySource | None = None
+
+    @property
+    def memory(self) -> MemorySource:
+        """The rounds' memory; there is one from `start` on."""
+        assert self._memory is not None
+        return self._memory
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether the tracker tells pages apart; without, all memory is copied in the freeze."""
+        return self.memory.tracker.name != stop_and_copy.StopAndCopyTracker.name
+
+    async def start(self, opened: SessionOpened) -> str:
+        """Choose the tracker and open the streams; returns the tracker's name."""
+        tracker = await asyncio.to_thread(self._choose_tracker)
+        self._memory = MemorySource(tracker, partial(self._make_sender, opened))
+        await asyncio.to_thread(self._memory.sender.connect)
+        return tracker.name
+
+    async def copy_rootfs(self) -> None:
+        """A pass over the root file system while the container runs."""
+        async with asyncio.timeout(config.ROOTFS_DEADLINE_S):
+            done = await self.rootfs.start(gated=False).wait()
+        detail = f"{progress.mib(done.bytes_sent)} sent in {done.duration_ms / 1000:.2f} s"
+        self._observer.tell(progress.Phase("rootfs", detail))
+
+    async def run_round(self) -> convergence.Decision:
+        """One round, and what follows from it."""
+        stats = await self._watched_round()
+        self._history.add(stats)
+        self._report.add_round(stats)
+        decision = convergence.decide(self._history, self._workload(), self._limits)
+        self._report.add_decision(decision)
+        self._tell_round(stats, decision)
+        return decision
+
+    async def make_ready(self) -> None:
+        """Everything that can be done before the freeze, and then a last short round."""
+        self.final_rootfs = self.rootfs.start(gated=True)
+        async with asyncio.timeout(config.PREPARE_DEADLINE_S):
+            await self.final_rootfs.wait_ready()
+        if self.has_rounds:
+            self._report.add_round(await asyncio.to_thread(self.memory.round))
+        await asyncio.to_thread(self.memory.sender.connect)
+
+    def abort(self) -> None:
+        """Make everything that is under way fail soon."""
+        if self._memory is not None:
+            self._memory.sender.abort()
+        if self.final_rootfs is not None:
+            self.final_rootfs.cancel()
+
+    async def close(self) -> None:
+        """Give the tasks back untouched and end the streams. Idempotent."""
+        if self._memory is not None:
+            await asyncio.to_thread(self._memory.close)
+
+    def _choose_tracker(self) -> DirtyTracker:
+        """The tracker that the user named, or the best that this kernel offers. Blocking."""
+        pids = partial(cgroup_pids, self.facts.container.cgroup)
+        wanted = self._options.tracker
+        why_not = None if wanted == "none" else write_protect.supported()
+        if wanted != "none" and why_not is None:
+            return write_protect.WriteProtectTracker(pids)
+        if wanted == "write-protect":
+            raise MigrateError(
+                f"the tracker write-protect does not work here: {why_not}",
+                host=self._host,
+                remedy="a kernel of 6.7 or newer, or --tracker none",
+            )
+        reason = f"no dirty tracker works here ({why_not})" if why_not else "no tracker is wanted"
+        self.warn(f"{reason}: the container stands still while all of its memory is copied")
+        return stop_and_copy.StopAndCopyTracker(pids)
+
+    def _make_sender(self, opened: SessionOpened, read: ReadPages) -> PageSender:
+        context, target = self._link.context, self._options.target
+        return PageSender(
+            lambda _: tls.connect(target, opened.data_port, context, server_name=opened.host),
+            ticket=bytes.fromhex(opened.ticket),
+            read=read,
+            streams=self._options.streams,
+        )
+
+    async def _watched_round(self) -> RoundStats:
+        """A round in a thread, with its progress told while it runs."""
+        memory = self.memory
+        before, started_s = memory.sender.progress.bytes_raw, time.monotonic()
+        running = asyncio.create_task(asyncio.to_thread(memory.round))
+        try:
+            while not running.done():
+                await asyncio.wait({running}, timeout=PROGRESS_PERIOD_S)
+                done_bytes = memory.sender.progress.bytes_raw - before
+                rate_bytes_s = done_bytes / max(time.monotonic() - started_s, 0.001)
+                self._observer.tell(
+                    progress.RoundProgress(
+                        memory.rounds, done_bytes, memory.round_bytes_total, rate_bytes_s
+                    )
+                )
+        except asyncio.CancelledError:
+            memory.sender.abort()
+            await asyncio.wait({running})
+            raise
+        return running.result()
+
+    def _workload(self) -> convergence.Workload:
+        assert self.clocks is not None
+        return convergence.Workload(
+            memory_bytes=self.facts.memory_bytes,
+            shared_bytes=self.facts.shared_bytes,
+            lazy=self._options.restore == "lazy",
+            round_trip_ms=2 * self.clocks.error_us / 1000,
+        )
+
+    def _tell_round(self, stats: RoundStats, decision: convergence.Decision) -> None:
+        self._observer.tell(
+            progress.RoundEnded(
+                number=stats.number,
+                pages=stats.pages,
+                bytes_raw=stats.bytes_raw,
+                bytes_sent=stats.bytes_sent,
+                duration_ms=stats.duration_ms,
+                rate_bytes_s=stats.bytes_raw / max(stats.duration_ms, 0.1) * 1000,
+                dirty_rate_bytes_s=decision.dirty_rate_bytes_s,
+                remaining_bytes=decision.remaining_bytes,
+                predicted_downtime_ms=decision.predicted_downtime_ms,
+                decision=str(decision.verdict),
+            )
+        )
+
+    def warn(self, message: str) -> None:
+        """Tell and report something that the user should know."""
+        self._report.warn(message)
+        self._observer.tell(progress.Warned(message))

@@ -1,0 +1,25 @@
+"""What the user asks of one migration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from migrate import config
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of `migrate CONTAINER --to HOST`, as the command line has checked them."""
+
+    container: str
+    target: str
+    port: int = config.CONTROL_PORT
+    tracker: Literal["auto", "write-protect", "none"] = "auto"
+    restore: Literal["lazy", "eager"] = "lazy"
+    max_downtime_ms: float = config.DOWNTIME_MS_MAX_DEFAULT
+    rounds_max: int = config.ROUNDS_MAX_DEFAULT
+    on_stall: Literal["freeze", "abort"] = "freeze"
+    streams: int = config.STREAMS
+    shared: tuple[str, ...] = ()
+    dry_run: bool = False

@@ -1,0 +1,93 @@
+"""What happens while the container stands still: freeze, dump, final delta, images, last files.
+
+    unplug ─ freeze ─┬─ collect ─ (code pages) ─ CRIU dumps ──────────────┬─ images sent ─ restore …
+                     ├─ final delta is read and sent beside CRIU ─────────┤
+                     └─ last pass of rsync, which waited at its gate ─────┘
+
+Pages of executable mappings are sent before CRIU starts, the others beside it: see `precopy.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from criu_glue import images
+from criu_glue.mappings import cgroup_pids
+from migrate import config
+from migrate.core import messages
+from migrate.rootfs import shared_file_mappings
+from migrate.runtimes.runc import DESCRIPTORS_NAME
+
+if TYPE_CHECKING:
+    from migrate.copying import Copying
+    from migrate.freezing import Freezing
+    from migrate.report import ReportBuilder
+    from migrate.rootfs import RootfsPassRun
+    from transport.sender import RoundStats
+
+
+class Standstill:
+    """See the module: `freeze_and_dump`, then `send_final`. `marks` are the instants (µs)."""
+
+    def __init__(self, copying: Copying, freezing: Freezing, report: ReportBuilder) -> None:
+        self._copying = copying
+        self._freezing = freezing
+        self._report = report
+        self._sending: asyncio.Task[RoundStats] | None = None
+        self._passes: list[RootfsPassRun] = []
+        self.marks: dict[str, int] = {}
+
+    async def freeze_and_dump(self) -> None:
+        """Returns when CRIU's dump is complete and held, the sending being under way."""
+        memory = self._copying.memory
+        final_rootfs = self._copying.final_rootfs
+        assert final_rootfs is not None
+        self.marks |= await self._freezing.freeze()
+        final_rootfs.release()
+        delta = await asyncio.to_thread(memory.final_delta)
+        if delta.code:
+            await asyncio.to_thread(memory.send, delta.code)
+        self._freezing.start_dump()
+        self._sending = asyncio.create_task(asyncio.to_thread(memory.send, delta.rest))
+        self._passes = [final_rootfs, *self._recheck_mapped_files()]
+        self.marks["dumped"] = await self._freezing.dumped()
+
+    async def send_final(self) -> messages.Restore:
+        """Send what is left; returns the request for the restore."""
+        assert self._sending is not None
+        memory, image_dir = self._copying.memory, self._freezing.image_dir
+        self._report.add_round(await self._sending)
+        lazy = await asyncio.to_thread(images.lazy_ranges, image_dir)
+        missing = memory.undelivered(lazy)
+        if missing:
+            # Pages that CRIU knows and the tracker never reported; without this they would be zeros
+            # on the target.
+            self._report.add_round(await asyncio.to_thread(memory.send, missing))
+        self.marks["final_acked"] = time.monotonic_ns() // 1000
+        found = await asyncio.to_thread(images.image_files, image_dir)
+        # The target's runtime has been given the descriptors before it was started.
+        files = [one for one in found if one.name != DESCRIPTORS_NAME]
+        named = [(one.name, one.path) for one in files]
+        self._report.add_images(await asyncio.to_thread(memory.sender.send_files, named))
+        async with asyncio.timeout(config.ROOTFS_FROZEN_DEADLINE_S):
+            passes = [await run.wait() for run in self._passes]
+        self.marks["rootfs_done"] = max(one.ended_us for one in passes)
+        return messages.Restore(
+            files=tuple(messages.ImageFile(one.name, one.bytes) for one in files),
+            lazy_pages=sum(int(runs[:, 1].sum()) for runs in lazy.values()),
+        )
+
+    def _recheck_mapped_files(self) -> list[RootfsPassRun]:
+        """A pass over files that are written through mappings: compared by content."""
+        container = self._copying.facts.container
+        mapped: set[str] = set()
+        for pid in cgroup_pids(container.cgroup):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                mapped |= shared_file_mappings(Path(f"/proc/{pid}/maps").read_bytes())
+        names = (name.lstrip("/") for name in sorted(mapped))
+        files = [name for name in names if (container.rootfs / name).is_file()]
+        return [self._copying.rootfs.start(gated=False, files=files)] if files else []

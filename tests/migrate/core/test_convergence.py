@@ -1,0 +1,423 @@
+"""When pre-copy ends: examples, and workloads that are run through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from migrate.core.convergence import (
+    DUMP_MS,
+    DUMP_MS_PER_GIB,
+    GIB,
+    HANDOVER_MS,
+    PAGE_BYTES,
+    RATE_BYTES_MS,
+    RESTORE_MS,
+    RESUME_MS,
+    ROUND_TRIP_MS,
+    Decision,
+    History,
+    Limits,
+    Prediction,
+    Verdict,
+    Workload,
+    decide,
+    predict,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a sender would report."""
+
+    pages: int
+    duration_ms: float
+    zero_pages: int = 0
+    unchanged_pages: int = 0
+    vanished_pages: int = 0
+
+
+def pages(size_bytes: float) -> int:
+    return int(size_bytes / PAGE_BYTES)
+
+
+def history(*rounds: tuple[float, float]) -> History:
+    """From (MiB, milliseconds)."""
+    return History([Round(pages(mib * MIB), ms) for mib, ms in rounds])
+
+
+CONTAINER = Workload(memory_bytes=GIB)
+LIMITS = Limits(max_downtime_ms=300.0, max_rounds=30)
+
+
+# --- the prediction ---
+
+
+def test_without_measurements_the_priors_are_the_prediction() -> None:
+    prediction = predict(History(), CONTAINER, 0)
+    assert prediction.dump_ms == DUMP_MS + DUMP_MS_PER_GIB
+    assert prediction.restore_ms == RESTORE_MS + ROUND_TRIP_MS / 2
+    assert prediction.handover_ms == HANDOVER_MS + ROUND_TRIP_MS
+    assert prediction.final_delta_ms == 0
+    assert prediction.downtime_ms == pytest.approx(
+        prediction.freeze_ms
+        + prediction.dump_ms
+        + prediction.restore_ms
+        + prediction.handover_ms
+        + RESUME_MS
+    )
+
+
+def test_measurements_replace_priors() -> None:
+    measured = Workload(
+        memory_bytes=GIB, round_trip_ms=20, freeze_ms=1, dump_ms=2, restore_ms=3, rootfs_ms=10
+    )
+    assert predict(History(), measured, 0) == Prediction(
+        freeze_ms=1,
+        dump_ms=2,
+        final_delta_ms=0,
+        rootfs_ms=8,
+        restore_ms=13,
+        handover_ms=HANDOVER_MS + 20,
+        resume_ms=RESUME_MS,
+    )
+
+
+def test_the_final_delta_counts_with_what_it_takes_longer_than_the_dump() -> None:
+    past = history((1000, 1000))
+    workload = Workload(memory_bytes=GIB, dump_ms=100)
+    assert predict(past, workload, 50 * MIB).final_delta_ms == 0
+    assert predict(past, workload, 150 * MIB).final_delta_ms == pytest.approx(50)
+    slow_files = Workload(memory_bytes=GIB, dump_ms=100, rootfs_ms=160)
+    assert predict(past, slow_files, 150 * MIB).rootfs_ms == pytest.approx(10)
+
+
+def test_shared_memory_is_dumped_sent_and_restored_in_the_downtime() -> None:
+    private = predict(History(), Workload(memory_bytes=2 * GIB), 0)
+    shared = predict(History(), Workload(memory_bytes=2 * GIB, shared_bytes=GIB), 0)
+    assert shared.dump_ms > private.dump_ms + 600
+    assert shared.restore_ms > private.restore_ms + 1800
+    assert shared.final_delta_ms > 0
+
+
+def test_an_eager_restore_depends_on_memory() -> None:
+    eager = Workload(memory_bytes=GIB, lazy=False)
+    assert predict(History(), eager, 0).restore_ms > 1900
+
+
+def test_the_rate_is_that_of_the_last_round_that_was_large_enough() -> None:
+    assert History().rate_bytes_ms == RATE_BYTES_MS
+    assert history((1024, 1024)).rate_bytes_ms == pytest.approx(MIB)
+    assert history((1024, 1024), (512, 256)).rate_bytes_ms == pytest.approx(2 * MIB)
+    assert history((1024, 1024), (1, 100)).rate_bytes_ms == pytest.approx(MIB)
+    assert history((2, 1), (1, 10)).rate_bytes_ms == pytest.approx(2 * MIB)
+
+
+def test_zero_pages_do_not_make_the_way_look_faster() -> None:
+    past = History([Round(pages(64 * MIB), 64, zero_pages=pages(GIB))])
+    assert past.rate_bytes_ms == pytest.approx(MIB)
+    assert History([Round(0, 5, zero_pages=100)]).rate_bytes_ms == RATE_BYTES_MS
+
+
+def test_what_small_rounds_cost_is_learnt() -> None:
+    past = history((1024, 1024), (1, 6))
+    assert past.overhead_ms == pytest.approx(0)
+    past = history((1024, 1030), (1, 7), (1, 9))
+    assert past.overhead_ms == pytest.approx(0)
+    small = History([Round(pages(1024 * MIB), 1024), Round(pages(MIB), 6)])
+    assert predict(small, Workload(memory_bytes=GIB, dump_ms=0), MIB).final_delta_ms == (
+        pytest.approx(1)
+    )
+
+
+# --- the container's writes ---
+
+
+def test_before_any_round_everything_is_left() -> None:
+    assert History().dirtied_bytes(5, GIB) == GIB
+
+
+def test_after_one_round_everything_may_have_been_written_again() -> None:
+    assert history((1024, 1000)).dirtied_bytes(1000, GIB) == GIB
+
+
+def test_a_single_observation_errs_to_too_much() -> None:
+    past = history((1024, 1000), (100, 100))
+    assert past.dirtied_bytes(500, GIB) == 100 * MIB
+    assert past.dirtied_bytes(2000, GIB) == 200 * MIB
+
+
+def test_a_writer_that_goes_everywhere_writes_less_in_less_time() -> None:
+    past = history((1024, 1000), (100, 100), (10, 10))
+    assert past.dirtied_bytes(50, GIB) == pytest.approx(5 * MIB, rel=0.01)
+
+
+def test_a_hot_set_is_as_large_in_less_time() -> None:
+    past = history((1024, 1000), (10, 10), (10, 10))
+    assert past.dirtied_bytes(1, GIB) == pytest.approx(10 * MIB, rel=0.01)
+    assert past.dirtied_bytes(10, GIB) == pytest.approx(10 * MIB, rel=0.01)
+
+
+def test_no_more_is_written_than_there_is() -> None:
+    past = history((1024, 1000), (900, 900))
+    assert past.dirtied_bytes(1e6, GIB) == GIB
+
+
+def test_the_dirty_rate_is_over_the_round_before() -> None:
+    assert history((1024, 1000)).dirty_rate_bytes_ms == 0
+    assert history((1024, 1000), (100, 7)).dirty_rate_bytes_ms == pytest.approx(100 * MIB / 1000)
+    unchanged = History([Round(pages(GIB), 1000), Round(0, 5, unchanged_pages=256)])
+    assert unchanged.dirty_rate_bytes_ms == pytest.approx(MIB / 1000)
+
+
+# --- the decision ---
+
+
+def test_an_idle_container_is_frozen_after_its_second_round() -> None:
+    past = history((100, 100))
+    workload = Workload(memory_bytes=100 * MIB)
+    tight = Limits(max_downtime_ms=290.0, max_rounds=30)
+    past.add(Round(0, 2))
+    decision = decide(past, workload, tight)
+    assert decision.verdict is Verdict.FREEZE
+    assert decision.remaining_bytes == 0
+    assert "are predicted, 290 allowed" in decision.reason
+
+
+def test_the_first_round_says_nothing_of_writes() -> None:
+    assert decide(history((1024, 1000)), CONTAINER, LIMITS).verdict is Verdict.CONTINUE
+
+
+def test_a_small_container_may_be_frozen_after_one_round() -> None:
+    decision = decide(history((16, 16)), Workload(memory_bytes=16 * MIB), LIMITS)
+    assert decision.verdict is Verdict.FREEZE
+
+
+def test_a_stall_is_called_so() -> None:
+    past = history((1024, 1000), (1024, 1000), (1024, 1000), (1024, 1000))
+    decision = decide(past, CONTAINER, LIMITS)
+    assert decision.verdict is Verdict.STALLED
+    assert "faster than sent" in decision.reason
+    assert decide(past.before(), CONTAINER, LIMITS).verdict is Verdict.CONTINUE
+
+
+def test_rounds_that_gain_nothing_end_after_two_of_them() -> None:
+    """A hot set of 400 MiB, with a way that carries it in less time than it takes to be written."""
+    past = history((4096, 4000), (400, 400), (400, 400))
+    workload = Workload(memory_bytes=4 * GIB, dump_ms=100)
+    assert decide(past, workload, LIMITS).verdict is Verdict.CONTINUE
+    past.add(Round(pages(400 * MIB), 400))
+    decision = decide(past, workload, LIMITS)
+    assert decision.verdict is Verdict.STALLED
+    assert "would not bring it down" in decision.reason
+
+
+def test_the_last_round_ends_it() -> None:
+    limits = Limits(max_downtime_ms=1.0, max_rounds=2)
+    past = history((1024, 1000))
+    assert decide(past, CONTAINER, limits).verdict is Verdict.CONTINUE
+    past.add(Round(pages(900 * MIB), 900))
+    decision = decide(past, CONTAINER, limits)
+    assert decision.verdict is Verdict.STALLED
+    assert "the last of 2 rounds" in decision.reason
+
+
+def test_wrong_questions_are_errors() -> None:
+    with pytest.raises(ValueError, match="finished round"):
+        decide(History(), CONTAINER, LIMITS)
+    with pytest.raises(ValueError, match="positive"):
+        Limits(max_downtime_ms=0, max_rounds=1)
+    with pytest.raises(ValueError, match="at least 1"):
+        Limits(max_downtime_ms=1, max_rounds=0)
+
+
+# --- whole migrations of simulated containers ---
+
+Writes = Callable[[float, float], float] if TYPE_CHECKING else object
+"""(start of the interval in ms, its length) -> distinct bytes that are written in it."""
+
+
+def uniform(rate_bytes_ms: float, memory_bytes: int) -> Writes:
+    """Each write goes to a new page, until all are written."""
+    return lambda _, ms: min(rate_bytes_ms * ms, memory_bytes)
+
+
+def hot_set(rate_bytes_ms: float, hot_bytes: int) -> Writes:
+    """Writes to the same pages over and over."""
+    return lambda _, ms: min(rate_bytes_ms * ms, hot_bytes)
+
+
+def bursty(rate_bytes_ms: float, memory_bytes: int, period_ms: float) -> Writes:
+    """Half of each period busy, half idle."""
+
+    def written(start_ms: float, ms: float) -> float:
+        steps = 64
+        busy = sum((start_ms + ms * k / steps) % period_ms < period_ms / 2 for k in range(steps))
+        return min(rate_bytes_ms * ms * busy / steps, memory_bytes)
+
+    return written
+
+
+def migrate(
+    writes: Writes, memory_bytes: int, way_bytes_ms: float, limits: Limits
+) -> tuple[list[Decision], float]:
+    """All decisions of one migration, and the bytes that were really left at its end."""
+    workload, past = Workload(memory_bytes=memory_bytes), History()
+    now_ms, dirty = 0.0, float(memory_bytes)
+    decisions: list[Decision] = []
+    for _ in range(limits.max_rounds + 1):
+        duration_ms = 2.0 + dirty / way_bytes_ms
+        past.add(Round(pages(dirty), duration_ms))
+        dirty = writes(now_ms, duration_ms)
+        now_ms += duration_ms
+        decisions.append(decide(past, workload, limits))
+        if decisions[-1].verdict is not Verdict.CONTINUE:
+            return decisions, dirty
+    raise AssertionError("it went on beyond the last round")
+
+
+memories = st.integers(MIB, 64 * GIB)
+rates = st.floats(0.001, 10 * MIB)
+ways = st.floats(0.01 * MIB, 10 * MIB)
+limit_values = st.builds(Limits, st.floats(1, 5000), st.integers(1, 40))
+
+
+@st.composite
+def writers(draw: st.DrawFn, memory_bytes: int) -> Writes:
+    rate = draw(rates)
+    kind = draw(st.sampled_from(["uniform", "hot", "bursty"]))
+    if kind == "uniform":
+        return uniform(rate, memory_bytes)
+    if kind == "hot":
+        return hot_set(rate, draw(st.integers(0, memory_bytes)))
+    return bursty(rate, memory_bytes, draw(st.floats(1, 10_000)))
+
+
+@given(st.data(), memories, ways, limit_values)
+def test_every_migration_ends_within_its_rounds(
+    data: st.DataObject, memory_bytes: int, way: float, limits: Limits
+) -> None:
+    writes = data.draw(writers(memory_bytes))
+    decisions, _ = migrate(writes, memory_bytes, way, limits)
+    assert 1 <= len(decisions) <= limits.max_rounds
+    last = decisions[-1]
+    within = last.predicted_downtime_ms <= limits.max_downtime_ms
+    assert (last.verdict is Verdict.FREEZE) == within
+    assert all(one.predicted_downtime_ms > limits.max_downtime_ms for one in decisions[:-1])
+    again, _ = migrate(writes, memory_bytes, way, limits)
+    assert again == decisions
+
+
+@given(st.integers(64 * MIB, 64 * GIB), st.floats(0.05, 4), st.floats(0.01, 0.5))
+def test_a_writer_slower_than_the_way_converges(
+    memory_bytes: int, way_mib_ms: float, share: float
+) -> None:
+    """Down to what only the dump and the restore cost, whatever the size of the memory."""
+    way = way_mib_ms * MIB
+    floor_ms = predict(History(), Workload(memory_bytes=memory_bytes), 0).downtime_ms
+    limits = Limits(max_downtime_ms=floor_ms + 50, max_rounds=40)
+    decisions, left = migrate(uniform(share * way, memory_bytes), memory_bytes, way, limits)
+    assert decisions[-1].verdict is Verdict.FREEZE
+    assert left / way <= DUMP_MS + DUMP_MS_PER_GIB * memory_bytes / GIB + 60
+
+
+@given(memories, ways, st.floats(1.5, 5))
+def test_a_writer_faster_than_the_way_is_a_stall_before_the_last_round(
+    memory_bytes: int, way: float, share: float
+) -> None:
+    limits = Limits(max_downtime_ms=1.0, max_rounds=40)
+    decisions, _ = migrate(uniform(share * way, memory_bytes), memory_bytes, way, limits)
+    assert decisions[-1].verdict is Verdict.STALLED
+    assert len(decisions) <= 6
+
+
+@given(st.integers(256 * MIB, 8 * GIB), st.floats(0.1, 2), st.integers(0, 4 * MIB))
+def test_a_small_hot_set_is_frozen_early_and_predicted_well(
+    memory_bytes: int, way_mib_ms: float, hot_bytes: int
+) -> None:
+    way = way_mib_ms * MIB
+    floor_ms = predict(History(), Workload(memory_bytes=memory_bytes), 0).downtime_ms
+    limits = Limits(max_downtime_ms=floor_ms + 50, max_rounds=40)
+    decisions, left = migrate(hot_set(10 * MIB, hot_bytes), memory_bytes, way, limits)
+    assert decisions[-1].verdict is Verdict.FREEZE
+    assert len(decisions) <= 4
+    assert decisions[-1].remaining_bytes >= left - 2 * PAGE_BYTES
+
+
+def test_a_burst_alone_is_no_stall() -> None:
+    """During the second round the container writes three times faster than the way carries it."""
+    limits = Limits(max_downtime_ms=450.0, max_rounds=30)
+    past = history((1024, 1000), (300, 300), (900, 900))
+    assert decide(past, CONTAINER, limits).verdict is Verdict.CONTINUE
+    past.add(Round(pages(20 * MIB), 20))
+    assert decide(past, CONTAINER, limits).verdict is Verdict.FREEZE
+
+
+def test_what_no_round_can_shorten_is_not_waited_for() -> None:
+    """Almost nothing is left, and still the dump and the restore take longer than allowed."""
+    past = history((1024, 1000), (1, 3))
+    decision = decide(past, CONTAINER, LIMITS)
+    assert decision.verdict is Verdict.STALLED
+    assert "no round of pre-copy can shorten" in decision.reason
+
+
+histories = st.lists(
+    st.builds(
+        Round,
+        st.integers(0, 1 << 20),
+        st.floats(0, 1e6),
+        st.integers(0, 1 << 20),
+        st.integers(0, 1 << 20),
+        st.integers(0, 100),
+    ),
+    min_size=1,
+    max_size=8,
+).map(lambda rounds: History(list(rounds)))
+
+
+@settings(max_examples=200)
+@given(histories, memories, st.integers(0, GIB), st.integers(0, GIB))
+def test_more_left_never_predicts_less_downtime(
+    past: History, memory_bytes: int, some: int, more: int
+) -> None:
+    workload = Workload(memory_bytes=memory_bytes)
+    less = predict(past, workload, some).downtime_ms
+    assert predict(past, workload, some + more).downtime_ms >= less
+
+
+@settings(max_examples=200)
+@given(histories, memories, st.integers(0, GIB), st.booleans())
+def test_more_memory_never_predicts_less_downtime(
+    past: History, memory_bytes: int, more: int, lazy: bool
+) -> None:
+    """At the same time left to send after the dump: a longer dump may hide the sending."""
+    small = predict(past, Workload(memory_bytes=memory_bytes, lazy=lazy), 0)
+    large = predict(past, Workload(memory_bytes=memory_bytes + more, lazy=lazy), 0)
+    assert large.downtime_ms >= small.downtime_ms - 1e-6
+
+
+@settings(max_examples=200)
+@given(histories, memories, st.floats(0, 1e6), st.floats(0, 1e6))
+def test_more_time_never_writes_less(
+    past: History, memory_bytes: int, some_ms: float, more_ms: float
+) -> None:
+    less = past.dirtied_bytes(some_ms, memory_bytes)
+    assert 0 <= less <= past.dirtied_bytes(some_ms + more_ms, memory_bytes) + 1 <= memory_bytes + 1
+
+
+@settings(max_examples=200)
+@given(histories, memories, limit_values)
+def test_any_history_gives_a_decision(past: History, memory_bytes: int, limits: Limits) -> None:
+    decision = decide(past, Workload(memory_bytes=memory_bytes), limits)
+    assert decision.predicted_downtime_ms > 0
+    assert 0 <= decision.remaining_bytes <= memory_bytes
+    assert decision.reason
