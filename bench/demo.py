@@ -24,7 +24,7 @@ from bench.lab.lab import Lab
 from bench.probe_process import ProbeProcess, run_module, start_probe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from bench.lab.host import Host
     from bench.probe import Report
@@ -161,7 +161,7 @@ def show(outcome: Outcome, workload: Workload, console: Console) -> None:
     table.add_column("")
     for report in outcome.migrations:
         table.add_column(f"{report['source']} → {report['target']}", justify="right")
-    rows = {
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "downtime": lambda r: f"{r['downtime_ms']:.0f} ms",
         "predicted": lambda r: f"{r['predicted_downtime_ms']:.0f} ms",
         "whole migration": lambda r: f"{r['total_ms'] / 1000:.1f} s",

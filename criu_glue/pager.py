@@ -1,6 +1,7 @@
 """The pager: a process on the target that fills a restored container's memory.
 
     python3 -m criu_glue.pager --work WORK --images IMAGES --store STORE --progress-fd N
+                               [--keeper-fd N] [--resume]
 
 Started before `criu restore --lazy-pages`; waits for "listening" on the progress descriptor (see
 pager_progress.py). WORK is CRIU's work directory (its image directory if it has none other).
@@ -8,6 +9,7 @@ Ends by itself when everything is filled, with exit code 0. Until then the tasks
 it: it lives in a session of its own, outlives the agent, has no network, is the last that the
 kernel kills for memory, and ignores SIGTERM while it holds anything. SIGUSR1 begins the background
 fill before CRIU's end of restore: to be sent when CRIU is held at post-restore, never earlier.
+With a keeper (pager_keeper.py) another pager can take its place when it dies: `--resume`.
 
 Exit codes: 0 filled; 1 failed, which is reported and, while tasks live, not left: see Pager.hold.
 """
@@ -42,19 +44,29 @@ _LAST_FLUSH_S: Final = 2.0
 _CLONE_NEWNET: Final = 0x40000000
 
 
-def command(*, work: Path, images: Path, store: Path, progress_fd: int) -> list[str]:
-    """The argument list that starts a pager; give it `pass_fds=(progress_fd,)`, and a PYTHONPATH
-    in which this package is found."""
-    return [
-        sys.executable,
-        "-P",
-        "-m",
-        "criu_glue.pager",
+def command(
+    *,
+    work: Path,
+    images: Path,
+    store: Path,
+    progress_fd: int,
+    keeper_fd: int | None = None,
+    resume: bool = False,
+) -> list[str]:
+    """The argument list that starts a pager; give it the descriptors by `pass_fds`, and a
+    PYTHONPATH in which this package is found."""
+    arguments = [
+        *(sys.executable, "-P", "-m", "criu_glue.pager"),
         f"--work={work}",
         f"--images={images}",
         f"--store={store}",
         f"--progress-fd={progress_fd}",
     ]
+    if keeper_fd is not None:
+        arguments.append(f"--keeper-fd={keeper_fd}")
+    if resume:
+        arguments.append("--resume")
+    return arguments
 
 
 def _leave_everything_else() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from criu_glue.errors import CriuGlueError
-from migrate import config, network, progress
+from migrate import config, network, preflight, progress
 from migrate.copying import Copying
 from migrate.core import messages, source_machine
 from migrate.core.actions import SourceAction as A
@@ -39,7 +39,6 @@ from migrate.errors import (
     held_on,
     runs_on,
 )
-from migrate.facts import container_facts
 from migrate.freezing import Freezing
 from migrate.journal import JournalWriter
 from migrate.mounts import mount_tmpfs, unmount
@@ -188,21 +187,20 @@ class Coordinator:
 
     async def _run_preflight(self) -> E:
         self._observer.tell(progress.Phase("preflight"))
-        self._facts = await asyncio.to_thread(self._look)
-        self._builder.memory_bytes = self._facts.memory_bytes
-        self._builder.add_versions(self._host, self._facts.versions)
-        return E.PREFLIGHT_PASSED
-
-    def _look(self) -> ContainerFacts:
-        """Blocking."""
-        container = self._runtime.inspect(self.options.container)
-        assert container.netns is not None
-        captured = network.capture(
-            container.netns,
-            hostname=container.spec.get("hostname", ""),
-            sysctls=container.spec.get("linux", {}).get("sysctl", {}),
+        checked = await asyncio.to_thread(
+            preflight.check_source,
+            self._runtime,
+            self.options.container,
+            self.options.shared,
+            lazy=self.options.restore == "lazy",
+            host=self._host,
         )
-        return container_facts(container, captured.identity, self._runtime)
+        self._facts = checked.facts
+        self._builder.memory_bytes = checked.facts.memory_bytes
+        self._builder.add_versions(self._host, checked.facts.versions)
+        for caution in checked.cautions:
+            self._warn(f"{caution.message}; {caution.remedy}")
+        return E.PREFLIGHT_PASSED
 
     async def _open_session(self) -> E:
         assert self._facts is not None

@@ -25,7 +25,8 @@ from migrate.driver import quietly
 from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan
 from migrate.network import PortSwitch
-from migrate.processes import kill_tree, tail
+from migrate.processes import kill_tree, last_message, tail
+from migrate.runtimes.runc import LOG_NAME
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,16 +80,15 @@ class Freezing:
             lazy=True,
             page_server=_NO_PAGE_SERVER,
         )
-        with (self._work_dir / "runtime.log").open("wb") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *command,
-                env=self._hold.environment(os.environ),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=log,
-                # The hold outlives the coordinator.
-                start_new_session=True,
-            )
+        self._process = await asyncio.create_subprocess_exec(
+            *command,
+            env=self._hold.environment(os.environ),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            # The hold outlives the coordinator.
+            start_new_session=True,
+        )
         await self._start_guard(migration_id, journal)
         await self._until("gate", config.PREPARE_DEADLINE_S)
 
@@ -201,9 +201,9 @@ class Freezing:
         return seen_us
 
     def _failed(self, action: str) -> DumpFailed:
-        words = tail(self._work_dir / "runtime.log", _LOG_BYTES_MAX).strip()
+        words = tail(self._work_dir / LOG_NAME, _LOG_BYTES_MAX)
         hint = explain(tail(self._work_dir / "dump.log", _LOG_BYTES_MAX))
-        last = words.splitlines()[-1] if words else "it ended or hung without a word"
+        last = last_message(words) or "it ended or hung without a word"
         return DumpFailed(
             f"the dump did not come to {action}: {hint.line or last}",
             host=self._host,

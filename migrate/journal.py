@@ -74,6 +74,7 @@ CREATE TABLE transitions (
 CREATE TABLE counters (name TEXT PRIMARY KEY NOT NULL, value INTEGER NOT NULL) STRICT;
 INSERT INTO counters VALUES ('attempt', 0);
 """
+_ONE_MIGRATION: Final = "SELECT * FROM migrations WHERE migration_id = ? AND role = ?"
 
 
 class Migration(msgspec.Struct, frozen=True):
@@ -171,6 +172,9 @@ class Journal:
         known already. Also folds the write-ahead log back, so that no later sync has to."""
         facts = _json(migration.facts)
         with self._writing():
+            key = (migration.migration_id, migration.role)
+            if self._connection.execute(_ONE_MIGRATION, key).fetchone() is not None:
+                raise JournalError(f"the journal knows {key[0]} as {key[1]} already")
             self._connection.execute(
                 "INSERT INTO migrations VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -341,9 +345,7 @@ class Journal:
         return [self._read(Migration, row, facts_at=7) for row in rows.fetchall()]
 
     def _migration(self, migration_id: str, role: Role) -> Migration:
-        row = self._connection.execute(
-            "SELECT * FROM migrations WHERE migration_id = ? AND role = ?", (migration_id, role)
-        ).fetchone()
+        row = self._connection.execute(_ONE_MIGRATION, (migration_id, role)).fetchone()
         if row is None:
             raise JournalError(f"the journal knows no migration {migration_id} as {role}")
         return self._read(Migration, row, facts_at=7)
@@ -492,6 +494,8 @@ def _damaged(path: Path, what: str) -> JournalError:
 def _translated(path: Path) -> Iterator[None]:
     try:
         yield
+    except sqlite3.ProgrammingError:
+        raise  # used from another thread, or after `close`: nothing is wrong with the file
     except sqlite3.OperationalError as error:
         remedy = "is the disk full, the directory writable, another process stuck in it?"
         raise JournalError(f"{path} cannot be used: {error}", remedy=remedy) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from criu_glue.errors import TaskGoneError
 from criu_glue.mappings import Task, parse_maps
 from criu_glue.memory import TaskMemory
 
@@ -58,8 +59,7 @@ class MemorySource:
         while it dumps it (`compel/src/lib/infect.c`), so they must be read before CRIU starts. The
         others may be read while it works.
         """
-        pages = self.tracker.collect(last=True)
-        self._open_memories(pages)
+        pages = self._open_memories(self.tracker.collect(last=True))
         self.tracker.detach()
         first, rest = [], []
         for item in pages:
@@ -97,17 +97,25 @@ class MemorySource:
         self._memories.clear()
 
     def _send(self, pages: Sequence[TaskPages]) -> RoundStats:
-        self._open_memories(pages)
-        return self.send([(item.task, item.runs) for item in pages])
+        living = self._open_memories(pages)
+        return self.send([(item.task, item.runs) for item in living])
 
-    def _open_memories(self, pages: Sequence[TaskPages]) -> None:
+    def _open_memories(self, pages: Sequence[TaskPages]) -> list[TaskPages]:
+        """Open what is new; without the tasks that have exited since they were scanned."""
+        living = []
         for item in pages:
             if self._pids.get(item.task) != item.pid:
                 stale = self._memories.pop(item.task, None)
                 if stale is not None:
                     stale.close()
-                self._memories[item.task] = TaskMemory(item.pid)
+                try:
+                    self._memories[item.task] = TaskMemory(item.pid)
+                except TaskGoneError:
+                    self._pids.pop(item.task, None)
+                    continue
                 self._pids[item.task] = item.pid
+            living.append(item)
+        return living
 
     def _read(self, task: int, runs: Runs, out: memoryview) -> npt.NDArray[np.bool_]:
         return self._memories[task].read(runs, out)
@@ -127,7 +135,7 @@ class FinalDelta:
 
 
 def executable_ranges(pid: int) -> list[tuple[int, int]]:
-    """The executable mappings of a task, [start, end)."""
+    """The executable mappings of a task, [start, end), in their order."""
     task = Task(pid)
     try:
         return [
@@ -140,25 +148,23 @@ def executable_ranges(pid: int) -> list[tuple[int, int]]:
 
 
 def split_runs(runs: Runs, ranges: Sequence[tuple[int, int]]) -> tuple[Runs, Runs]:
-    """Split page runs into those inside and those outside of address ranges [start, end)."""
-    inside: list[tuple[int, int]] = []
-    outside: list[tuple[int, int]] = []
-    ordered = sorted(ranges)
-    for address, pages in runs.tolist():
-        at, end = address, address + pages * PAGE_BYTES
-        for low, high in ordered:
-            if high <= at or low >= end:
-                continue
-            if low > at:
-                outside.append((at, (low - at) // PAGE_BYTES))
-                at = low
-            stop = min(high, end)
-            inside.append((at, (stop - at) // PAGE_BYTES))
-            at = stop
-        if at < end:
-            outside.append((at, (end - at) // PAGE_BYTES))
-    return _array(inside), _array(outside)
+    """Split page runs into those inside and those outside of address ranges [start, end).
 
-
-def _array(runs: list[tuple[int, int]]) -> Runs:
-    return np.array(runs, dtype=np.uint64).reshape(-1, 2)
+    Both are ascending; so are the results. It happens while the container stands still, so its cost
+    is numpy's, whatever the number of runs.
+    """
+    if not len(runs) or not len(ranges):
+        return runs[:0], runs
+    edges = np.array(ranges, dtype=np.uint64).reshape(-1)
+    starts, ends = runs[:, 0], runs[:, 0] + runs[:, 1] * np.uint64(PAGE_BYTES)
+    # Cut every run at the edges that lie within it, then ask of each piece where it begins.
+    first = np.searchsorted(edges, starts, side="right")
+    last = np.searchsorted(edges, ends, side="left")
+    cuts = [edges[low:high] for low, high in zip(first, last, strict=True) if low < high]
+    begins = np.unique(np.concatenate([starts, *cuts]))
+    run_of = np.searchsorted(starts, begins, side="right") - 1
+    followers = np.append(begins[1:], ends[-1])
+    stops = np.minimum(ends[run_of], followers)
+    pieces = np.stack([begins, (stops - begins) // np.uint64(PAGE_BYTES)], axis=1)
+    is_inside = np.searchsorted(edges, begins, side="right") % 2 == 1
+    return pieces[is_inside], pieces[~is_inside]

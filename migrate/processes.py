@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from typing import TYPE_CHECKING
 
 import psutil
@@ -33,3 +34,9 @@ def tail(path: Path, bytes_max: int) -> str:
             return file.read(bytes_max).decode("utf-8", "replace")
     except FileNotFoundError:
         return ""
+
+
+def last_message(log: str) -> str:
+    """The last message of a runtime's log (logrus' text: `time=… level=error msg="…"`)."""
+    messages = re.findall(r'msg="((?:[^"\\]|\\.)*)"', log)
+    return messages[-1].replace("\\n", " ").replace('\\"', '"') if messages else ""

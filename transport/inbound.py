@@ -23,14 +23,12 @@ from transport.core.frames import (
     Answer,
     FrameHeader,
     FrameType,
-    RunKind,
     Status,
     encode_answer,
-    parse_file,
     parse_header,
-    parse_runs,
     verify,
 )
+from transport.core.tables import RunKind, parse_file, parse_runs
 from transport.errors import StreamBrokenError, TargetFailedError, TransportError
 
 if TYPE_CHECKING:

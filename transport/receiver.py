@@ -186,20 +186,29 @@ class DataListener:
                 self._log.warning("accepting failed", reason=str(error))
                 self._stopping.wait(_PAUSE_S)
                 continue
-            connection = _Connection(f"{address[0]}:{address[1]}")
-            with self._changed:
-                greeting = sum(each.session is None for each in self._connections)
-                has_room = greeting < self._greeting_max
-                if has_room:
-                    self._connections.add(connection)
-            if not has_room:
-                plain.close()
-                self._refused(connection, "too many connections that have not greeted")
-                continue
-            connection.thread = threading.Thread(
-                target=self._run, args=(connection, plain), name="page-stream", daemon=True
-            )
+            self._begin(plain, f"{address[0]}:{address[1]}")
+
+    def _begin(self, plain: socket.socket, address: str) -> None:
+        """Give an accepted connection its thread, if there is room."""
+        connection = _Connection(address)
+        connection.thread = threading.Thread(
+            target=self._run, args=(connection, plain), name="page-stream", daemon=True
+        )
+        with self._changed:
+            greeting = sum(each.session is None for each in self._connections)
+            has_room = greeting < self._greeting_max
+            if has_room:
+                self._connections.add(connection)
+        if not has_room:
+            plain.close()
+            self._refused(connection, "too many connections that have not greeted")
+            return
+        try:
             connection.thread.start()
+        except RuntimeError as error:  # the process has no more threads
+            plain.close()
+            self._refused(connection, str(error))
+            self._leave(connection)
 
     def _run(self, connection: _Connection, plain: socket.socket) -> None:
         """A stream's thread."""

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING
 from transport.codec import Encoder
 from transport.core.batches import batches, checked_runs
 from transport.core.dedup import TABLE_BYTES, PageHashes
-from transport.core.frames import FRAME_PAGES_MAX, FRAME_RAW_BYTES_MAX, STREAMS_MAX, encode_file
+from transport.core.frames import FRAME_PAGES_MAX, FRAME_RAW_BYTES_MAX, STREAMS_MAX
+from transport.core.tables import encode_file
 from transport.errors import AbortedError, SourceFailedError, TransportError
 from transport.stream import OutFrame, OutStream
 from transport.worker import FileJob, Job, Ledger, PageJob, Progress, ReadPages, Runs, Worker
@@ -152,8 +153,10 @@ class PageSender:
     def send_files(self, files: Sequence[tuple[str, Path]]) -> RoundStats:
         """Send files, [(name on the target, path here)]; returns when all are applied.
 
-        Names are [a-z0-9.-]{1,64}, not hidden; FrameError otherwise.
+        Names are [a-z0-9.-]{1,64}, not hidden, each once; FrameError or ValueError otherwise.
         """
+        if len({name for name, _ in files}) != len(files):
+            raise ValueError("a file occurs twice")
         sized = []
         for name, path in files:
             encode_file(name, 0)
@@ -189,11 +192,13 @@ class PageSender:
     def close(self) -> None:
         """End the threads and connections; `read` is not called any more when this returns.
 
-        Idempotent; a running call is aborted.
+        Idempotent; a running call is aborted. Raises TransportError when a call of `read` hangs.
         """
         self.abort()
         for thread in self._threads:
             thread.join(JOIN_DEADLINE_S)
+        if any(thread.is_alive() for thread in self._threads):
+            raise TransportError("a thread of the transfer does not end: reading memory hangs")
 
     def _make_stream(
         self,

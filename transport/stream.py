@@ -50,6 +50,8 @@ stopped."""
 REOPEN_DELAYS_S = (0.0, 0.1, 0.3, 1.0, 2.0)
 """Pauses before each attempt to reopen a stream; it starts anew when an attempt got frames
 across."""
+CONNECTION_BYTES_MAX = 256 << 30
+"""One set of AES-GCM keys is good for 2**24.5 records of 16 KiB (RFC 8446, 5.5), 388 GB."""
 JOIN_BYTES = 16 << 10
 """Parts that fit together into one TLS record are sent as one."""
 
@@ -110,6 +112,7 @@ class OutStream:
         self._socket: ssl.SSLSocket | None = None
         self._poll = select.poll()
         self._answer = memoryview(bytearray(ANSWER_BYTES))
+        self._sent_before = 0
         self.bytes_sent = 0
         self.opened = 0
 
@@ -153,6 +156,8 @@ class OutStream:
         """Wait until every frame is acknowledged."""
         while self._outbox.pending:
             self.await_answer()
+        if self.bytes_sent - self._sent_before > CONNECTION_BYTES_MAX:
+            self._close_socket()  # the next frame, or `ensure_open`, opens one with new keys
 
     def cut(self) -> None:
         """End whatever the stream is doing, from any thread."""
@@ -235,6 +240,7 @@ class OutStream:
         if answer.status != Status.ACCEPTED:
             raise _refusal(answer.status, self._index)
         self.opened += 1
+        self._sent_before = self.bytes_sent
         done, again = self._outbox.resume(answer.sequence)
         for frame in done:
             self._applied(frame)

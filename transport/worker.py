@@ -27,11 +27,9 @@ from transport.core.frames import (
     Codec,
     FrameHeader,
     FrameType,
-    RunKind,
-    encode_file,
     encode_prefix,
-    encode_runs,
 )
+from transport.core.tables import RunKind, encode_file, encode_runs
 from transport.errors import SourceFailedError
 from transport.stream import Delivery, OutFrame, OutStream
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import structlog
 from aiohttp import web
 
-from migrate import config
+from migrate import config, preflight
 from migrate.agent.session import Session, new_ticket
 from migrate.core import messages
 from migrate.core.states import TARGET_TERMINAL
@@ -110,6 +110,14 @@ class Agent:
         if any(one.request.container == message.container for one in self._live()):
             taken = MigrateError(f"{message.container} is being received by {self._host} already")
             return _refused("name-taken", taken)
+        try:
+            refusals = await asyncio.to_thread(
+                preflight.check_target, message, runtime, self._paths
+            )
+        except MigrateError as error:
+            return _refused("preflight", error)
+        if refusals:
+            return messages.Refused(tuple(messages.Refusal(*one) for one in refusals))
         opened = messages.SessionOpened(
             session_id=message.migration_id,
             ticket=new_ticket(),

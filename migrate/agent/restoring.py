@@ -21,8 +21,8 @@ from criu_glue.hooks import CriuHold, HoldPlan
 from migrate import config
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
-from migrate.processes import kill_tree, tail
-from migrate.runtimes.runc import DESCRIPTORS_NAME, descriptors_json
+from migrate.processes import kill_tree, last_message, tail
+from migrate.runtimes.runc import DESCRIPTORS_NAME, LOG_NAME, descriptors_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,17 +91,16 @@ class Restoring:
         command = self._runtime.restore_command(
             plan.container, plan.bundle, plan.image_dir, plan.work_dir, lazy=plan.lazy
         )
-        with (plan.work_dir / "runtime.log").open("wb") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *command,
-                cwd=plan.bundle,
-                env=self._hold.environment(os.environ),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=log,
-                # The runtime and the container that it becomes parent of outlive the agent.
-                start_new_session=True,
-            )
+        self._process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=plan.bundle,
+            env=self._hold.environment(os.environ),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            # The runtime and the container that it becomes parent of outlive the agent.
+            start_new_session=True,
+        )
         await self._until("gate", config.PREPARE_DEADLINE_S)
 
     async def restore(self) -> dict[str, int]:
@@ -163,9 +162,9 @@ class Restoring:
 
     def _failed(self, action: str) -> RestoreFailed:
         work_dir = self.plan.work_dir
-        words = tail(work_dir / "runtime.log", LOG_BYTES_MAX).strip()
+        words = tail(work_dir / LOG_NAME, LOG_BYTES_MAX)
         hint = explain(tail(work_dir / "restore.log", LOG_BYTES_MAX))
-        last = words.splitlines()[-1] if words else "it ended or hung without a word"
+        last = last_message(words) or "it ended or hung without a word"
         return RestoreFailed(
             f"the restore did not come to {action}: {hint.line or last}",
             host=self._host,

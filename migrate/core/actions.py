@@ -1,11 +1,11 @@
 """What the state machines ask for. The coordinator and the agent's session carry it out.
 
-The actions of one transition are carried out in the order given, and before those of a later
-transition, except that ROLLBACK and DISCARD first stop whatever act is still under way. Each act
+The actions of one transition are carried out in the order given, beside those of earlier ones;
+ROLLBACK and DISCARD first stop whatever is still under way, whose answers count no more. Each act
 reports by an event (named below); an act that fails reports ACT_FAILED and the ones behind it in
 the same transition are dropped. TELL_* is best effort: without a link it does nothing and does not
-fail. TELL_STATE tells the state in which the question was taken, which is in the journal by then
-(of a later one that might not be true yet). Every act is idempotent: recovery carries it out again.
+fail. TELL_STATE tells a state that is in the journal already, never one that is being entered.
+Every act is idempotent: recovery carries it out again.
 """
 
 from __future__ import annotations

@@ -36,8 +36,10 @@ ROLLING_BACK  -> ABORTED       rolled_back
 What the journal must hold (`RECORDED`, and COMMITTED by its own action): before the actions that
 come with a state in `RECORDED` are carried out, the state is appended and synced. The other states
 need no record because `replay` would lead to the same place without it; so nothing between the
-freeze and the commit waits for a disk. If a record cannot be written: before RECORD_COMMIT was
-asked for, go on (every earlier record replays as a rollback); after it, carry nothing out and hold.
+freeze and the commit waits for a disk. (FROZEN replays like PRECOPY too; its record, written while
+the container still runs, tells a person that it was touched.) If a record cannot be written: before
+RECORD_COMMIT was asked for, go on (every earlier record replays as a rollback); after it, carry
+nothing out and hold.
 
 RECORD_COMMIT is the point at which ownership passes. A rollback that is decided while it is being
 written is recorded after it, before anything is undone, and no COMMIT was sent: it stays safe, and

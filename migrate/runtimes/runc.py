@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DESCRIPTORS_NAME = "descriptors.json"
+LOG_NAME = "runtime.log"
 DEFAULT_ROOT = Path("/run/runc")
 CGROUP_MOUNT = Path("/sys/fs/cgroup")
 
@@ -131,7 +132,7 @@ class Runc:
         """`runc checkpoint`. How cgroups and the network are handled goes by CRIU's own
         configuration file: 1.1 has no word for `ignore` and none for the network lock.
         """
-        command = [*self._base(), "checkpoint", "--tcp-established", "--file-locks"]
+        command = [*self._logged(work_dir), "checkpoint", "--tcp-established", "--file-locks"]
         if lazy:
             command.append("--lazy-pages")
         if page_server is not None:
@@ -141,8 +142,13 @@ class Runc:
     def restore_command(
         self, name: str, bundle: Path, image_dir: Path, work_dir: Path, *, lazy: bool
     ) -> list[str]:
-        """`runc restore --detach`. It reads `descriptors.json` before it starts CRIU."""
-        command = [*self._base(), "restore", "--detach", "--tcp-established", "--file-locks"]
+        """`runc restore --detach`. It reads `descriptors.json` before it starts CRIU.
+
+        What runc has to say goes to its log: its own streams are recorded as the container's, so
+        a file there would make the container look as if it had a file of the host open.
+        """
+        command = [*self._logged(work_dir), "restore", "--detach"]
+        command += ["--tcp-established", "--file-locks"]
         if lazy:
             command.append("--lazy-pages")
         command += ["--bundle", validate_path(bundle), *_directories(image_dir, work_dir)]
@@ -186,6 +192,9 @@ class Runc:
 
     def _base(self) -> list[str]:
         return [self._program, "--root", str(self._root)]
+
+    def _logged(self, work_dir: Path) -> list[str]:
+        return [*self._base(), "--log", validate_path(work_dir / LOG_NAME)]
 
     def _run(self, arguments: Sequence[str]) -> str:
         command = [*self._base(), *arguments]

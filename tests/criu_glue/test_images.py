@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,49 +24,22 @@ from criu_glue.images import (
     task_pagemaps,
 )
 from criu_glue.page_store import PageStore
+from tests.criu_glue.checkpoint_images import ANONYMOUS, mm_image, pagemap_image, vma
 
-images = pytest.importorskip("pycriu").images
-
-# pycriu asks protobuf 6 in a way that is going away; it knows the new one too.
-pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
-
-ANONYMOUS, LOCKED = 0x22, 0x2000
+LOCKED = 0x2000
 WIPEONFORK = 1 << 18
 LAZY_IN_STORE = PE_PARENT | PE_LAZY
 
 
-def dump(path: Path, magic: str, entries: list[dict[str, Any]]) -> None:
-    out = io.BytesIO()
-    images.dump({"magic": magic, "entries": entries}, out)
-    path.write_bytes(out.getvalue())
+def put_pagemap(path: Path, entries: list[tuple[int, int, int]], pages_id: int = 1) -> None:
+    path.write_bytes(pagemap_image(entries, pages_id))
 
 
-def pagemap_image(path: Path, entries: list[tuple[int, int, int]], pages_id: int = 1) -> None:
-    records = [
-        {"vaddr": address, "compat_nr_pages": 0, "flags": flags, "nr_pages": pages}
-        for address, pages, flags in entries
-    ]
-    dump(path, "PAGEMAP", [{"pages_id": pages_id}, *records])
-
-
-def mm_image(path: Path, mappings: list[tuple[int, int, int, int]]) -> None:
-    names = "start_code end_code start_data end_data start_stack start_brk brk"
-    names += " arg_start arg_end env_start env_end"
-    vmas = [
-        {
-            "start": start,
-            "end": end,
-            "pgoff": 0,
-            "shmid": 0,
-            "prot": 3,
-            "flags": flags,
-            "status": 0x201,
-            "fd": -1,
-            "madv": advice,
-        }
-        for start, end, flags, advice in mappings
-    ]
-    dump(path, "MM", [{**{f"mm_{n}": 0 for n in names.split()}, "exe_file_id": 1, "vmas": vmas}])
+def put_mm(path: Path, mappings: list[tuple[int, int, int, int]]) -> None:
+    """[(start, end, flags, advice)]"""
+    path.write_bytes(
+        mm_image([vma(start, end, flags, madv=advice) for start, end, flags, advice in mappings])
+    )
 
 
 @pytest.fixture
@@ -83,11 +54,11 @@ def work() -> Iterator[Path]:
 def checkpoint(work: Path) -> Path:
     """Two tasks as `criu dump --lazy-pages` writes them, and an incremental third."""
     img = work / "img"
-    pagemap_image(
+    put_pagemap(
         img / "pagemap-1.img",
         [(0x1000, 5, PE_LAZY), (0x8000, 1, PE_PRESENT), (0x9000, 1, PE_LAZY)],
     )
-    mm_image(
+    put_mm(
         img / "mm-1.img",
         [
             (0x1000, 0x3000, ANONYMOUS, 0),
@@ -96,17 +67,17 @@ def checkpoint(work: Path) -> Path:
             (0x8000, 0xA000, ANONYMOUS, 0),
         ],
     )
-    pagemap_image(img / "pagemap-22.img", [(0x7FFF_0000_0000, 3, PE_LAZY)])
-    mm_image(img / "mm-22.img", [(0x7FFF_0000_0000, 0x7FFF_0000_3000, ANONYMOUS, 0)])
-    pagemap_image(
+    put_pagemap(img / "pagemap-22.img", [(0x7FFF_0000_0000, 3, PE_LAZY)])
+    put_mm(img / "mm-22.img", [(0x7FFF_0000_0000, 0x7FFF_0000_3000, ANONYMOUS, 0)])
+    put_pagemap(
         img / "pagemap-3.img",
         [(0x1000, 2, PE_PARENT), (0x3000, 1, PE_LAZY | PE_PRESENT), (0x5000, 1, PE_PARENT)],
         pages_id=2,
     )
-    mm_image(
+    put_mm(
         img / "mm-3.img", [(0x1000, 0x4000, ANONYMOUS, 0), (0x5000, 0x6000, ANONYMOUS | LOCKED, 0)]
     )
-    pagemap_image(img / "pagemap-shmem-77.img", [(0, 4, PE_PRESENT)])
+    put_pagemap(img / "pagemap-shmem-77.img", [(0, 4, PE_PRESENT)])
     (img / "pages-1.img").write_bytes(bytes(PAGE_BYTES))
     (img / "inventory.img").write_bytes(b"x")
     return img
@@ -120,17 +91,19 @@ def store(work: Path) -> Iterator[PageStore]:
 
 
 def test_names_that_travel() -> None:
-    for name in (
+    travelling = (
         "inventory.img core-1.img pagemap-4194304.img pagemap-shmem-18446744073709551615.img "
         "pages-2.img ghost-file-1f.img tcp-stream-a0.img tmpfs-12.tar.gz.img memfd.img "
         "descriptors.json netns-ct-10.img fs-1.img eventpoll-tfd.img tmpfs-dev-41.tar.gz.img"
-    ).split():
+    )
+    for name in travelling.split():
         assert is_image_name(name), name
-    for name in (
+    staying = (
         "parent dump.log stats-dump lazy-pages.socket ../inventory.img inventory.img/x core-1 "
         "core-.img core-1.img.img pagemap--1.img tmpfs-12.img ghost-file-xyz.img .inventory.img "
         "config.json a.img core-1.img\n pages-١.img INVENTORY.img"
-    ).split(" "):
+    )
+    for name in staying.split(" "):
         assert not is_image_name(name), name
     assert task_of_pagemap("pagemap-22.img") == 22
     assert task_of_pagemap("pagemap-shmem-22.img") is None
@@ -206,8 +179,8 @@ def test_joining_twice_changes_nothing(checkpoint: Path, store: PageStore) -> No
 
 def test_what_the_pager_fills_is_cut_at_mappings(work: Path, store: PageStore) -> None:
     img = work / "img"
-    pagemap_image(img / "pagemap-5.img", [(0x1000, 4, PE_LAZY)])
-    mm_image(img / "mm-5.img", [(0x1000, 0x2000, ANONYMOUS, 0), (0x2000, 0x5000, ANONYMOUS, 0)])
+    put_pagemap(img / "pagemap-5.img", [(0x1000, 4, PE_LAZY)])
+    put_mm(img / "mm-5.img", [(0x1000, 0x2000, ANONYMOUS, 0), (0x2000, 0x5000, ANONYMOUS, 0)])
     attach_page_store(img, store)
     assert lazy_ranges(img)[5].tolist() == [[0x1000, 4]]
     assert pager_ranges(img, 5).tolist() == [[0x1000, 1], [0x2000, 3]]

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.criu_glue.checkpoint_images import write_task
-from tests.criu_glue.uffd_child import page_content
 
 from criu_glue import pager
 from criu_glue.core.pagemap import PAGE_BYTES, PE_LAZY, PE_PARENT
 from criu_glue.kernel import pidfd_getfd
 from criu_glue.lazy_pages_socket import RESTORE_FINISHED, SOCKET_NAME
 from criu_glue.page_store import PageStore
+from criu_glue.pager_keeper import PagerKeeper
+from tests.criu_glue.checkpoint_images import write_task
+from tests.criu_glue.uffd_child import page_content
 
 PROJECT = Path(__file__).parents[2]
 BASE = 0x10_0000_0000
@@ -98,6 +99,7 @@ class Restore:
         for path in (self.work, self.images):
             path.mkdir()
         self.store = PageStore(directory / "mem", quota_bytes=1 << 30)
+        self.keeper = PagerKeeper()
         self.tasks: list[Task] = []
         self.process: subprocess.Popen[bytes] | None = None
         self.events: list[dict[str, Any]] = []
@@ -130,20 +132,33 @@ class Restore:
         vmas = [(page * PAGE_BYTES, pages) for page, pages in mapped or lazy]
         write_task(self.images, number, entries, vmas)
 
-    def start_pager(self) -> None:
+    def start_pager(self, *, resume: bool = False) -> None:
         self._progress, theirs = os.pipe()
-        self.process = subprocess.Popen(
-            pager.command(
-                work=self.work,
-                images=self.images,
-                store=self.store.directory,
-                progress_fd=theirs,
-            ),
-            pass_fds=[theirs],
-            env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        )
+        with self.keeper.new_connection(resume=resume) as connection:
+            self.process = subprocess.Popen(
+                pager.command(
+                    work=self.work,
+                    images=self.images,
+                    store=self.store.directory,
+                    progress_fd=theirs,
+                    keeper_fd=connection.fileno(),
+                    resume=resume,
+                ),
+                pass_fds=[theirs, connection.fileno()],
+                env={**os.environ, "PYTHONPATH": str(PROJECT)},
+            )
         os.close(theirs)
         self.wait_for("listening")
+
+    def kill_pager(self) -> None:
+        """The pager dies; the keeper has what it was given."""
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+        os.close(self._progress)
+        while self.keeper.receive():
+            pass
+        self._partial = b""
 
     def connect(self) -> None:
         self._criu = socket.socket(socket.AF_UNIX)
@@ -213,6 +228,7 @@ class Restore:
             self._criu.close()
         if self._progress >= 0:
             os.close(self._progress)
+        self.keeper.close()
         self.store.close()
 
 
@@ -546,7 +562,7 @@ def test_a_stranger_on_the_socket_is_refused(restore: Restore) -> None:
     restore.start_pager()
     assert restore.process
     restore.connect()
-    with open("/dev/null") as null:
+    with Path("/dev/null").open() as null:
         restore.send_task(5, null.fileno())
     with pytest.raises(AssertionError, match="not a userfaultfd"):
         restore.wait_for("done")
@@ -576,3 +592,119 @@ def test_a_deep_directory_is_no_obstacle(restore: Restore) -> None:
     restore.work.mkdir(parents=True)
     restore.start_pager()
     assert (restore.work / SOCKET_NAME).is_socket()
+
+
+# -- a pager that dies --
+
+
+def test_another_pager_goes_on(restore: Restore) -> None:
+    """Some pages are there, some are not, and a thread waits for one that the first was to bring."""
+    restore.has_task(5, [(BASE_PAGE, 512)])
+    restore.start_pager()
+    assert restore.process
+    restore.connect()
+    task = restore.announce(5, pages=512)
+    assert task.do(["wrong", BASE, 100, BASE_PAGE]) == [[]]
+    restore.process.send_signal(signal.SIGSTOP)
+    task.start(["wrong", BASE + 200 * PAGE_BYTES, 312, BASE_PAGE + 200])
+    wait_until(task.is_waiting)
+    restore.kill_pager()
+    restore.start_pager(resume=True)
+    assert task.results() == [[]]
+    restore.finish()
+    done = restore.wait_until_done()
+    assert done["tasks"] == 1
+    assert task.do(["wrong", BASE, 512, BASE_PAGE]) == [[]]
+
+
+def test_another_pager_knows_what_was_moved_dropped_and_forked(restore: Restore) -> None:
+    restore.has_task(5, [(BASE_PAGE, 512)])
+    restore.start_pager()
+    restore.connect()
+    task = restore.announce(5, pages=512)
+    task.do(
+        ["write", BASE, 3],
+        ["dontneed", BASE + 10 * PAGE_BYTES, 10],
+        ["unmap", BASE + 30 * PAGE_BYTES, 10],
+        ["move", BASE + 100 * PAGE_BYTES, 50, ELSEWHERE, 60, False],
+        ["fork_waiting", [["wrong", BASE + 40 * PAGE_BYTES, 60, BASE_PAGE + 40]]],
+        ["dontneed", BASE + 40 * PAGE_BYTES, 30],
+    )
+    restore.finish()
+    restore.wait_for("restored")
+    restore.kill_pager()
+    assert set(restore.keeper.held().values()) >= {5}
+    restore.start_pager(resume=True)
+    done = restore.wait_until_done()
+    assert done["unplaced_bytes"] == 0
+    assert task.do(
+        ["holds", BASE, 3],
+        ["wrong", BASE + PAGE_BYTES, 9, BASE_PAGE + 1],
+        ["wrong", BASE + 10 * PAGE_BYTES, 10, None],
+        ["wrong", BASE + 20 * PAGE_BYTES, 10, BASE_PAGE + 20],
+        ["wrong", BASE + 40 * PAGE_BYTES, 30, None],
+        ["wrong", BASE + 70 * PAGE_BYTES, 30, BASE_PAGE + 70],
+        ["wrong", BASE + 150 * PAGE_BYTES, 362, BASE_PAGE + 150],
+        ["wrong", ELSEWHERE, 50, BASE_PAGE + 100],
+        ["wrong", ELSEWHERE + 50 * PAGE_BYTES, 10, None],
+        ["child_results"],
+    ) == [True, [], [], [], [], [], [], [], [], [[]]]
+
+
+@pytest.mark.parametrize("after_ms", [0, 2, 5, 10, 20])
+def test_a_pager_may_die_in_the_middle_of_the_fill(restore: Restore, after_ms: int) -> None:
+    restore.has_task(5, [(BASE_PAGE, 4096)])
+    restore.start_pager()
+    restore.connect()
+    task = restore.announce(5, pages=4096)
+    task.start(["walk_down", BASE, 4096, BASE_PAGE])
+    restore.finish()
+    restore.wait_for("restored")
+    end_s = time.monotonic() + after_ms / 1000
+    wait_until(lambda: time.monotonic() >= end_s)
+    restore.kill_pager()
+    if any(number > 0 for number in restore.keeper.held()):
+        restore.start_pager(resume=True)
+        restore.wait_until_done()
+    assert task.results() == [[]]
+    assert restore.store.stored_bytes() == 0
+
+
+def test_criu_does_not_notice_that_a_pager_died(restore: Restore) -> None:
+    """Its last word must arrive: CRIU kills what it restored when it can't send it."""
+    restore.has_task(5, [(BASE_PAGE, 256)])
+    restore.start_pager()
+    restore.connect()
+    task = restore.announce(5)
+    restore.wait_for("tasks")
+    restore.kill_pager()
+    restore.finish()
+    restore.start_pager(resume=True)
+    restore.wait_until_done()
+    assert task.do(["wrong", BASE, 256, BASE_PAGE]) == [[]]
+
+
+def test_the_keeper_holds_nothing_after_the_end(restore: Restore) -> None:
+    restore.has_task(5, [(BASE_PAGE, 256)])
+    restore.start_pager()
+    restore.connect()
+    task = restore.announce(5)
+    task.do(["in_child", [["wrong", BASE, 256, BASE_PAGE]]])
+    restore.finish()
+    restore.wait_until_done()
+    assert not restore.keeper.receive()
+    assert restore.keeper.held() == {}
+
+
+def test_a_pager_without_its_journal_gives_no_zeros(restore: Restore) -> None:
+    restore.has_task(5, [(BASE_PAGE, 256)])
+    restore.start_pager()
+    restore.connect()
+    task = restore.announce(5)
+    restore.wait_for("tasks")
+    restore.kill_pager()
+    (restore.store.directory / "pager.journal").unlink()
+    with pytest.raises(AssertionError, match=r"pager\.journal"):
+        restore.start_pager(resume=True)
+    task.start(["wrong", BASE, 1, BASE_PAGE])
+    wait_until(task.is_waiting)

@@ -18,6 +18,7 @@ import struct
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 PAGE_BYTES = 4096
@@ -76,7 +77,8 @@ class Operations:
 
     def walk_down(self, address: int, pages: int, page: int) -> list[int]:
         """As `wrong`, from the last page to the first: every page is a fault of its own."""
-        return [n for n in reversed(range(pages)) if self.wrong(address + n * PAGE_BYTES, 1, page + n)]
+        pages_down = reversed(range(pages))
+        return [n for n in pages_down if self.wrong(address + n * PAGE_BYTES, 1, page + n)]
 
     def write(self, address: int, letter: int) -> None:
         ctypes.memset(address, letter, PAGE_BYTES)
@@ -196,7 +198,7 @@ class Operations:
 
     def resident(self, address: int, pages: int) -> int:
         """How many of the pages are there."""
-        with open("/proc/self/pagemap", "rb") as file:
+        with Path("/proc/self/pagemap").open("rb") as file:
             file.seek(address // PAGE_BYTES * 8)
             entries = struct.unpack(f"<{pages}Q", file.read(pages * 8))
         return sum(entry >> 63 for entry in entries)

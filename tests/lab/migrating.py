@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from bench.containers import ContainerSpec, create, remove, start
+from bench.containers import ContainerSpec, bundle_path, create, remove, start
 from bench.lab.host import Host
 from bench.lab.lab import Lab
 from bench.probe import Report
@@ -293,15 +294,25 @@ class Resident:
 
 @contextlib.contextmanager
 def resident(
-    lab: Lab, spec: ContainerSpec, *, on: str = "A", probe: bool = True, rate_per_s: float = 500.0
+    lab: Lab,
+    spec: ContainerSpec,
+    *,
+    on: str = "A",
+    probe: bool = True,
+    rate_per_s: float = 500.0,
+    program: Path | None = None,
 ) -> Iterator[Resident]:
     """Runs a container on a host with a streaming client; at the end it is nowhere.
 
-    A redis is empty: `guest.redis("fill")`. Without `probe` no client is connected.
+    A redis is empty: `guest.redis("fill")`. Without `probe` no client is connected. `program`, a
+    static binary, runs in place of the workload's own and is given the same arguments.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(expel, lab, spec.name)
         create(lab.host(on), spec)
+        if program is not None:
+            inner = f"{bundle_path(spec.name)}/rootfs/bin/{spec.workload}"
+            shutil.copy2(program, lab.host(on).path(inner))
         start(lab.host(on), spec.name)
         client = None
         if probe:

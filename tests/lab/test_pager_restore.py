@@ -107,7 +107,7 @@ def test_criu_reads_the_page_store_as_a_parent_image(dumped: tuple[Tree, dict[st
 def test_the_pager_fills_what_criu_leaves_out(dumped: tuple[Tree, dict[str, Any]]) -> None:
     """Lazy, after the eager one from the same images. The tree looks at all of its memory and
     then moves it, gives it up and forks while it is being filled."""
-    tree, report = dumped
+    tree, _ = dumped
     pages_file = tree.host.path(f"{WORK}/mem/pages-{tree.pids[0]}.img")
     assert pages_file.stat().st_blocks
     command = [*INSIDE, "restore", WORK, "lazy"]

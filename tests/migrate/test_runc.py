@@ -105,7 +105,7 @@ def test_the_commands_are_these(host: Host) -> None:
     checkpoint = runc.checkpoint_command(
         container, Path("/run/m/img"), Path("/run/m/work"), lazy=True, page_server="127.0.0.1:1"
     )
-    head = [str(host.program), "--root", str(host.root)]
+    head = [str(host.program), "--root", str(host.root), "--log", "/run/m/work/runtime.log"]
     directories = ["--image-path", "/run/m/img", "--work-path", "/run/m/work"]
     assert checkpoint == [
         *(*head, "checkpoint", "--tcp-established", "--file-locks", "--lazy-pages"),

@@ -196,6 +196,8 @@ def test_files_that_cannot_be_sent(sender_for: Callable[..., PageSender], tmp_pa
             sender.send_files([("a.img", tmp_path / "missing")])
         with pytest.raises(FrameError):
             sender.send_files([("../a.img", tmp_path / "good")])
+        with pytest.raises(ValueError, match="twice"):
+            sender.send_files([("a.img", tmp_path / "good")] * 2)
         sender.send_files([("a.img", tmp_path / "good")])  # nothing had been begun
 
 
@@ -272,6 +274,19 @@ def test_connect_reopens_what_broke_while_it_was_idle(
         sender.send_round(1, [(TASK, memory.runs)])
         assert proxy.connections == 4
     assert arrived(target, memory)
+
+
+def test_a_connection_is_renewed_before_its_keys_are_worn_out(
+    target: Target, sender_for: Callable[..., PageSender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transport.stream.CONNECTION_BYTES_MAX", 300 * PAGE_BYTES)
+    memory = Memory(250)
+    with sender_for(memory, streams=1) as sender:
+        for number, reopened in enumerate((0, 0, 1, 1, 2)):
+            sender.send_round(number, [(TASK, memory.runs)])
+            assert arrived(target, memory)
+            assert sender.progress.reopened == reopened
+            memory.rewrite(*range(250))
 
 
 def test_a_second_sender_continues_a_session(

@@ -21,7 +21,7 @@ import numpy as np
 import trustme
 
 from transport import tls
-from transport.core import frames
+from transport.core import frames, tables
 from transport.core.frames import (
     ANSWER_BYTES,
     PAGE_BYTES,
@@ -333,8 +333,8 @@ class RawClient:
 
 def page_frame(sequence: int, number: int, content: bytes, address: int = 0) -> bytes:
     """One page of task 1."""
-    table = frames.encode_runs(
-        np.array([address], dtype=np.uint64), np.array([frames.RunKind.DATA], dtype=np.uint8)
+    table = tables.encode_runs(
+        np.array([address], dtype=np.uint64), np.array([tables.RunKind.DATA], dtype=np.uint8)
     )
     header = FrameHeader(FrameType.PAGES, Codec.RAW, number, sequence, 1, 0, len(content), 0)
     return frames.encode_prefix(header, table, content) + content

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from transport.core.frames import ADDRESS_END, PAGE_BYTES
+from transport.core.frames import PAGE_BYTES
+from transport.core.tables import ADDRESS_END
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

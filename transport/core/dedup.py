@@ -41,7 +41,8 @@ import numpy as np
 import xxhash
 
 from transport.core.batches import batches, gathered, page_addresses
-from transport.core.frames import PAGE_BYTES, RunKind
+from transport.core.frames import PAGE_BYTES
+from transport.core.tables import RunKind
 from transport.errors import TableFullError
 
 if TYPE_CHECKING:

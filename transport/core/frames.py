@@ -48,19 +48,18 @@ FRAME, 40 bytes of header, then table, then body; checksum over header[0:32], ta
      | address u64 | pages   | kind   |  ...                   | offset u64 | name, 1 to 64 bytes |
      +-------------+---------+--------+                        +------------+---------------------+
 
-The body of a PAGES frame is the pages of its DATA runs, concatenated; ZERO runs have no body. A
-FILE frame's body is the file's bytes from `offset`; an empty file is one frame without body.
+The tables are read and written by `transport.core.tables`. The body of a PAGES frame is the pages
+of its DATA runs, concatenated; ZERO runs have no body. A FILE frame's body is the file's bytes from
+`offset`; an empty file is one frame without body.
 """
 
 from __future__ import annotations
 
 import enum
-import re
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
 import xxhash
 
 from transport.errors import (
@@ -69,9 +68,6 @@ from transport.errors import (
     FrameTooLargeError,
 )
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
 Data: TypeAlias = bytes | bytearray | memoryview
 
 VERSION = 1
@@ -79,22 +75,16 @@ PAGE_BYTES = 4096
 FRAME_PAGES_MAX = 256
 """Pages of one frame: 1 MiB amortises a frame's fixed costs and keeps a re-sent frame cheap."""
 FRAME_RAW_BYTES_MAX = FRAME_PAGES_MAX * PAGE_BYTES
-ADDRESS_END = 1 << 57
-"""End of user space with five-level page tables, x86-64's largest."""
 TASK_MAX = 1 << 22
 """The kernel's PID_MAX_LIMIT (`include/linux/threads.h`)."""
 STREAMS_MAX = 16
 """Streams of one session; beyond a few, more of them only divide the same link."""
-FILE_END = 1 << 44
-"""Largest file: ext4's 16 TiB."""
 NAME_BYTES_MAX = 64
 TICKET_BYTES = 32
 
 _HELLO = struct.Struct("<4sHBBI32sQ")
 _ANSWER = struct.Struct("<4sHHQQ")
 _HEADER = struct.Struct("<BBHIQIIIIQ")
-_RUN = struct.Struct("<QII")
-_FILE_OFFSET = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<Q")
 _HELLO_MAGIC = b"DLYH"
 _ANSWER_MAGIC = b"DLYA"
@@ -102,12 +92,11 @@ _ANSWER_MAGIC = b"DLYA"
 HELLO_BYTES = _HELLO.size
 ANSWER_BYTES = _ANSWER.size
 HEADER_BYTES = _HEADER.size
-RUN_DTYPE = np.dtype([("address", "<u8"), ("pages", "<u4"), ("kind", "<u4")])
-TABLE_BYTES_MAX = FRAME_PAGES_MAX * RUN_DTYPE.itemsize
+RUN_BYTES = 16
+OFFSET_BYTES = 8
+TABLE_BYTES_MAX = FRAME_PAGES_MAX * RUN_BYTES
 """Every run has a page at least, so that a frame has no more runs than pages."""
 PREFIX_BYTES_MAX = HEADER_BYTES + TABLE_BYTES_MAX
-
-_NAME = re.compile(rb"[a-z0-9-][a-z0-9.-]{0,63}")
 
 
 class StreamKind(enum.IntEnum):
@@ -124,11 +113,6 @@ class Codec(enum.IntEnum):
     ZSTD = 2
 
 
-class RunKind(enum.IntEnum):
-    DATA = 1
-    ZERO = 2
-
-
 class Status(enum.IntEnum):
     """What a server answers. Everything but the first two ends the stream."""
 
@@ -140,8 +124,6 @@ class Status(enum.IntEnum):
     """No room now, or this stream's former connection is still being ended: ask again."""
     BAD_FRAME = 5
     SINK_FAILED = 6
-    STOPPED = 7
-    """The session was revoked, or the server is being stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +167,7 @@ def encode_hello(hello: Hello) -> bytes:
 
 def parse_hello(data: Data) -> Hello:
     """The greeting in `data`, exactly HELLO_BYTES. Raises FrameError."""
-    _exactly(data, HELLO_BYTES, "greeting")
+    exactly(data, HELLO_BYTES, "greeting")
     magic, version, kind, reserved, stream, ticket, checksum = _HELLO.unpack(data)
     _magic(magic, _HELLO_MAGIC, version)
     _sealed_right(data, checksum, "greeting")
@@ -204,7 +186,7 @@ def encode_answer(answer: Answer) -> bytes:
 
 def parse_answer(data: Data) -> Answer:
     """The answer in `data`, exactly ANSWER_BYTES. Raises FrameError."""
-    _exactly(data, ANSWER_BYTES, "answer")
+    exactly(data, ANSWER_BYTES, "answer")
     magic, version, status, sequence, checksum = _ANSWER.unpack(data)
     _magic(magic, _ANSWER_MAGIC, version)
     _sealed_right(data, checksum, "answer")
@@ -236,10 +218,10 @@ def encode_prefix(header: FrameHeader, table: bytes, body: Data) -> bytes:
 def parse_header(data: Data) -> FrameHeader:
     """The header in `data`, exactly HEADER_BYTES, with every length within its limit.
 
-    What the table must be is checked by `parse_runs` or `parse_file`, after `verify`. Raises
+    What the table must be is checked by `transport.core.tables`, after `verify`. Raises
     FrameError.
     """
-    _exactly(data, HEADER_BYTES, "frame header")
+    exactly(data, HEADER_BYTES, "frame header")
     (
         kind,
         codec,
@@ -293,84 +275,18 @@ def verify(header: FrameHeader, header_data: Data, table: Data, body: Data) -> N
         )
 
 
-def parse_runs(header: FrameHeader, table: Data) -> npt.NDArray[np.void]:
-    """The runs of a PAGES frame: array of RUN_DTYPE, ascending, disjoint, their sums as
-    declared."""
-    _exactly(table, header.table_bytes, "run table")
-    runs = np.frombuffer(table, dtype=RUN_DTYPE)
-    address, pages, kind = runs["address"], runs["pages"].astype(np.uint64), runs["kind"]
-    if (
-        int(pages.min()) == 0
-        or int(pages.max()) > FRAME_PAGES_MAX
-        or int(pages.sum()) > FRAME_PAGES_MAX
-    ):
-        raise FrameMalformedError("a run without pages, or more pages than a frame may have")
-    is_data = kind == RunKind.DATA
-    if not bool(np.all(is_data | (kind == RunKind.ZERO))):
-        raise FrameMalformedError("unknown kind of run")
-    # Compared before anything is added to it: an address near 2**64 would wrap around.
-    if int(address.max()) >= ADDRESS_END or bool(np.any(address % PAGE_BYTES)):
-        raise FrameMalformedError("an address beyond user space, or not of a page")
-    end = address + pages * np.uint64(PAGE_BYTES)
-    if int(end[-1]) > ADDRESS_END or bool(np.any(address[1:] < end[:-1])):
-        raise FrameMalformedError("runs out of order, overlapping, or beyond user space")
-    if int(pages[is_data].sum()) * PAGE_BYTES != header.raw_bytes:
-        raise FrameMalformedError("the data runs' pages are not the body's size")
-    return runs
-
-
-def encode_runs(addresses: npt.NDArray[np.uint64], kinds: npt.NDArray[np.uint8]) -> bytes:
-    """The run table of single pages: their addresses (n > 0, ascending) and RunKinds, gathered."""
-    if int(addresses[-1] - addresses[0]) == (len(addresses) - 1) * PAGE_BYTES and bool(
-        (kinds == kinds[0]).all()
-    ):  # Most frames of a first round: not worth the machinery below.
-        return _RUN.pack(int(addresses[0]), len(addresses), int(kinds[0]))
-    breaks = np.flatnonzero(
-        (addresses[1:] != addresses[:-1] + np.uint64(PAGE_BYTES)) | (kinds[1:] != kinds[:-1])
-    )
-    starts = np.concatenate((np.zeros(1, dtype=np.intp), breaks + 1))
-    runs = np.empty(len(starts), dtype=RUN_DTYPE)
-    runs["address"] = addresses[starts]
-    runs["pages"] = np.diff(starts, append=len(addresses))
-    runs["kind"] = kinds[starts]
-    return runs.tobytes()
-
-
-def parse_file(header: FrameHeader, table: Data) -> tuple[str, int]:
-    """Name and offset of a FILE frame."""
-    _exactly(table, header.table_bytes, "file table")
-    (offset,) = _FILE_OFFSET.unpack_from(table)
-    name = bytes(memoryview(table)[_FILE_OFFSET.size :])
-    if _NAME.fullmatch(name) is None:
-        raise FrameMalformedError("a file name outside [a-z0-9.-]{1,64}, or hidden")
-    if offset + header.raw_bytes > FILE_END:
-        raise FrameTooLargeError(f"a file beyond {FILE_END} bytes")
-    return name.decode("ascii"), offset
-
-
-def encode_file(name: str, offset: int) -> bytes:
-    """The table of a FILE frame. Raises FrameMalformedError for a name that no target would
-    take."""
-    encoded = name.encode("utf-8", "replace")
-    if _NAME.fullmatch(encoded) is None:
-        raise FrameMalformedError(
-            f"{name!r} is not a name that may travel: [a-z0-9.-]{{1,64}}, not hidden"
-        )
-    return _FILE_OFFSET.pack(offset) + encoded
-
-
 def _check_shape(header: FrameHeader) -> None:
     if header.type == FrameType.PAGES:
         if not 1 <= header.task <= TASK_MAX:
             raise FrameMalformedError(f"task {header.task}")
-        if header.table_bytes == 0 or header.table_bytes % RUN_DTYPE.itemsize:
+        if header.table_bytes == 0 or header.table_bytes % RUN_BYTES:
             raise FrameMalformedError(f"run table of {header.table_bytes} bytes")
         if header.raw_bytes % PAGE_BYTES:
             raise FrameMalformedError(f"pages of {header.raw_bytes} bytes")
         return
     if header.task != 0:
         raise FrameMalformedError("a file of a task")
-    if not 1 <= header.table_bytes - _FILE_OFFSET.size <= NAME_BYTES_MAX:
+    if not 1 <= header.table_bytes - OFFSET_BYTES <= NAME_BYTES_MAX:
         raise FrameMalformedError(f"file table of {header.table_bytes} bytes")
 
 
@@ -391,7 +307,7 @@ def _sealed_right(data: Data, checksum: int, what: str) -> None:
         raise FrameCorruptError(f"a {what} fails its checksum")
 
 
-def _exactly(data: Data, size: int, what: str) -> None:
+def exactly(data: Data, size: int, what: str) -> None:
     if len(data) != size:
         raise FrameMalformedError(f"{what} of {len(data)} bytes instead of {size}")
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from tests.migrate.core.handover_world import World
 
 FAULTS = 2
-"""In the complete search: about 125 000 worlds. With 3 it has been run by hand (two minutes)."""
+"""In the complete search: about 180 000 worlds. It has been run with 3 as well (1.6 million)."""
 
-WALKS = 150
+WALKS = 60
 WALK_FAULTS = 8
 SETTLING_STEPS = 3000
 """A walk that takes chances needs some hundred steps to settle; this is far beyond any."""
@@ -133,9 +133,7 @@ UNSAFE = {
     "rolls back when the link breaks": _source(
         "committed", "link_lost", "rolling_back", "rollback"
     ),
-    "rolls back without evidence": _source(
-        "in_doubt", "target_undecided", "rolling_back", "rollback"
-    ),
+    "rolls back without evidence": _source("in_doubt", "link_back", "rolling_back", "rollback"),
     "rolls back when cancelled": _source("committed", "cancelled", "rolling_back", "rollback"),
     "cannot be cancelled while held": _source("held", "cancelled", "held"),
     "does not expect a late dump": lambda protocol: protocol.source.__delitem__(

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport.core.batches import batches, checked_runs, gathered, page_addresses
-from transport.core.frames import ADDRESS_END, PAGE_BYTES
+from transport.core.frames import PAGE_BYTES
+from transport.core.tables import ADDRESS_END
 
 RUNS = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 40)), max_size=20)  # [(gap, pages)]
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from transport.core.batches import page_addresses
 from transport.core.dedup import CHUNK_PAGES, UNCHANGED, PageHashes
-from transport.core.frames import PAGE_BYTES, RunKind
+from transport.core.frames import PAGE_BYTES
+from transport.core.tables import RunKind
 from transport.errors import TableFullError
 
 SEED = 0x1234567890ABCDEF

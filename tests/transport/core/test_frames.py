@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport.codec import Decoder
-from transport.core import frames
+from transport.core import frames, tables
 from transport.core.frames import (
-    ADDRESS_END,
     FRAME_PAGES_MAX,
     FRAME_RAW_BYTES_MAX,
     HEADER_BYTES,
@@ -24,10 +23,10 @@ from transport.core.frames import (
     FrameHeader,
     FrameType,
     Hello,
-    RunKind,
     Status,
     StreamKind,
 )
+from transport.core.tables import ADDRESS_END, RunKind
 from transport.errors import (
     FrameCorruptError,
     FrameError,
@@ -101,9 +100,9 @@ def accept(data: bytes) -> FrameHeader:
     table, body = rest[: header.table_bytes], rest[header.table_bytes :]
     frames.verify(header, head, table, body)
     if header.type == FrameType.PAGES:
-        frames.parse_runs(header, table)
+        tables.parse_runs(header, table)
     else:
-        frames.parse_file(header, table)
+        tables.parse_file(header, table)
     assert (
         len(Decoder().decode(header.codec, memoryview(body), header.raw_bytes)) == header.raw_bytes
     )
@@ -136,7 +135,7 @@ def test_golden_frame() -> None:
     header = FrameHeader(FrameType.PAGES, Codec.RAW, 7, 9, 42, 32, PAGE_BYTES, PAGE_BYTES)
     addresses = np.array([0x7FFF00001000, 0x7FFF00002000, 0x7FFF00003000], dtype=np.uint64)
     kinds = np.array([RunKind.DATA, RunKind.ZERO, RunKind.ZERO], dtype=np.uint8)
-    table = frames.encode_runs(addresses, kinds)
+    table = tables.encode_runs(addresses, kinds)
     assert table == GOLDEN_TABLE
     assert frames.encode_prefix(header, table, body) == golden
     assert accept(golden + body) == dataclasses.replace(header, checksum=checksum)
@@ -144,7 +143,7 @@ def test_golden_frame() -> None:
 
 def test_golden_file_table() -> None:
     assert (
-        frames.encode_file("core-1.img", 0x100000) == b"\x00\x00\x10\x00\x00\x00\x00\x00core-1.img"
+        tables.encode_file("core-1.img", 0x100000) == b"\x00\x00\x10\x00\x00\x00\x00\x00core-1.img"
     )
 
 
@@ -257,9 +256,9 @@ def test_the_last_page_of_user_space_may_travel() -> None:
 
 @pytest.mark.parametrize("name", ["core-1.img", "descriptors.json", "a", "0" * 64, "-", "a..b"])
 def test_file_names_that_travel(name: str) -> None:
-    table = frames.encode_file(name, 5)
+    table = tables.encode_file(name, 5)
     header = FrameHeader(FrameType.FILE, Codec.RAW, 1, 1, 0, len(table), 0, 0)
-    assert frames.parse_file(header, table) == (name, 5)
+    assert tables.parse_file(header, table) == (name, 5)
 
 
 @pytest.mark.parametrize(
@@ -267,19 +266,19 @@ def test_file_names_that_travel(name: str) -> None:
 )
 def test_file_names_that_do_not(name: str) -> None:
     with pytest.raises(FrameMalformedError):
-        frames.encode_file(name, 0)
+        tables.encode_file(name, 0)
     table = struct.pack("<Q", 0) + name.encode()
     header = FrameHeader(FrameType.FILE, Codec.RAW, 1, 1, 0, len(table), 0, 0)
     with pytest.raises(FrameMalformedError):
-        frames.parse_file(header, table)
+        tables.parse_file(header, table)
 
 
 def test_a_file_ends_before_its_limit() -> None:
-    table = frames.encode_file("a", frames.FILE_END - 1)
+    table = tables.encode_file("a", tables.FILE_END - 1)
     header = FrameHeader(FrameType.FILE, Codec.RAW, 1, 1, 0, len(table), 2, 2)
     with pytest.raises(FrameTooLargeError):
-        frames.parse_file(header, table)
-    frames.parse_file(dataclasses.replace(header, raw_bytes=1), table)
+        tables.parse_file(header, table)
+    tables.parse_file(dataclasses.replace(header, raw_bytes=1), table)
 
 
 def test_another_version_is_refused_by_name() -> None:
@@ -307,7 +306,7 @@ def test_stream_indexes_are_limited() -> None:
                 accept,
                 frames.encode_prefix(
                     FrameHeader(FrameType.FILE, Codec.RAW, 1, 1, 0, 0, 5, 0),
-                    frames.encode_file("a.img", 0),
+                    tables.encode_file("a.img", 0),
                     b"bytes",
                 )
                 + b"bytes",
@@ -354,13 +353,13 @@ def test_frames_round_trip(
         dtype=np.uint64,
     )
     kinds = np.array([kind for _, pages, kind in runs for _ in range(pages)], dtype=np.uint8)
-    table = frames.encode_runs(addresses, kinds)
+    table = tables.encode_runs(addresses, kinds)
     body = bytes(sum(pages for _, pages, kind in runs if kind == RunKind.DATA) * PAGE_BYTES)
     header = FrameHeader(FrameType.PAGES, Codec.RAW, number, sequence, task, 0, len(body), 0)
     data = frames.encode_prefix(header, table, body) + body
     parsed = accept(data)
     assert (parsed.round, parsed.sequence, parsed.task) == (number, sequence, task)
-    assert frames.parse_runs(parsed, table).tolist() == runs
+    assert tables.parse_runs(parsed, table).tolist() == runs
 
 
 @settings(deadline=None)  # other work on the machine is no failure
@@ -390,7 +389,7 @@ def test_mutations_with_a_right_checksum_are_judged_by_their_content(
     if header.type == FrameType.PAGES:
         end = 0
         table = bytes(data[HEADER_BYTES : HEADER_BYTES + header.table_bytes])
-        for address, pages, kind in frames.parse_runs(header, table).tolist():
+        for address, pages, kind in tables.parse_runs(header, table).tolist():
             assert address >= end
             assert address % PAGE_BYTES == 0
             assert kind in (RunKind.DATA, RunKind.ZERO)

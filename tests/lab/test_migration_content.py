@@ -1,0 +1,115 @@
+"""Content that must arrive as it was: files that change while they are copied, memory over a slow
+link; and content that need not travel."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from bench.containers import ContainerSpec
+from bench.lab.lab import Lab
+from tests.lab.migrating import Resident, migrate, resident, running_on, wait_clean
+from tests.lab.waiting import wait_until
+
+PAGE_BYTES: Final = 4096
+RECORD: Final = "{:015d}\n"
+KEEPER_MIB: Final = 16
+ZERO_PERCENT: Final = 25
+KEEPER: Final = ContainerSpec(
+    "mv-keeper",
+    "blocker",
+    args=("keeper", str(KEEPER_MIB), str(ZERO_PERCENT)),
+    address="10.77.0.87/24",
+    address6="fd77::87/112",
+)
+SLOW: Final = "400mbit"
+
+
+@pytest.fixture(scope="module")
+def keeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """programs/keeper.c."""
+    source = Path(__file__).parent / "programs/keeper.c"
+    binary = tmp_path_factory.mktemp("programs") / "keeper"
+    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
+    headers = Path(__file__).parents[2] / "bench/workloads"
+    subprocess.run(["gcc", *flags, "-I", headers, "-o", binary, source], check=True)
+    return binary
+
+
+@pytest.fixture
+def guest(agents: Lab, keeper: Path) -> Iterator[Resident]:
+    with resident(agents, KEEPER, program=keeper) as guest:
+        yield guest
+
+
+def check(guest: Resident) -> None:
+    """Files and memory as the keeper itself sees them."""
+    (answer,) = guest.ask("CHECK")
+    assert answer.startswith("CHECK ok "), answer
+
+
+def data(guest: Resident, name: str) -> bytes:
+    """A file of the container, read from outside, on the host that it runs on."""
+    (host,) = running_on(guest.lab, guest.name)
+    bundle = f"/var/lib/migrate/containers/{guest.name}"
+    return guest.lab.host(host).path(f"{bundle}/rootfs/data/{name}").read_bytes()
+
+
+def check_files(guest: Resident) -> None:
+    """The files of the host it runs on are those that it works with."""
+    stopped, answer = guest.ask("STOP", "CHECK")
+    assert stopped == "STOP ok"
+    assert answer.startswith("CHECK ok records="), answer
+    records = int(answer.partition("=")[2])
+    log = data(guest, "log")
+    assert log == "".join(map(RECORD.format, range(records))).encode()
+    # What is written to the file on this host is what the container has mapped: one file, not two.
+    before = data(guest, "mapped")
+    guest.ask("SPOIL")
+    after = data(guest, "mapped")
+    assert before != after
+    assert before[8:] == after[8:]
+    assert guest.ask("SPOIL", "CHECK", "GO")[1] == answer
+
+
+def check_what_travelled(report: dict[str, Any]) -> None:
+    """Zeros travelled as a mark, and pages that were written with what they held not again."""
+    pages = KEEPER_MIB << 20 >> 12
+    zeros = pages * ZERO_PERCENT // 100
+    first, *later = report["rounds"]
+    assert first["zero_pages"] >= zeros
+    assert first["pages"] >= pages - zeros
+    # A mark a run of pages, not a page: the content that travelled is all that there is.
+    assert first["bytes_sent"] < (first["pages"] + zeros // 2) * PAGE_BYTES
+    # Every page of the memory was written again before each of these rounds.
+    for one in later[:-1]:
+        assert one["unchanged_pages"] >= pages - zeros
+    assert sum(one["pages"] for one in later) < pages // 4
+    assert sum(one["bytes_sent"] for one in later) < pages // 4 * PAGE_BYTES
+
+
+def test_files_and_memory_that_are_written_meanwhile(guest: Resident) -> None:
+    lab = guest.lab
+    check(guest)
+    check_what_travelled(migrate(lab.host("A"), guest.name, "B").done)
+    check_files(guest)
+    migrate(lab.host("B"), guest.name, "A").done  # noqa: B018
+    check_files(guest)
+    assert guest.stop_probe().clean
+
+
+def test_rounds_over_a_slow_link(new_lab: Callable[..., Lab], keeper: Path) -> None:
+    """Rounds take long there: tasks and mappings come and go between them, pages are written
+    while they are read."""
+    lab = new_lab(["A", "B"], rate=SLOW)
+    lab.start_agents()
+    busy = ContainerSpec("mv-slow", "memory", args=("24", "--text", "30"), memory_mib=96)
+    tree = ContainerSpec("mv-tree", "tree", address="10.77.0.51/24", address6="fd77::51/112")
+    with resident(lab, busy) as guest, resident(lab, tree) as trees:
+        report = migrate(lab.host("A"), guest.name, "B", "--max-downtime", "100").done
+        assert len(report["rounds"]) >= 4
+        guest.verify()
