@@ -1,186 +1,357 @@
-"""What inside a container would make CRIU fail: found in /proc, said before anything is touched.
+"""What inside a container makes its dump fail, or gets lost by it: said before anything is touched.
 
-`find` reads every task of the container; `of_descriptor`, `of_mapping` and `of_status` say what a
-line of /proc means and are pure. What CRIU can dump is from its own sources and from trials: a line
-in the tables here is something that was refused by CRIU 4.2.
+`judge` is pure; `find` gives it what `task_scan.py` sees. What CRIU can dump is from its sources
+(4.2, the file is named where it is not obvious) and was tried out: each row here was refused or lost
+by CRIU 4.2.1. Where a program can do without, the remedy names the setting.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path
+import socket
+import stat
 from typing import TYPE_CHECKING, NamedTuple
 
-from criu_glue.errors import CriuGlueError
-from criu_glue.mappings import cgroup_pids
-from migrate.refusals import Refusal
+from migrate import config
+from migrate.refusals import Caution, Findings, Refusal
+from migrate.task_scan import ContainerView, scan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
-# Descriptors looked at in one task: a server with a million connections is looked at in part, and
-# CRIU itself says the rest.
-DESCRIPTORS_MAX = 65536
-# Reasons of the same kind are told once; this many different ones fill a screen.
-REFUSALS_MAX = 32
+    from migrate.task_scan import OpenFile, SocketView, TaskView
+
+# Reasons of one kind are told for this many tasks, or a fork server fills the screen.
+TOLD_PER_CODE_MAX = 3
+_BLOCK_BYTES = 512
+_STDIO = ("its standard input", "its standard output", "its standard error")
+
+_NO_STDIO = "start the container with its streams in pipes or /dev/null"
+_NO_TERMINAL = "start the container detached, with `terminal: false` in config.json"
 
 
 class _Kind(NamedTuple):
-    pattern: re.Pattern[str]
+    start: str
     code: str
     what: str
     remedy: str
 
 
-def _kind(pattern: str, code: str, what: str, remedy: str) -> _Kind:
-    return _Kind(re.compile(pattern), code, what, remedy)
-
-
-_DESCRIPTORS = (
-    _kind(
-        r"anon_inode:\[io_uring\]",
+# Kernel objects, by the beginning of their link in /proc/PID/fd (criu/files.c: dump_one_file).
+_OBJECTS = (
+    _Kind(
+        "anon_inode:[io_uring]",
         "io-uring",
         "an io_uring",
-        "have the program use epoll (Redis: `io-uring no`; libuv: UV_USE_IO_URING=0)",
+        "have it use epoll (Redis: `io-threads 1`; Node.js: UV_USE_IO_URING=0)",
     ),
-    _kind(
-        r"anon_inode:\[perf_event\]", "perf-event", "a performance counter", "end what profiles it"
+    _Kind("/secretmem", "memfd-secret", "secret memory (memfd_secret)", "configure it without"),
+    _Kind(
+        "anon_inode:[perf_event]", "perf-event", "a performance counter", "end what profiles it"
     ),
-    _kind(r"anon_inode:\[?bpf", "bpf", "a BPF object", "load it from outside of the container"),
-    _kind(
-        r"anon_inode:\[userfaultfd\]",
+    _Kind("anon_inode:bpf", "bpf", "a BPF object", "load it from outside of the container"),
+    _Kind("anon_inode:btf", "bpf", "a BPF object", "load it from outside of the container"),
+    _Kind(
+        "anon_inode:[userfaultfd]",
         "userfaultfd",
         "a userfaultfd of its own",
-        "end the program that uses it (a debugger, another migration)",
+        "end what uses it (a debugger, a garbage collector's option, another migration)",
     ),
-    _kind(r"anon_inode:\[?kvm", "kvm", "a virtual machine", "migrate that by its own means"),
-    _kind(r"anon_inode:\[?(fanotify|seccomp)", "anon-inode", "a kernel object", "close it"),
-    _kind(r"/secretmem", "memfd-secret", "a secret memory file", "configure the program without"),
-    _kind(
-        r"/dev/(nvidia|dri/|kfd|infiniband|vfio|kvm)",
-        "device",
-        "a device that can't move",
-        "run it without this device",
-    ),
-    _kind(
-        r"/dev/(tty|pts/|console|ttyS)",
-        "terminal",
-        "a terminal",
-        "start the container detached, with `terminal: false` in config.json",
+    _Kind("anon_inode:kvm", "kvm", "a virtual machine", "migrate that by its own means"),
+    _Kind(
+        "anon_inode:seccomp",
+        "seccomp-notify",
+        "a seccomp notification descriptor",
+        "run the supervisor of system calls outside of the container",
     ),
 )
-_MAPPINGS = (
-    _kind(r"/secretmem", "memfd-secret", "secret memory", "configure the program without it"),
-    _kind(r"anon_inode:\[io_uring\]", *_DESCRIPTORS[0][1:]),
-    _kind(
-        r"/dev/(nvidia|dri/|kfd|infiniband|vfio)",
-        "device",
-        "a device's memory",
-        "run it without this device",
-    ),
+# What CRIU dumps; any other kernel object is refused.
+_OBJECTS_DUMPED = (
+    "anon_inode:[eventfd]",
+    "anon_inode:[eventpoll]",
+    "anon_inode:inotify",
+    "anon_inode:[fanotify]",
+    "anon_inode:[signalfd]",
+    "anon_inode:[timerfd]",
+    "anon_inode:[pidfd]",
+    "pidfd:",
 )
+_GRAPHICS = ("/dev/nvidia", "/dev/dri/", "/dev/kfd", "/dev/infiniband/", "/dev/vfio/")
+# Character devices that are stateless or that CRIU knows (criu/files.c: dump_chrdev): memory
+# (null, zero, full, random, urandom), and of the miscellaneous tun and autofs.
+_MEMORY_MAJOR, _MISC_MAJOR = 1, 10
+_MISC_DUMPED = (200, 235)
+# Terminals (criu/tty.c: is_tty); one of the container's own devpts can move.
+_TERMINAL_MAJORS = (4, 5, *range(136, 144))
+_SOCKETS_DUMPED = (
+    socket.AF_UNIX,
+    socket.AF_INET,
+    socket.AF_INET6,
+    socket.AF_PACKET,
+    socket.AF_NETLINK,
+)
+# criu/sk-inet.c: can_dump_ipproto
+_PROTOCOLS_DUMPED = (
+    0,
+    socket.IPPROTO_TCP,
+    socket.IPPROTO_UDP,
+    socket.IPPROTO_ICMP,
+    socket.IPPROTO_ICMPV6,
+    136,  # UDP-Lite
+)
+_MPTCP = 262
+_FAMILY_NAMES = {38: "AF_ALG", 40: "AF_VSOCK", 44: "AF_XDP", 29: "AF_CAN", 30: "AF_TIPC"}
+_PROTOCOL_NAMES = {_MPTCP: "MPTCP", 132: "SCTP", 33: "DCCP"}
+# criu/filesystems.c; the root and bind mounts may be of any kind.
+_MAPPED_DEVICES_DUMPED = ("/dev/zero", "/dev/shm/", "/dev/mqueue/", "/dev/hugepages/")  # noqa: S108
 
 
-def find(cgroup: Path) -> list[Refusal]:
-    """Every blocker in the tasks below `cgroup`. Blocking; tasks that exit are left out."""
-    found: dict[tuple[str, str], Refusal] = {}
-    pids = cgroup_pids(cgroup)
-    for pid in pids:
-        try:
-            for refusal in _of_task(Path("/proc") / str(pid), set(pids)):
-                found.setdefault((refusal.code, refusal.message), refusal)
-        except (FileNotFoundError, ProcessLookupError, CriuGlueError):
+def find(cgroup: Path, init: int) -> Findings:
+    """Look at the tasks below `cgroup` and judge. Blocking."""
+    return judge(scan(cgroup, init))
+
+
+def judge(view: ContainerView) -> Findings:
+    """Every blocker, and what would be lost, of what was seen. Pure."""
+    refusals: list[Refusal] = [*_of_tasks(view), *_of_sockets(view), *_of_namespace(view)]
+    cautions: list[Caution] = []
+    for task in view.tasks:
+        cautions += _losses(task)
+    if not view.is_complete:
+        cautions.append(
+            Caution(
+                "scan-incomplete",
+                "the container has more descriptors or threads than preflight looks at",
+                "what can't be dumped there is found at the freeze, and undone",
+            )
+        )
+    return Findings(_few(refusals), _few(cautions))
+
+
+def _of_tasks(view: ContainerView) -> Iterator[Refusal]:
+    pids = {task.pid for task in view.tasks}
+    if not any(task.state not in "ZX" for task in view.tasks):
+        yield Refusal("no-tasks", "the container has no living task", "start it anew")
+    first = next((task for task in view.tasks if task.pid == view.init), None)
+    for task in view.tasks:
+        if task.state in "ZX":
             continue
-        if len(found) >= REFUSALS_MAX:
-            break
-    return list(found.values())
+        yield from _of_task(task, view.init, pids, first)
+        for opened in task.files:
+            yield from _of_file(task, opened)
+        yield from _of_mapped(task)
 
 
-def of_descriptor(name: str, target: str) -> Refusal | None:
-    """What an open file (the text of its link in /proc/PID/fd) stands in the way of."""
-    return _match(_DESCRIPTORS, name, target, "has open")
-
-
-def of_mapping(name: str, mapped: str) -> Refusal | None:
-    """What a mapping (its name in /proc/PID/maps) stands in the way of."""
-    return _match(_MAPPINGS, name, mapped, "has mapped")
-
-
-def of_status(name: str, status: str, pids: set[int]) -> Iterator[Refusal]:
-    """What /proc/PID/status tells: a tracer, or a pid namespace inside the container's."""
-    tracer = re.search(r"^TracerPid:\s+(\d+)$", status, re.MULTILINE)
-    if tracer is not None and int(tracer[1]) != 0:
-        by = "a task of the container" if int(tracer[1]) in pids else f"pid {tracer[1]}"
-        yield Refusal("traced", f"{name} is traced by {by}", "end the debugger or tracer")
-    names = re.search(r"^NSpid:\s+(.+)$", status, re.MULTILINE)
-    if names is not None and len(names[1].split()) > 2:
+def _of_task(
+    task: TaskView, init: int, pids: set[int], first: TaskView | None
+) -> Iterator[Refusal]:
+    if task.tracers:
+        by = "a task of the container" if task.tracers & pids else f"pid {min(task.tracers)}"
+        # CRIU tries for 10 s, with the container frozen (criu/seize.c).
+        yield Refusal("traced", f"{_who(task)} is traced by {by}", "end the debugger or tracer")
+    if task.pid != init and task.parent not in pids:
+        # CRIU follows parents to children: what entered by `runc exec` is killed and not dumped.
         yield Refusal(
-            "nested-pids",
-            f"{name} is in a pid namespace of its own inside the container",
-            "CRIU can't dump nested pid namespaces: run it without one",
+            "exec-session",
+            f"{_who(task)} was started inside from outside (exec) and would be lost",
+            "end the exec session or health check first",
+        )
+    if task.has_deadline:
+        # Dumped, and then refused at the restore (criu/cr-restore.c: restore_sched_info).
+        yield Refusal(
+            "sched-deadline",
+            f"{_who(task)} is scheduled with SCHED_DEADLINE",
+            "give it another policy (chrt --other -p 0 PID)",
+        )
+    if first is None:
+        return
+    for kind, inode in task.namespaces.items():
+        if inode != first.namespaces.get(kind, inode):
+            yield Refusal(
+                "nested-namespace",
+                f"{_who(task)} has a {kind} namespace of its own inside the container",
+                "run it without one (a sandbox, a container in the container)",
+            )
+
+
+def _of_file(task: TaskView, opened: OpenFile) -> Iterator[Refusal]:
+    target = opened.target
+    for kind in _OBJECTS:
+        if target.startswith(kind.start):
+            yield Refusal(kind.code, f"{_who(task)} has {kind.what}", kind.remedy)
+            return
+    if target.startswith(_GRAPHICS):
+        yield Refusal(
+            "gpu",
+            f"{_who(task)} uses {target}, whose state can't move",
+            "run it on the processor, without this device",
+        )
+    elif target.startswith(("anon_inode:", "/dmabuf:")):
+        if not target.startswith(_OBJECTS_DUMPED):
+            yield Refusal(
+                "kernel-object",
+                f"{_who(task)} has a kernel object that CRIU can't dump ({target})",
+                "configure the program without it",
+            )
+    elif target.startswith("/") and not target.startswith("/memfd:"):
+        yield from _of_path(task, opened)
+
+
+def _of_path(task: TaskView, opened: OpenFile) -> Iterator[Refusal]:
+    what = _STDIO[opened.number] if opened.number < len(_STDIO) else f"fd {opened.number}"
+    where = f"{_who(task)} has {opened.target} open as {what}"
+    if stat.S_ISCHR(opened.mode):
+        yield from _of_device(where, opened)
+    elif opened.mount is None:
+        # criu/files-reg.c: "Can't lookup mount"
+        yield Refusal("foreign-file", f"{where}, which is outside of its mounts", _NO_STDIO)
+    elif opened.mount.kind == "mqueue":
+        yield Refusal(
+            "mqueue",
+            f"{where}, a POSIX message queue",
+            "use another queue: CRIU can't dump these",
+        )
+    elif stat.S_ISREG(opened.mode) and opened.target.endswith(" (deleted)"):
+        yield from _of_deleted(where, opened)
+
+
+def _of_device(where: str, opened: OpenFile) -> Iterator[Refusal]:
+    major, minor = opened.device
+    if major in _TERMINAL_MAJORS:
+        if opened.mount is None or opened.mount.kind != "devpts" or opened.number < len(_STDIO):
+            yield Refusal("terminal", f"{where}, a terminal", _NO_TERMINAL)
+        return
+    is_dumped = major == _MEMORY_MAJOR or (major == _MISC_MAJOR and minor in _MISC_DUMPED)
+    if not is_dumped:
+        yield Refusal(
+            "device",
+            f"{where}, a device ({major}:{minor}) that CRIU can't dump",
+            "run the program without this device",
         )
 
 
-def _match(kinds: Iterable[_Kind], name: str, text: str, has: str) -> Refusal | None:
-    for kind in kinds:
-        if kind.pattern.match(text):
-            return Refusal(kind.code, f"{name} {has} {kind.what} ({text})", kind.remedy)
+def _of_deleted(where: str, opened: OpenFile) -> Iterator[Refusal]:
+    size_bytes = opened.blocks * _BLOCK_BYTES
+    if opened.links == 0 and size_bytes > config.GHOST_FILE_BYTES_MAX:
+        yield Refusal(
+            "ghost-file",
+            f"{where}, deleted and {size_bytes >> 20} MiB large",
+            f"close it: at most {config.GHOST_FILE_BYTES_MAX >> 20} MiB of it can move",
+        )
+
+
+def _of_mapped(task: TaskView) -> Iterator[Refusal]:
+    for name in sorted(task.mapped):
+        if name.startswith("/secretmem"):
+            yield Refusal(
+                "memfd-secret", f"{_who(task)} has secret memory (memfd_secret)", _OBJECTS[1].remedy
+            )
+        elif name == "[uprobes]":
+            yield Refusal(
+                "uprobes",
+                f"{_who(task)} is traced by uprobes",
+                "end what traces it (bpftrace, perf probe, an observability agent)",
+            )
+        elif name.startswith("anon_inode:") or (
+            name.startswith("/dev/") and not name.startswith(_MAPPED_DEVICES_DUMPED)
+        ):
+            known = next((kind for kind in _OBJECTS if name.startswith(kind.start)), None)
+            yield Refusal(
+                "device-memory" if known is None else known.code,
+                f"{_who(task)} has mapped {name if known is None else known.what}",
+                "run it without this device" if known is None else known.remedy,
+            )
+
+
+def _of_sockets(view: ContainerView) -> Iterator[Refusal]:
+    own = {one.inode for one in view.sockets}
+    holders = {inode: task for task in reversed(view.tasks) for inode in task.sockets}
+    for one in view.sockets:
+        who = _who(holders[one.inode]) if one.inode in holders else "the container"
+        refusal = _of_socket(one, who, own)
+        if refusal is not None:
+            yield refusal
+
+
+def _of_socket(one: SocketView, who: str, own: set[int]) -> Refusal | None:
+    if one.family not in _SOCKETS_DUMPED:
+        name = _FAMILY_NAMES.get(one.family, f"family {one.family}")
+        return Refusal(
+            "socket-family",
+            f"{who} has a socket of {name}, which CRIU can't dump",
+            "configure the program without it",
+        )
+    if one.is_foreign:
+        return Refusal(
+            "foreign-socket",
+            f"{who} has a socket of another network namespace (handed in from outside)",
+            "let the program open its sockets itself",
+        )
+    if one.family == socket.AF_UNIX:
+        if one.peer in own or not one.peer:
+            return None
+        name = f" at {one.peer_name}" if one.peer_name else ""
+        return Refusal(
+            "external-unix-socket",
+            f"{who} is connected to a unix socket{name} of a process outside of the container",
+            "close the connection before, or reach that service by TCP",
+        )
+    if one.family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    return _of_internet_socket(one, who)
+
+
+def _of_internet_socket(one: SocketView, who: str) -> Refusal | None:
+    if one.kind != socket.SOCK_RAW and one.protocol not in _PROTOCOLS_DUMPED:
+        name = _PROTOCOL_NAMES.get(one.protocol, f"protocol {one.protocol}")
+        remedy = "have the program use TCP or UDP"
+        if one.protocol == _MPTCP:
+            remedy = "have it use plain TCP (Go: GODEBUG=multipathtcp=0; mptcpize disable)"
+        return Refusal("socket-protocol", f"{who} has a socket of {name}", remedy)
+    if one.upper_protocol:
+        # CRIU does not know of it: the restored connection would send what was to be encrypted.
+        return Refusal(
+            "socket-ulp",
+            f"{who} has a connection with {one.upper_protocol} in the kernel",
+            "switch kernel TLS off in the program (nginx: ssl_conf_command Options -KTLS)",
+        )
+    if one.is_corked:
+        return Refusal(
+            "udp-cork", f"{who} holds back a datagram (UDP_CORK)", "have the program send it"
+        )
     return None
 
 
-def _of_task(proc: Path, pids: set[int]) -> Iterator[Refusal]:
-    status = (proc / "status").read_text()
-    name = status.partition("\n")[0].removeprefix("Name:").strip()
-    yield from of_status(name, status, pids)
-    for line in (proc / "maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and (refusal := of_mapping(name, fields[5])):
-            yield refusal
-    mounts = set(re.findall(r"^(\d+) ", (proc / "mountinfo").read_text(), re.MULTILINE))
-    with os.scandir(proc / "fd") as descriptors:
-        for number, entry in enumerate(descriptors):
-            if number >= DESCRIPTORS_MAX:
-                return
-            yield from _of_descriptor(proc, entry.name, name, mounts)
-
-
-def _of_descriptor(proc: Path, number: str, name: str, mounts: set[str]) -> Iterator[Refusal]:
-    try:
-        target = os.readlink(proc / "fd" / number)  # noqa: PTH115  (Path.readlink fails on "[…]")
-        info = (proc / "fdinfo" / number).read_text()
-    except OSError:
-        return
-    if refusal := of_descriptor(name, target):
-        yield refusal
-        return
-    if not target.startswith("/") or target.startswith(("/memfd:", "/dmabuf")):
-        return
-    mount = re.search(r"^mnt_id:\s+(\d+)$", info, re.MULTILINE)
-    if mount is not None and mount[1] not in mounts and target != "/dev/null":
-        yield Refusal(
-            "foreign-file",
-            f"{name} has open a file outside of its mounts ({target})",
-            "start the container with its output in a pipe or /dev/null",
-        )
-    if "mqueue" in _file_system(proc, number):
+def _of_namespace(view: ContainerView) -> Iterator[Refusal]:
+    if view.queues:
+        # criu/filesystems.c: "mqueue isn't empty"
         yield Refusal(
             "mqueue",
-            f"{name} has open a POSIX message queue ({target})",
-            "CRIU can't dump message queues: use a socket or System V queue",
+            f"the container has the POSIX message queue {sorted(view.queues)[0]}",
+            "remove it (rm /dev/mqueue/…): CRIU can't dump these",
+        )
+    if view.strangers:
+        yield Refusal(
+            "network-shared",
+            f"pid {min(view.strangers)} outside of the container shares its network",
+            "give each container a network namespace of its own",
         )
 
 
-def _file_system(proc: Path, number: str) -> str:
-    """The type of the file system of an open file, where mountinfo tells."""
-    try:
-        info = (proc / "fdinfo" / number).read_text()
-        mount = re.search(r"^mnt_id:\s+(\d+)$", info, re.MULTILINE)
-        if mount is None:
-            return ""
-        for line in (proc / "mountinfo").read_text().splitlines():
-            if line.startswith(f"{mount[1]} "):
-                return line.partition(" - ")[2].split()[0]
-    except OSError:
-        return ""
-    return ""
+def _losses(task: TaskView) -> Iterator[Caution]:
+    for opened in task.files:
+        # criu/eventfd.c restores a counter and not its mode.
+        if opened.target == "anon_inode:[eventfd]" and "eventfd-semaphore: 1" in opened.note:
+            yield Caution(
+                "eventfd-semaphore",
+                f"{_who(task)} has an eventfd that counts like a semaphore, CRIU forgets that",
+                "check that the program bears an ordinary one",
+            )
+
+
+def _who(task: TaskView) -> str:
+    return f"{task.name} (pid {task.pid})"
+
+
+def _few[T](found: Iterable[T]) -> tuple[T, ...]:
+    return tuple(found)

@@ -36,10 +36,16 @@ ROOTFS_DEADLINE_S = 3600.0
 ROOTFS_FROZEN_DEADLINE_S = 120.0
 FILL_DEADLINE_S = 3600.0
 
+# While the container stands still: how often the target is asked whether it is there, and how long
+# it may be silent. A rollback costs the users this much; a busy host or full link answers sooner.
+FROZEN_PING_S = 0.5
+FROZEN_SILENCE_S = 5.0
+
 # How long a coordinator that has committed asks a target that does not answer, before it leaves the
 # container held and the decision to the operator.
 IN_DOUBT_PATIENCE_S = 60.0
 RECONNECT_PAUSE_S = 0.5
+ASK_AGAIN_S = 5.0
 
 # Sessions that an agent serves at once; each may hold a container's memory.
 SESSIONS_MAX = 16

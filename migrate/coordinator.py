@@ -8,15 +8,19 @@ does not) and `freezing.py` (what holds it); here it is put in order, and undone
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import shutil
 import socket
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+import psutil
 import structlog
 
 from criu_glue.errors import CriuGlueError
-from migrate import config, network, preflight, progress
+from migrate import config, network, preflight, progress, remains
 from migrate.copying import Copying
 from migrate.core import messages, source_machine
 from migrate.core.actions import SourceAction as A
@@ -34,6 +38,7 @@ from migrate.errors import (
     InDoubt,
     MigrateError,
     NotConverging,
+    RollbackFailed,
     TransferFailed,
     Unreachable,
     held_on,
@@ -86,6 +91,7 @@ class Coordinator:
         self._journal: JournalWriter | None = None
         self._link: TargetLink | None = None
         self._listening: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._facts: ContainerFacts | None = None
         self._copying: Copying | None = None
         self._freezing: Freezing | None = None
@@ -95,7 +101,10 @@ class Coordinator:
         self._target_marks: dict[str, int] = {}
         self._prepared_here = asyncio.Event()
         self._fill: asyncio.Queue[messages.FillDone | None] = asyncio.Queue()
+        self._waiting: asyncio.Task[None] | None = None
+        self._doubted_s: float | None = None
         self._error: MigrateError | None = None
+        self._act_error: MigrateError | None = None
         self.driver = Driver(
             source_machine.machine(),
             self,
@@ -159,6 +168,14 @@ class Coordinator:
         """Told of an act's failure by the driver."""
         log.info("act failed", action=str(action), why=str(error))
         self._note(error)
+        if action in (A.ROLLBACK, A.RELEASE):
+            self._act_error = RollbackFailed(
+                f"{action} failed: {error.message}",
+                host=self._host,
+                phase=str(self.driver.state),
+                container_state=error.container_state,
+                remedy=error.remedy or f"look at {self.options.container} on both hosts",
+            )
 
     def _note(self, error: MigrateError) -> None:
         """Keep the first error: what follows is its consequence."""
@@ -172,6 +189,11 @@ class Coordinator:
 
     async def _open_journal(self) -> None:
         self._journal = await asyncio.to_thread(JournalWriter, self._paths.journal)
+        runtimes = {self._runtime.name: self._runtime}
+        now_s = time.time()
+        await self._journal.call(
+            lambda journal: remains.clean(journal, runtimes, self._paths, at_wall_s=now_s)
+        )
         self._attempt = await self._journal.claim_attempt()
         await self._journal.begin(
             self.migration_id,
@@ -180,7 +202,11 @@ class Coordinator:
             container=self.options.container,
             runtime=self._runtime.name,
             peer=self.options.target,
-            facts={"session": str(self._session)},
+            facts={
+                "session": str(self._session),
+                "pid": os.getpid(),
+                "created_wall_s": psutil.Process().create_time(),
+            },
         )
 
     # --- while the container runs ---
@@ -279,7 +305,9 @@ class Coordinator:
         self._freezing = Freezing(
             container, self._runtime, self._facts.network.ports, self._session, self._host
         )
-        await self._freezing.prepare(self.migration_id, self._paths.journal)
+        assert self._journal is not None
+        plan = await self._freezing.prepare(self.migration_id, self._paths.journal)
+        await self._journal.note(self.migration_id, "source", guard=msgspec.to_builtins(plan))
         await self._copying.make_ready()
         self._standstill = Standstill(self._copying, self._freezing, self._builder)
         self._prepared_here.set()
@@ -291,8 +319,32 @@ class Coordinator:
             await self._prepared_here.wait()
         assert self._standstill is not None
         self._observer.tell(progress.Phase("freeze"))
+        self._watching = asyncio.create_task(self._watch_link())
         await self._standstill.freeze_and_dump()
         return E.DUMPED
+
+    async def _watch_link(self) -> None:
+        """While the container stands still a silent target is a downtime: give up soon."""
+        assert self._link is not None
+        try:
+            while True:
+                async with asyncio.timeout(config.FROZEN_SILENCE_S):
+                    await self._link.ping(1)
+                await asyncio.sleep(config.FROZEN_PING_S)
+        except (TimeoutError, Unreachable):
+            self._note(
+                Unreachable(
+                    f"{self.options.target} was silent for {config.FROZEN_SILENCE_S:g} s while the"
+                    " container stood still",
+                    host=self.options.target,
+                )
+            )
+            await self.driver.post(E.LINK_LOST, from_peer=True)
+
+    def _stop_watching(self) -> None:
+        for task in (self._watching, self._waiting):
+            if task is not None:
+                task.cancel()
 
     async def _send_final(self) -> E:
         assert self._standstill is not None
@@ -307,28 +359,41 @@ class Coordinator:
     # --- the handover ---
 
     async def _record_commit(self) -> E:
+        # From here on a broken link is a doubt, not a failure.
+        self._stop_watching()
         await self.record(S.COMMITTED, E.TARGET_HELD)
         return E.COMMIT_RECORDED
 
     async def _send_commit(self) -> None:
         assert self._link is not None
         await self._link.tell(messages.Commit(self.migration_id, self._attempt))
+        self._ask_if_still(S.COMMITTED, config.HANDOVER_DEADLINE_S)
+
+    def _ask_if_still(self, state: S, after_s: float) -> None:
+        """Let the machine hear that time has passed, if it is in this state then."""
+
+        async def later() -> None:
+            await asyncio.sleep(after_s)
+            if self.driver.state is state:
+                await self.driver.post(E.DEADLINE_PASSED)
+
+        self._waiting = asyncio.create_task(later())
 
     async def _ask_target(self) -> None:
         """Connect again and ask, until the target is heard or patience ends."""
         assert self._link is not None
-        limit_s = time.monotonic() + config.IN_DOUBT_PATIENCE_S
-        while True:
+        if self._doubted_s is None:
+            self._doubted_s = time.monotonic()
+        while time.monotonic() < self._doubted_s + config.IN_DOUBT_PATIENCE_S:
             try:
                 await self._connect()
                 await self._link.tell(messages.Ask(self.migration_id, self._attempt))
             except Unreachable:
-                if time.monotonic() > limit_s:
-                    await self._hold()
-                    return
                 await asyncio.sleep(config.RECONNECT_PAUSE_S)
             else:
+                self._ask_if_still(S.IN_DOUBT, config.ASK_AGAIN_S)
                 return
+        await self._hold()
 
     async def _release(self) -> E:
         assert self._freezing is not None
@@ -349,6 +414,7 @@ class Coordinator:
 
     async def _rollback(self) -> E:
         """The container first, then everything else."""
+        self._stop_watching()
         if self._copying is not None:
             self._copying.abort()
         if self._freezing is not None:
@@ -356,7 +422,10 @@ class Coordinator:
         if self._copying is not None:
             await quietly(self._copying.close())
         if self._link is not None and self._link.opened is not None:
-            await quietly(self._tell_abort())
+            # A target that can't be told hears the broken link, and has nothing that it may keep
+            # unless it holds a copy already; then it asks.
+            with contextlib.suppress(Unreachable):
+                await self._tell_abort()
         return E.ROLLED_BACK
 
     async def _tell_abort(self) -> None:
@@ -376,8 +445,8 @@ class Coordinator:
 
     async def _hold(self) -> None:
         target, container = self.options.target, self.options.container
-        if self.driver.state is S.ROLLING_BACK and self._error is not None:
-            self.driver.halt(self._error)
+        if self.driver.state is not S.COMMITTED and self._act_error is not None:
+            self.driver.halt(self._act_error)
             return
         self.driver.halt(
             InDoubt(
@@ -409,10 +478,12 @@ class Coordinator:
         if self._error is None:
             self._note(MigrateError("the migration was ended"))
         assert self._error is not None
-        self._error.at(container_state=runs_on(self._host))
+        if self._facts is not None:
+            self._error.at(container_state=runs_on(self._host))
         self.report = self._builder.build("aborted", self._error)
 
     async def _close(self) -> None:
+        self._stop_watching()
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait({self._listening})

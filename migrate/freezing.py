@@ -62,8 +62,8 @@ class Freezing:
         self._guard: asyncio.subprocess.Process | None = None
         self._is_frozen = False
 
-    async def prepare(self, migration_id: str, journal: Path) -> None:
-        """Start the runtime up to its CRIU's gate, and the guard."""
+    async def prepare(self, migration_id: str, journal: Path) -> GuardPlan:
+        """Start the runtime up to its CRIU's gate, and the guard; returns what that is to do."""
         self.image_dir.mkdir(mode=0o700)
         self._work_dir.mkdir(mode=0o700)
         options = (
@@ -89,8 +89,9 @@ class Freezing:
             # The hold outlives the coordinator.
             start_new_session=True,
         )
-        await self._start_guard(migration_id, journal)
+        plan = await self._start_guard(migration_id, journal)
         await self._until("gate", config.PREPARE_DEADLINE_S)
+        return plan
 
     async def freeze(self) -> dict[str, int]:
         """Unplug and freeze; marks (µs): `unplug` when it began, `frozen` when all tasks stood."""
@@ -166,7 +167,7 @@ class Freezing:
             self._hold.close()
             self._hold = None
 
-    async def _start_guard(self, migration_id: str, journal: Path) -> None:
+    async def _start_guard(self, migration_id: str, journal: Path) -> GuardPlan:
         assert self._process is not None
         plan = GuardPlan(
             migration_id=migration_id,
@@ -191,6 +192,7 @@ class Freezing:
             armed = await self._guard.stdout.readline()
         if armed != b"armed\n":
             raise DumpFailed("the guard of the freeze did not start", host=self._host)
+        return plan
 
     async def _until(self, action: str, deadline_s: float) -> int:
         assert self._hold is not None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from migrate import blockers, facts, network
-from migrate.errors import PreflightRefused
+from migrate.errors import PreflightRefused, runs_on
 from migrate.netns import path_of
 from migrate.refusals import Caution, Refusal
 
@@ -73,7 +73,8 @@ def check_source(
         )
         refusals += captured.refusals
     if refusals or container.netns is None:
-        raise PreflightRefused(refusals, host=host)
+        state = runs_on(host) if container.status == "running" else ""
+        raise PreflightRefused(refusals, host=host, container_state=state)
     found = facts.container_facts(container, captured.identity, runtime)
     return SourceCheck(found, tuple(host_cautions()))
 

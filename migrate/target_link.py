@@ -107,10 +107,10 @@ class TargetLink:
             else:
                 yield message
 
-    async def ping(self) -> list[PingSample]:
+    async def ping(self, count: int = PINGS) -> list[PingSample]:
         """Samples of the two clocks; needs somebody in `listen`."""
         samples = []
-        for _ in range(PINGS):
+        for _ in range(count):
             sent_us = time.monotonic_ns() // 1000
             await self.tell(messages.Ping(sent_us))
             async with asyncio.timeout(config.CONNECT_DEADLINE_S):

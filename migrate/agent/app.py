@@ -14,12 +14,13 @@ import asyncio
 import contextlib
 import signal
 import socket
+import time
 from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import web
 
-from migrate import config, preflight
+from migrate import config, preflight, remains
 from migrate.agent.session import Session, new_ticket
 from migrate.core import messages
 from migrate.core.states import TARGET_TERMINAL
@@ -31,6 +32,7 @@ from transport import tls
 from transport.receiver import DataListener
 
 if TYPE_CHECKING:
+    from migrate.journal import Migration
     from migrate.runtimes.base import Runtime
     from transport.core.frames import Hello
     from transport.inbound import PageSink
@@ -67,6 +69,14 @@ class Agent:
 
     async def serve(self, address: str, port: int) -> None:
         """Serve until SIGTERM or SIGINT; sessions that hold nothing yet are undone then."""
+        for migration in await self._clean_remains():
+            log.warning(
+                "held since before this start",
+                migration=migration.migration_id,
+                container=migration.container,
+                role=migration.role,
+                peer=migration.peer,
+            )
         runner = web.AppRunner(self.application(), access_log=None)
         await runner.setup()
         site = web.TCPSite(runner, address, port, ssl_context=self._context)
@@ -80,6 +90,12 @@ class Agent:
         await runner.cleanup()
         await asyncio.to_thread(self._data.stop)
         self._journal.close()
+
+    async def _clean_remains(self) -> list[Migration]:
+        now_s = time.time()
+        return await self._journal.call(
+            lambda journal: remains.clean(journal, self._runtimes, self._paths, at_wall_s=now_s)
+        )
 
     async def _open(self, request: web.Request) -> web.Response:
         peer = _peer(request)

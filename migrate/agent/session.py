@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import structlog
 
 from migrate import network
@@ -165,6 +166,12 @@ class Session:
     async def _receive(self) -> None:
         identity, name = self.request.network, self.request.container
         self._network = await asyncio.to_thread(network.recreate, identity, name)
+        await self._journal.note(
+            self.request.migration_id,
+            "target",
+            network=msgspec.to_builtins(self._network),
+            made_bundle=True,
+        )
         netns = Path(self._network.netns)
         self._announcer = await asyncio.to_thread(Announcer, netns, identity)
         await asyncio.to_thread(self.workspace.make, netns)

@@ -40,6 +40,8 @@ class Workspace:
         self._quota_bytes = int(request.memory_bytes * (1 + GROWTH)) + config.SESSION_RESERVE_BYTES
         self._store: PageStore | None = None
         self._images: ImageWriter | None = None
+        self._made_session = False
+        self._made_bundle = False
 
     @property
     def rootfs(self) -> Path:
@@ -64,15 +66,18 @@ class Workspace:
 
     def make(self, netns: Path) -> None:
         """Make all of it; blocking. Raises WorkspaceError, having removed what it made."""
+        text = container_config(self._request.spec.config_json, netns)
         try:
             self.session.mkdir(mode=0o700, parents=True)
+            self._made_session = True
             mount_tmpfs(self.session, self._quota_bytes)
             self.work_dir.mkdir(mode=0o700)
             self._store = PageStore(self.session / "mem", quota_bytes=self._quota_bytes)
             self._images = ImageWriter(self.image_dir, quota_bytes=self._quota_bytes)
-            self.rootfs.mkdir(parents=True)
-            self.bundle.chmod(0o700)
-            text = container_config(self._request.spec.config_json, netns)
+            self.bundle.parent.mkdir(parents=True, exist_ok=True)
+            self.bundle.mkdir(mode=0o700)
+            self._made_bundle = True
+            self.rootfs.mkdir()
             (self.bundle / "config.json").write_text(text)
         except OSError as error:
             self.discard()
@@ -96,13 +101,18 @@ class Workspace:
         if self._store is not None:
             self._store.close()
             self._store = None
-        unmount(self.session)
-        shutil.rmtree(self.session, ignore_errors=True)
+        if self._made_session:
+            unmount(self.session)
+            shutil.rmtree(self.session, ignore_errors=True)
 
     def discard(self) -> None:
-        """Wipe everything, the container's files on this host included. Idempotent; blocking."""
+        """Wipe all that `make` has made, the container's files included. Idempotent; blocking.
+
+        What was there before is not ours: it may be the bundle of a container that runs.
+        """
         self.wipe_session()
-        shutil.rmtree(self.bundle, ignore_errors=True)
+        if self._made_bundle:
+            shutil.rmtree(self.bundle, ignore_errors=True)
 
 
 def container_config(text: str, netns: Path) -> str:

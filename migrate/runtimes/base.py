@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from migrate.errors import MigrateError
+from migrate.errors import EXIT_REFUSED, MigrateError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,9 +36,13 @@ class RuntimeDriverError(MigrateError):
 class ContainerNotFoundError(RuntimeDriverError):
     """The runtime has no container of that name."""
 
+    exit_code = EXIT_REFUSED
+
 
 class InvalidNameError(RuntimeDriverError):
     """The name can't be a container's: it reaches no command line and no path."""
+
+    exit_code = EXIT_REFUSED
 
 
 @dataclass(frozen=True, slots=True)

@@ -598,7 +598,7 @@ def test_a_deep_directory_is_no_obstacle(restore: Restore) -> None:
 
 
 def test_another_pager_goes_on(restore: Restore) -> None:
-    """Some pages are there, some are not, and a thread waits for one that the first was to bring."""
+    """Some pages are there, some are not, and a thread waits for one that nobody brings."""
     restore.has_task(5, [(BASE_PAGE, 512)])
     restore.start_pager()
     assert restore.process

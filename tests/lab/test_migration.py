@@ -3,7 +3,6 @@ memory is right, and nothing is left where they were."""
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
 
 import pytest
@@ -15,12 +14,13 @@ from tests.lab.migrating import (
     REDIS_MIB,
     VERSIONS,
     Resident,
+    check_tree,
     migrate,
     resident,
     running_on,
+    tree_faults,
     wait_clean,
 )
-from tests.lab.waiting import wait_until
 
 PAGE_BYTES: Final = 4096
 REPORT_KEYS: Final = {
@@ -138,9 +138,9 @@ def test_a_tree_of_processes_moves_there_and_back(agents: Lab) -> None:
     )
     with resident(agents, spec) as guest:
         for source, target in (("A", "B"), ("B", "A")):
-            assert faults(guest) == {}
+            assert tree_faults(guest) == {}
             check_report(move(guest, source, target), source, target)
-            check_alive(guest)
+            check_tree(guest)
         client = guest.stop_probe()
     assert client.clean, client
 
@@ -155,36 +155,7 @@ def test_what_criu_loses_without_a_word(agents: Lab) -> None:
         address6="fd77::84/112",
     )
     with resident(agents, spec) as guest:
-        assert faults(guest) == {}
+        assert tree_faults(guest) == {}
         migrate(agents.host("A"), guest.name, "B").done  # noqa: B018
-        assert faults(guest).keys() == {"timerfd_periodic", "eventfd_semaphore"}
+        assert tree_faults(guest).keys() == {"timerfd_periodic", "eventfd_semaphore"}
         assert guest.stop_probe().clean
-
-
-def faults(guest: Resident) -> dict[str, str]:
-    """What a tree finds wrong with itself."""
-    verdicts: dict[str, str] = json.loads(guest.ask("CHECK")[0])
-    assert len(verdicts) > 30
-    return {name: verdict for name, verdict in verdicts.items() if verdict != "ok"}
-
-
-def counters(guest: Resident) -> dict[str, int]:
-    """How far each thread and feature of a tree has come."""
-    answer = json.loads(guest.ask("COUNTERS")[0])
-    counts: dict[str, int] = dict(answer["progress"])
-    for process, beats in enumerate(answer["beats"]):
-        counts |= {f"{process}.{thread}": beat for thread, beat in enumerate(beats)}
-    return counts
-
-
-def check_alive(guest: Resident) -> None:
-    """Every thread and every feature of a tree goes on, and nothing is wrong."""
-    assert faults(guest) == {}
-    before = counters(guest)
-
-    def all_grew() -> bool:
-        now = counters(guest)
-        return all(now[name] > count for name, count in before.items())
-
-    wait_until("every counter of the tree grows", all_grew)
-    assert faults(guest) == {}

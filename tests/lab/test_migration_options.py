@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -20,16 +21,16 @@ SPEC: Final = ContainerSpec(
     address="10.77.0.85/24",
     address6="fd77::85/112",
 )
-# Far more than a link of RATE carries.
+# It writes more than a link of RATE carries.
 BUSY: Final = ContainerSpec(
     "mv-busy",
     "memory",
     args=("60",),
-    memory_mib=32,
+    memory_mib=16,
     address="10.77.0.86/24",
     address6="fd77::86/112",
 )
-RATE: Final = "100mbit"
+RATE: Final = "200mbit"
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +94,8 @@ def test_lines_tell_the_way_where_no_terminal_is(guest: Resident) -> None:
     assert moved.stderr == ""
     assert "\x1b" not in moved.stdout
     # Each line once, in the order of the way.
-    words = ["preflight", "tracker write-protect", "rootfs", "round 1", "prepare", "freeze"]
-    words += ["moved      downtime", "filled", "way "]
+    words = ["preflight", "tracker write-protect", "rootfs", "round 1", "prepare  ", "freeze  "]
+    words += ["moved  ", "filled  ", "way  "]
     places = [moved.stdout.find(word) for word in words]
     assert -1 not in places, (words, moved.stdout)
     assert places == sorted(places), moved.stdout
@@ -125,7 +126,7 @@ def test_a_stall_is_given_up_and_the_container_runs_on(new_lab: Callable[..., La
     with resident(lab, BUSY) as guest:
         given_up = migrate(lab.host("A"), guest.name, "B", "--on-stall", "abort")
         assert given_up.code == 1
-        assert "memory was written faster than sent" in given_up.stderr
+        assert re.search("faster than sent|would not bring it down", given_up.stderr)
         assert "--on-stall freeze" in given_up.stderr
         assert "runs on A" in given_up.stderr
         report = given_up.report

@@ -126,6 +126,9 @@ def bombs() -> Iterator[object]:
     unsized = zstandard.ZstdCompressor(write_content_size=False)
     yield pytest.param(unsized.compress(bytes(4096)), id="claims-nothing")
     yield pytest.param(unsized.compress(bytes(1 << 26)), id="claims-nothing-is-large")
+    # 1 TiB in a header of 14 bytes (RFC 8878, 3.1.1.1): may not even be allocated.
+    huge = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + b"\x01\0\0"
+    yield pytest.param(huge, id="claims-far-more")
     yield pytest.param(honest + b"\0", id="trailing-byte")
     yield pytest.param(honest + honest, id="two-frames")
     yield pytest.param(honest[:-1], id="cut")

@@ -265,7 +265,8 @@ def test_a_flood_of_silent_connections_does_not_push_out_streams(
     with narrow(greeting_max=2) as target, RawClient(target.port, source) as client:
         client.greet(target.ticket)
         flood = [socket.create_connection(("127.0.0.1", target.port)) for _ in range(5)]
-        wait_until(lambda: len(log.complaints) >= 3, "three too many")
+        wait_until(lambda: len(log.complaints) == 3, "three too many")
+        assert all("too many" in fields["reason"] for _, fields in log.complaints)
         client.page(1, 1, NEW)
         assert client.answer().status == Status.APPLIED
         for each in flood:

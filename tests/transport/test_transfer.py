@@ -27,7 +27,7 @@ from tests.transport.transfer_parts import (
     wait_until,
 )
 from transport import tls
-from transport.core.connection import WINDOW_BYTES
+from transport.core.connection import WINDOW_BYTES, WINDOW_FRAMES
 from transport.core.frames import PAGE_BYTES
 from transport.errors import (
     AbortedError,
@@ -347,6 +347,24 @@ def quiet(count: Callable[[], int]) -> Callable[[], bool]:
         return last > 0 and time.monotonic() - since_s > QUIET_S
 
     return is_quiet
+
+
+def test_a_slow_target_holds_back_marks_of_zero_pages_too(
+    target: Target, sender_for: Callable[..., PageSender]
+) -> None:
+    """They need no buffer and hardly a byte; it is their number that has a limit."""
+    memory = Memory(256 * 3 * WINDOW_FRAMES)
+    memory.content[:] = 0
+    gate = threading.Event()
+    target.sink.before_write = partial(held_by, gate)
+    with sender_for(memory, streams=1) as sender:
+        with running(lambda: sender.send_round(1, [(TASK, memory.runs)])) as raised:
+            wait_until(lambda: memory.reads >= WINDOW_FRAMES, "the window is full")
+            wait_until(quiet(lambda: memory.reads), "the source waits")
+            assert memory.reads <= WINDOW_FRAMES + 1
+            gate.set()
+        assert not raised
+        assert sender.progress.zero_pages == memory.pages
 
 
 @contextmanager

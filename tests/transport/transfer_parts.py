@@ -147,6 +147,7 @@ class FileSink(PageSink):
             self.writes += 1
 
     def zero(self, task: int, address: int, pages: int) -> None:
+        self.before_write()
         assert os.pwrite(self._descriptor(f"task-{task}"), bytes(pages * PAGE_BYTES), address)
 
     def write_file(self, name: str, offset: int, data: memoryview) -> None:

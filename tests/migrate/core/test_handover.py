@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.migrate.core.handover_world import World
 
 FAULTS = 2
-"""In the complete search: about 180 000 worlds. It has been run with 3 as well (1.6 million)."""
+"""In the complete search: about 180 000 worlds. It has been run with 3 as well (1.3 million)."""
 
 WALKS = 60
 WALK_FAULTS = 8
