@@ -10,7 +10,8 @@ into a directory of the migration, give us the moments that matter:
 
 - The *gate* is first in the runtime's PATH. It looks at the first request on the runtime's socket
   (MSG_PEEK, so CRIU still reads it): feature checks pass, DUMP and RESTORE wait until the gate is
-  opened. So the runtime's own preparation is over before anything is frozen.
+  opened. So the runtime's own preparation is over before anything is frozen. A gate whose maker is
+  gone fails, and the runtime with it: nothing has been frozen or restored yet.
 - The *hook* is CRIU's action script. It reports each action, and at one of them (post-dump on the
   source, post-restore on the target) it waits for a verdict. Its failure there makes CRIU undo all
   it did: `criu/cr-dump.c: cr_dump_finish`, `criu/cr-restore.c: restore_root_task`. A hook that was
@@ -52,7 +53,7 @@ EVENT_LINE_BYTES_MAX = 256
 
 _GATE = """\
 #!/usr/bin/python3 -ISE
-import os, socket, sys
+import os, select, socket, sys
 if len(sys.argv) > 2 and sys.argv[1] == "swrk":
     peer = socket.socket(fileno=int(sys.argv[2]))
     request = peer.recv(2, socket.MSG_PEEK)
@@ -65,10 +66,16 @@ if len(sys.argv) > 2 and sys.argv[1] == "swrk":
         theirs.close()
         with open({events!r}, "r+b", buffering=0) as events:
             events.write(b"gate\\n")
-        word = b""
-        while not word:
-            with open({gate!r}, "rb", buffering=0) as gate:
-                word = gate.read(64)
+        # Whoever made the gate keeps it open for writing: no writer, or its end, is his end.
+        gate = os.open({gate!r}, os.O_RDONLY | os.O_NONBLOCK)
+        waiting = select.poll()
+        waiting.register(gate, select.POLLIN)
+        try:
+            word = os.read(gate, 64)
+        except BlockingIOError:
+            waiting.poll()
+            word = os.read(gate, 64)
+        os.close(gate)
         if word != b"go\\n":
             sys.exit(1)
 os.execv({criu!r}, ["criu", *sys.argv[1:]])

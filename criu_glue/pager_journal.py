@@ -1,16 +1,18 @@
-"""The pager's memory outside of itself: a journal in the page store, and a keeper's descriptors.
+"""What a pager keeps outside of itself: a journal in the page store, descriptors at the keeper.
 
-A pager that dies must not take the memory of the tasks with it: when the last descriptor of a
-userfaultfd closes, what is missing becomes zeros. So whoever supervises the pager holds a copy of
-each, and gives them to the next one. Knows files and sockets, not what is done with the memory.
+A worker that dies must not take the memory of the tasks with it: when the last descriptor of a
+userfaultfd closes, what is missing becomes zeros. So the keeper (pager_keeper.py) holds a copy of
+each, and gives them to the next worker. Knows files and sockets, not what is done with the memory.
 
-    keeper socket (UNIX, SOCK_SEQPACKET); one JSON object a packet
-        pager -> keeper   {"hold": number, "task": task}  + the descriptor (SCM_RIGHTS)
-        pager -> keeper   {"release": number}
-    to a pager that resumes, over its own keeper socket, before anything else:
-        keeper -> pager   {"hold": number, "task": task}  + the descriptor, for each that it holds
-        keeper -> pager   {"resume": true}
+    keeper socket (UNIX, SOCK_SEQPACKET), one JSON object a packet; the keeper begins
+        keeper -> worker  {"hold": number, "task": task}  + descriptor (SCM_RIGHTS), for each
+        keeper -> worker  {"begin": true}
+        worker -> keeper  {"hold": number, "task": task}  + descriptor
+        worker -> keeper  {"release": number}
     STORE/pager.journal   see core/fill_journal.py; on the tmpfs of the store: it lives as long
+
+What is lost: the kernel lets a task go on as soon as an event is read, so an event that a worker
+has read when it is killed, and not written yet, some microseconds later, is known to nobody.
 """
 
 from __future__ import annotations
@@ -28,14 +30,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 JOURNAL_NAME: Final = "pager.journal"
-# A program that gives memory up a million times while its memory comes in does not exist; a
-# reader must still not be made to read without end.
+# No program gives memory up or moves it a million times while its memory comes in, and a reader
+# must not be made to read without end.
 JOURNAL_BYTES_MAX: Final = RECORD_BYTES << 20
 PACKET_BYTES_MAX: Final = 256
+# The number under which the keeper has the connection from CRIU: a worker's death must not let
+# CRIU's last word fail, for then CRIU kills what it restored.
+CONNECTION_NUMBER: Final = 0
 
 
 class KeeperError(CriuGlueError):
-    """The keeper did not give what a pager needs to resume."""
+    """The keeper and the worker of a pager do not understand each other."""
 
 
 @dataclass(slots=True)
@@ -53,16 +58,14 @@ class Counters:
 
 
 class Journal:
-    """Gives every address space a number and writes down what becomes of it. `path` None: only
-    the numbers."""
+    """Gives every address space a number, and writes down what becomes of it."""
 
-    def __init__(self, path: Path | None = None, *, number_max: int = 0) -> None:
+    def __init__(self, path: Path, *, number_max: int = CONNECTION_NUMBER) -> None:
+        """`number_max`: the largest number that the journal at `path` knows. Raises OSError."""
         self.counters = Counters()
         self._number = number_max
-        self._fd: int | None = None
-        if path is not None:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._fd = os.open(path, flags, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(path, flags, 0o600)
 
     def opened(self, task: int) -> int:
         """A restored task; returns its number."""
@@ -86,7 +89,7 @@ class Journal:
 
     def finished(self) -> None:
         """CRIU has finished the restore."""
-        self._write(encode(Kind.FINISHED, 0))
+        self._write(encode(Kind.FINISHED, CONNECTION_NUMBER))
 
     def _new(self, kind: Kind, first: int) -> int:
         self._number += 1
@@ -94,44 +97,42 @@ class Journal:
         return self._number
 
     def _write(self, record: bytes) -> None:
-        if self._fd is not None:
-            os.write(self._fd, record)
+        os.write(self._fd, record)
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A userfaultfd that a keeper gave back; it belongs to the receiver now."""
+    """A descriptor that the keeper gave back; it belongs to the receiver now."""
 
     number: int
     task: int
-    uffd: int
+    fd: int
 
 
 class Keeper:
-    """The pager's side of the keeper's socket; without a socket nothing is kept."""
+    """The worker's side of the keeper's socket. Owns it."""
 
-    def __init__(self, connection: socket.socket | None) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection: socket.socket | None = connection
 
     def receive_held(self) -> list[Held]:
-        """What the keeper holds, for a pager that resumes. Waits. Raises KeeperError."""
-        if self._connection is None:
-            raise KeeperError("a pager can't resume without a keeper")
+        """What the keeper held while there was no worker. Waits for it. Raises KeeperError."""
         found: list[Held] = []
-        while True:
+        while self._connection is not None:
             data, descriptors, _, _ = socket.recv_fds(self._connection, PACKET_BYTES_MAX, 1)
             try:
                 message = json.loads(data)
-                if message.get("resume"):
+                if message.get("begin"):
                     return found
-                (uffd,) = descriptors
-                found.append(Held(int(message["hold"]), int(message["task"]), uffd))
+                (fd,) = descriptors
+                found.append(Held(int(message["hold"]), int(message["task"]), fd))
             except (ValueError, KeyError, AttributeError) as error:
                 raise KeeperError(f"the keeper sent {data!r}") from error
+        raise KeeperError("the keeper is gone")
 
-    def hold(self, number: int, task: int, uffd: int) -> bool:
+    def hold(self, number: int, task: int, fd: int) -> bool:
         """Give the keeper a copy; False when it can't have one. Never blocks."""
-        return self._send({"hold": number, "task": task}, [uffd])
+        return self._send({"hold": number, "task": task}, [fd])
 
     def release(self, number: int) -> None:
         """The keeper may close its copy."""
@@ -139,7 +140,7 @@ class Keeper:
 
     def _send(self, message: dict[str, int], descriptors: list[int]) -> bool:
         if self._connection is None:
-            return True
+            return False
         data = json.dumps(message).encode()
         try:
             socket.send_fds(self._connection, [data], descriptors, socket.MSG_DONTWAIT)

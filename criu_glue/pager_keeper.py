@@ -1,9 +1,9 @@
-"""Holds a pager's userfaultfds for it, in another process.
+"""Holds the userfaultfds of a pager's worker, and starts another worker when it dies.
 
-For the agent's supervisor: start a pager with one end of `new_connection`, call `receive` whenever
-the keeper is readable, and when the pager died before "done", start one with `--resume` and a new
-connection. The protocol is in pager_journal.py. Closing a keeper whose pager is dead turns what is
-missing into zeros.
+The keeper does nothing else, so it dies of nothing that the worker dies of, and takes a release
+note at once: a userfaultfd is only gone, and its task free of it, when both have closed it. Closing
+a descriptor whose worker is dead would turn what is missing into zeros. The protocol is in
+pager_journal.py.
 """
 
 from __future__ import annotations
@@ -11,79 +11,91 @@ from __future__ import annotations
 import json
 import os
 import socket
-from typing import Final
+import subprocess
+from typing import TYPE_CHECKING, Final
 
 from criu_glue.pager_journal import PACKET_BYTES_MAX, KeeperError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # Restored tasks and the children that they fork while their memory comes in.
 _DESCRIPTORS_MAX: Final = 1 << 16
+# A worker that dies again and again dies of something in the memory or the images.
+_WORKERS_MAX: Final = 10
+# Ends that are the worker's own: done, or failed with nobody left.
+_ENDED: Final = (0, 1)
 
 
 class PagerKeeper:
-    """The keeper's side; owns the descriptors and its end of the connection."""
+    """Runs workers until one of them ends by itself.
 
-    def __init__(self) -> None:
-        self._connection: socket.socket | None = None
+    `start(connection descriptor)` starts a worker that has that descriptor; `restarting(count)`
+    is called before each worker but the first.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[int], subprocess.Popen[bytes]],
+        restarting: Callable[[int], None],
+    ) -> None:
+        self._start = start
+        self._restarting = restarting
+        self._worker: subprocess.Popen[bytes] | None = None
         # Number -> (task, descriptor)
         self._held: dict[int, tuple[int, int]] = {}
 
-    def new_connection(self, *, resume: bool = False) -> socket.socket:
-        """A connection for a pager that is about to start: pass its descriptor as --keeper-fd and
-        close it here. With `resume` it brings the pager everything that is held."""
-        if self._connection is not None:
-            self._connection.close()
+    def send_signal(self, number: int) -> None:
+        """Pass a signal on to the worker."""
+        if self._worker is not None:
+            self._worker.send_signal(number)
+
+    def run(self) -> int:
+        """Returns the exit code of the last worker. Raises KeeperError when there were too many;
+        whatever is still missing then hangs on this process."""
+        for count in range(_WORKERS_MAX):
+            if count:
+                self._restarting(count)
+            code = self._run_worker()
+            if code in _ENDED:
+                return code
+        raise KeeperError(f"{_WORKERS_MAX} workers died, the last one with {code}")
+
+    def _run_worker(self) -> int:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if resume:
-            for number, (task, descriptor) in self._held.items():
-                data = json.dumps({"hold": number, "task": task}).encode()
-                socket.send_fds(ours, [data], [descriptor])
-            ours.send(json.dumps({"resume": True}).encode())
-        ours.setblocking(False)
-        self._connection = ours
-        return theirs
-
-    def fileno(self) -> int:
-        """For select and its like; -1 without a connection."""
-        return -1 if self._connection is None else self._connection.fileno()
-
-    def held(self) -> dict[int, int]:
-        """Number -> task of every address space that is held, CRIU's connection (0) included."""
-        return {number: task for number, (task, _) in self._held.items()}
-
-    def receive(self) -> bool:
-        """Take what the pager sent; False when it closed the connection. Raises KeeperError."""
-        while self._connection is not None:
+        with ours:
+            with theirs:
+                self._worker = self._start(theirs.fileno())
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._connection, PACKET_BYTES_MAX, 1)
-            except BlockingIOError:
+                for number, (task, descriptor) in self._held.items():
+                    data = json.dumps({"hold": number, "task": task}).encode()
+                    socket.send_fds(ours, [data], [descriptor])
+                ours.send(json.dumps({"begin": True}).encode())
+                while self._receive(ours):
+                    pass
+            except OSError:
+                # It died before it had read all.
+                pass
+            return self._worker.wait()
+
+    def _receive(self, connection: socket.socket) -> bool:
+        """Take one note from the worker; False when there will be none."""
+        data, descriptors, _, _ = socket.recv_fds(connection, PACKET_BYTES_MAX, 1)
+        if not data:
+            return False
+        try:
+            message = json.loads(data)
+            if "release" in message:
+                _, descriptor = self._held.pop(message["release"])
+                os.close(descriptor)
                 return True
-            except ConnectionError:
-                data = b""
-            if not data:
-                return False
-            try:
-                self._apply(json.loads(data), descriptors)
-            except (ValueError, KeyError, TypeError) as error:
-                raise KeeperError(f"the pager sent {data!r}") from error
-        return False
-
-    def _apply(self, message: dict[str, int], descriptors: list[int]) -> None:
-        if "release" in message:
-            _, descriptor = self._held.pop(message["release"])
-            os.close(descriptor)
-            return
-        (descriptor,) = descriptors
+            (descriptor,) = descriptors
+            number, task = message["hold"], message["task"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise KeeperError(f"the worker sent {data!r}") from error
         os.set_inheritable(descriptor, False)
         if len(self._held) >= _DESCRIPTORS_MAX:
             os.close(descriptor)
-            raise KeeperError(f"the pager has more than {_DESCRIPTORS_MAX} descriptors")
-        self._held[message["hold"]] = message["task"], descriptor
-
-    def close(self) -> None:
-        """Let go of everything. Idempotent."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        for _, descriptor in self._held.values():
-            os.close(descriptor)
-        self._held.clear()
+        else:
+            self._held[number] = task, descriptor
+        return True

@@ -19,7 +19,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Final
 
-from criu_glue.core.fill_journal import replay
+from criu_glue.core.fill_journal import FillJournalError, replay
 from criu_glue.core.fill_map import FillMap
 from criu_glue.errors import CriuGlueError, TaskGoneError
 from criu_glue.fill_source import CHUNK_BYTES, Buffer, FillSourceError, StoreFile
@@ -32,12 +32,20 @@ from criu_glue.lazy_pages_socket import (
     TaskAnnounced,
 )
 from criu_glue.page_store import pages_file_name
-from criu_glue.pager_journal import JOURNAL_BYTES_MAX, JOURNAL_NAME, Journal, Keeper, KeeperError
-from criu_glue.uffd_memory import Filled, UffdError, UffdMemory
+from criu_glue.pager_journal import (
+    CONNECTION_NUMBER,
+    JOURNAL_BYTES_MAX,
+    JOURNAL_NAME,
+    Held,
+    Journal,
+    Keeper,
+)
+from criu_glue.uffd_memory import Filled, UffdError, UffdMemory, is_gone
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from criu_glue.core.fill_journal import Replayed, Space
     from criu_glue.pager_progress import Progress
 
 _REPORT_S: Final = 0.5
@@ -49,9 +57,6 @@ _RETRY_S: Final = 0.001
 _NO_MEMORY_S: Final = 0.05
 # How often a pager that can't go on looks whether the tasks whose memory it holds have ended.
 _HOLD_S: Final = 0.2
-# Under which the keeper has the connection from CRIU: a pager's death must not let CRIU's last
-# word fail, for then CRIU kills what it restored.
-_CONNECTION: Final = 0
 
 
 class RestoreFailedError(CriuGlueError):
@@ -76,6 +81,8 @@ class Pager:
         self._memories: dict[int, UffdMemory] = {}
         # Could not be filled for a reason that should not occur. Their descriptors stay open.
         self._broken: list[UffdMemory] = []
+        # Given back by the keeper, and not looked at yet.
+        self._left: list[Held] = []
         self._waiting: list[tuple[UffdMemory, int]] = []
         self._waiting_s = _RETRY_S
         self._resting_until_s = 0.0
@@ -88,54 +95,62 @@ class Pager:
         self._fault_us_max = 0
         self._fault_us_sum = 0
 
-    def listen(self, listener: socket.socket) -> None:
-        """Wait for CRIU there."""
-        (self._store / JOURNAL_NAME).unlink(missing_ok=True)
-        self._journal = Journal(self._store / JOURNAL_NAME)
-        self._listener = listener
-        self._epoll.register(listener, select.EPOLLIN)
-
-    def resume(self) -> None:
-        """Go on where another pager ended, with what it left in the journal and at the keeper.
-        Raises KeeperError, ImageFormatError and OSError, with every descriptor still held."""
+    def begin(self, listener: socket.socket) -> None:
+        """Wait for CRIU on `listener`, or go on where another worker ended, with what it left in
+        the journal and at the keeper. Raises CriuGlueError and OSError; every descriptor is still
+        held then."""
         held = self._keeper.receive_held()
-        path = self._store / JOURNAL_NAME
-        with path.open("rb") as file:
-            data = file.read(JOURNAL_BYTES_MAX + 1)
-        if len(data) > JOURNAL_BYTES_MAX:
-            raise KeeperError(f"{path} is longer than {JOURNAL_BYTES_MAX} bytes")
-        found = replay(data, lambda task: FillMap.of(pager_ranges(self._images, task)))
-        self._journal = Journal(path, number_max=found.number_max)
+        self._left = [each for each in held if each.number != CONNECTION_NUMBER]
+        found = self._read_journal()
+        self._journal = Journal(self._store / JOURNAL_NAME, number_max=found.number_max)
         stores: dict[int, StoreFile] = {}
-        for each in held:
-            space = found.spaces.get(each.number)
-            if each.number == _CONNECTION:
-                self._connect(LazyPagesPeer(socket.socket(fileno=each.uffd)))
-            elif space is None:
+        while self._left:
+            each, space = self._left[-1], found.spaces.get(self._left[-1].number)
+            if space is None:
                 # Closed in the journal: nothing was missing any more.
-                os.close(each.uffd)
+                os.close(each.fd)
                 self._keeper.release(each.number)
             else:
                 if space.root not in stores:
                     stores[space.root] = self._open_store(space.task)
-                memory = UffdMemory(
-                    each.uffd,
-                    space.task,
-                    space.missing,
-                    stores[space.root],
-                    self._journal,
-                    number=each.number,
-                )
-                self._tasks += space.root == space.number
-                self._take(memory)
-                memory.wake_all()
+                self._resume(each, space, stores[space.root])
+            self._left.pop()
+        connections = [each.fd for each in held if each.number == CONNECTION_NUMBER]
+        if connections:
+            listener.close()
+            self._connect(LazyPagesPeer(socket.socket(fileno=connections[0])))
+        elif not found.number_max:
+            self._listener = listener
+            self._epoll.register(listener, select.EPOLLIN)
+            self._progress.report("listening")
         if found.finished:
             self._finish_restore()
+
+    def _read_journal(self) -> Replayed:
+        path = self._store / JOURNAL_NAME
+        try:
+            with path.open("rb") as file:
+                data = file.read(JOURNAL_BYTES_MAX + 1)
+        except FileNotFoundError:
+            if self._left:
+                raise
+            data = b""
+        if len(data) > JOURNAL_BYTES_MAX:
+            raise FillJournalError(f"{path} is longer than {JOURNAL_BYTES_MAX} bytes")
+        return replay(data, lambda task: FillMap.of(pager_ranges(self._images, task)))
+
+    def _resume(self, held: Held, space: Space, store: StoreFile) -> None:
+        memory = UffdMemory(
+            held.fd, space.task, space.missing, store, self._journal_now, number=held.number
+        )
+        self._tasks += space.root == space.number
+        self._take(memory)
+        memory.wake_all()
 
     @property
     def has_tasks(self) -> bool:
         """Whether anybody's memory is in this pager's hands."""
-        return bool(self._memories or self._broken)
+        return bool(self._memories or self._broken or self._left)
 
     def start_filling(self) -> None:
         """Begin the background fill before CRIU says that the restore is finished; only when all
@@ -173,8 +188,9 @@ class Pager:
         what is missing into zeros, and a task that waits for ever is better than that."""
         self._broken += self._memories.values()
         self._memories.clear()
-        while self._broken:
+        while self._broken or self._left:
             self._broken = [memory for memory in self._broken if not memory.is_gone()]
+            self._left = [held for held in self._left if not is_gone(held.fd)]
             self._progress.flush()
             time.sleep(_HOLD_S)
 
@@ -206,7 +222,7 @@ class Pager:
 
     def _accept(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
-        self._keeper.hold(_CONNECTION, _CONNECTION, connection.fileno())
+        self._keeper.hold(CONNECTION_NUMBER, CONNECTION_NUMBER, connection.fileno())
         self._connect(LazyPagesPeer(connection))
         # There is one restore for one pager.
         self._epoll.unregister(listener)
@@ -227,7 +243,7 @@ class Pager:
                 self._epoll.unregister(peer)
                 peer.close()
                 self._peer = None
-                self._keeper.release(_CONNECTION)
+                self._keeper.release(CONNECTION_NUMBER)
                 if self._restored_s is None:
                     raise RestoreFailedError("CRIU closed the connection before the restore ended")
                 return

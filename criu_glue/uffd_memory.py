@@ -87,6 +87,23 @@ class Events:
     children: list[UffdMemory] = field(default_factory=list)
 
 
+def _copy(uffd: int, address: int, source: int, bytes_: int) -> tuple[int, int]:
+    """UFFDIO_COPY once: bytes copied (0 if none) and the errno when that is not all."""
+    # `copy` is not written by kernels before 6.16 when mappings change: it must begin as 0.
+    argument = UffdioCopy(address, source, bytes_, 0, 0)
+    try:
+        ioctl(uffd, UFFDIO_COPY, argument)
+    except OSError as error:
+        return max(int(argument.copy), 0), error.errno or 0
+    return bytes_, 0
+
+
+def is_gone(uffd: int) -> bool:
+    """Whether the address space of a userfaultfd has ended; changes nothing."""
+    # Nothing can be copied from address 0. How it fails tells whether there is anybody.
+    return _copy(uffd, _LOWEST_ADDRESS, 0, PAGE_BYTES)[1] == errno.ESRCH
+
+
 class UffdMemory:
     """The memory of one address space that is being filled. Owns `uffd`.
 
@@ -194,11 +211,7 @@ class UffdMemory:
 
     def is_gone(self) -> bool:
         """Whether the address space has ended; changes nothing."""
-        run = next(iter(self.missing), None)
-        if run is None:
-            return False
-        # A copy from address 0 fails in every case; how, depends on whether there is anybody.
-        return self._copy(run.start, 0, PAGE_BYTES)[1] == errno.ESRCH
+        return is_gone(self.uffd)
 
     def _fill_window(self, window: Run, buffer: Buffer, *, give_up: bool) -> Filled:
         """Fill what is missing inside a window and comes from one piece of the store: one read of
@@ -237,7 +250,9 @@ class UffdMemory:
         Without `give_up` it also ends where there is no registered mapping."""
         done, attempt = 0, bytes_
         while done < bytes_:
-            copied, number = self._copy(address + done, source + done, min(attempt, bytes_ - done))
+            copied, number = _copy(
+                self.uffd, address + done, source + done, min(attempt, bytes_ - done)
+            )
             if copied > 0:
                 done += copied
                 self.counters.filled_bytes += copied
@@ -260,16 +275,6 @@ class UffdMemory:
             else:
                 self._raise(number, "copy", address + done)
         return done, Filled.DONE
-
-    def _copy(self, address: int, source: int, bytes_: int) -> tuple[int, int]:
-        """UFFDIO_COPY once: bytes copied (0 if none) and the errno when that is not all."""
-        # `copy` is not written by kernels before 6.16 when mappings change: it must begin as 0.
-        argument = UffdioCopy(address, source, bytes_, 0, 0)
-        try:
-            ioctl(self.uffd, UFFDIO_COPY, argument)
-        except OSError as error:
-            return max(int(argument.copy), 0), error.errno or 0
-        return bytes_, 0
 
     def _give_zeros(self, address: int) -> Filled:
         """Zeros for a page that is not missing, and for those behind it until one is."""

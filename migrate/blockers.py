@@ -1,25 +1,25 @@
 """What inside a container makes its dump fail, or gets lost by it: said before anything is touched.
 
 `judge` is pure; `find` gives it what `task_scan.py` sees. What CRIU can dump is from its sources
-(4.2, the file is named where it is not obvious) and was tried out: each row here was refused or lost
-by CRIU 4.2.1. Where a program can do without, the remedy names the setting.
+(4.2; the file is named where it is not obvious) and was tried out: each row here was refused, or
+lost, by CRIU 4.2.1. Where a program can do without, the remedy names the setting.
 """
 
 from __future__ import annotations
 
-import socket
 import stat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from migrate import config
 from migrate.refusals import Caution, Findings, Refusal
-from migrate.task_scan import ContainerView, scan
+from migrate.socket_blockers import of_socket
+from migrate.task_scan import ContainerView, scan, who
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from migrate.task_scan import OpenFile, SocketView, TaskView
+    from migrate.task_scan import OpenFile, TaskView
 
 # Reasons of one kind are told for this many tasks, or a fork server fills the screen.
 TOLD_PER_CODE_MAX = 3
@@ -28,6 +28,9 @@ _STDIO = ("its standard input", "its standard output", "its standard error")
 
 _NO_STDIO = "start the container with its streams in pipes or /dev/null"
 _NO_TERMINAL = "start the container detached, with `terminal: false` in config.json"
+
+
+FindingT = TypeVar("FindingT", Refusal, Caution)
 
 
 class _Kind(NamedTuple):
@@ -43,12 +46,10 @@ _OBJECTS = (
         "anon_inode:[io_uring]",
         "io-uring",
         "an io_uring",
-        "have it use epoll (Redis: `io-threads 1`; Node.js: UV_USE_IO_URING=0)",
+        "have it use epoll (libuv, Node.js: UV_USE_IO_URING=0), or forbid io_uring (seccomp)",
     ),
     _Kind("/secretmem", "memfd-secret", "secret memory (memfd_secret)", "configure it without"),
-    _Kind(
-        "anon_inode:[perf_event]", "perf-event", "a performance counter", "end what profiles it"
-    ),
+    _Kind("anon_inode:[perf_event]", "perf-event", "a performance counter", "end what profiles it"),
     _Kind("anon_inode:bpf", "bpf", "a BPF object", "load it from outside of the container"),
     _Kind("anon_inode:btf", "bpf", "a BPF object", "load it from outside of the container"),
     _Kind(
@@ -81,28 +82,9 @@ _GRAPHICS = ("/dev/nvidia", "/dev/dri/", "/dev/kfd", "/dev/infiniband/", "/dev/v
 # (null, zero, full, random, urandom), and of the miscellaneous tun and autofs.
 _MEMORY_MAJOR, _MISC_MAJOR = 1, 10
 _MISC_DUMPED = (200, 235)
-# Terminals (criu/tty.c: is_tty); one of the container's own devpts can move.
+# Terminals (criu/tty.c: is_tty).
 _TERMINAL_MAJORS = (4, 5, *range(136, 144))
-_SOCKETS_DUMPED = (
-    socket.AF_UNIX,
-    socket.AF_INET,
-    socket.AF_INET6,
-    socket.AF_PACKET,
-    socket.AF_NETLINK,
-)
-# criu/sk-inet.c: can_dump_ipproto
-_PROTOCOLS_DUMPED = (
-    0,
-    socket.IPPROTO_TCP,
-    socket.IPPROTO_UDP,
-    socket.IPPROTO_ICMP,
-    socket.IPPROTO_ICMPV6,
-    136,  # UDP-Lite
-)
-_MPTCP = 262
-_FAMILY_NAMES = {38: "AF_ALG", 40: "AF_VSOCK", 44: "AF_XDP", 29: "AF_CAN", 30: "AF_TIPC"}
-_PROTOCOL_NAMES = {_MPTCP: "MPTCP", 132: "SCTP", 33: "DCCP"}
-# criu/filesystems.c; the root and bind mounts may be of any kind.
+# Names below /dev that are memory and no device.
 _MAPPED_DEVICES_DUMPED = ("/dev/zero", "/dev/shm/", "/dev/mqueue/", "/dev/hugepages/")  # noqa: S108
 
 
@@ -117,6 +99,14 @@ def judge(view: ContainerView) -> Findings:
     cautions: list[Caution] = []
     for task in view.tasks:
         cautions += _losses(task)
+    if any(one.waiting for one in view.sockets):
+        cautions.append(
+            Caution(
+                "accept-queue",
+                "the container has connections that it has not accepted yet",
+                "if one waits still at the freeze, the dump fails and is undone: try again",
+            )
+        )
     if not view.is_complete:
         cautions.append(
             Caution(
@@ -133,12 +123,14 @@ def _of_tasks(view: ContainerView) -> Iterator[Refusal]:
     if not any(task.state not in "ZX" for task in view.tasks):
         yield Refusal("no-tasks", "the container has no living task", "start it anew")
     first = next((task for task in view.tasks if task.pid == view.init), None)
+    # A pseudoterminal whose master a task of the container holds (tmux, sshd) moves with it.
+    has_master = any(one.target.endswith("ptmx") for task in view.tasks for one in task.files)
     for task in view.tasks:
         if task.state in "ZX":
             continue
         yield from _of_task(task, view.init, pids, first)
         for opened in task.files:
-            yield from _of_file(task, opened)
+            yield from _of_file(task, opened, has_master=has_master)
         yield from _of_mapped(task)
 
 
@@ -148,19 +140,19 @@ def _of_task(
     if task.tracers:
         by = "a task of the container" if task.tracers & pids else f"pid {min(task.tracers)}"
         # CRIU tries for 10 s, with the container frozen (criu/seize.c).
-        yield Refusal("traced", f"{_who(task)} is traced by {by}", "end the debugger or tracer")
+        yield Refusal("traced", f"{who(task)} is traced by {by}", "end the debugger or tracer")
     if task.pid != init and task.parent not in pids:
         # CRIU follows parents to children: what entered by `runc exec` is killed and not dumped.
         yield Refusal(
             "exec-session",
-            f"{_who(task)} was started inside from outside (exec) and would be lost",
+            f"{who(task)} was started inside from outside (exec) and would be lost",
             "end the exec session or health check first",
         )
     if task.has_deadline:
         # Dumped, and then refused at the restore (criu/cr-restore.c: restore_sched_info).
         yield Refusal(
             "sched-deadline",
-            f"{_who(task)} is scheduled with SCHED_DEADLINE",
+            f"{who(task)} is scheduled with SCHED_DEADLINE",
             "give it another policy (chrt --other -p 0 PID)",
         )
     if first is None:
@@ -169,39 +161,40 @@ def _of_task(
         if inode != first.namespaces.get(kind, inode):
             yield Refusal(
                 "nested-namespace",
-                f"{_who(task)} has a {kind} namespace of its own inside the container",
+                f"{who(task)} has a {kind} namespace of its own inside the container",
                 "run it without one (a sandbox, a container in the container)",
             )
 
 
-def _of_file(task: TaskView, opened: OpenFile) -> Iterator[Refusal]:
+def _of_file(task: TaskView, opened: OpenFile, *, has_master: bool) -> Iterator[Refusal]:
     target = opened.target
     for kind in _OBJECTS:
         if target.startswith(kind.start):
-            yield Refusal(kind.code, f"{_who(task)} has {kind.what}", kind.remedy)
+            yield Refusal(kind.code, f"{who(task)} has {kind.what}", kind.remedy)
             return
     if target.startswith(_GRAPHICS):
         yield Refusal(
             "gpu",
-            f"{_who(task)} uses {target}, whose state can't move",
+            f"{who(task)} uses {target}, whose state can't move",
             "run it on the processor, without this device",
         )
     elif target.startswith(("anon_inode:", "/dmabuf:")):
         if not target.startswith(_OBJECTS_DUMPED):
             yield Refusal(
                 "kernel-object",
-                f"{_who(task)} has a kernel object that CRIU can't dump ({target})",
+                f"{who(task)} has a kernel object that CRIU can't dump ({target})",
                 "configure the program without it",
             )
     elif target.startswith("/") and not target.startswith("/memfd:"):
-        yield from _of_path(task, opened)
+        yield from _of_path(task, opened, has_master=has_master)
 
 
-def _of_path(task: TaskView, opened: OpenFile) -> Iterator[Refusal]:
+def _of_path(task: TaskView, opened: OpenFile, *, has_master: bool) -> Iterator[Refusal]:
     what = _STDIO[opened.number] if opened.number < len(_STDIO) else f"fd {opened.number}"
-    where = f"{_who(task)} has {opened.target} open as {what}"
-    if stat.S_ISCHR(opened.mode):
-        yield from _of_device(where, opened)
+    where = f"{who(task)} has {opened.target} open as {what}"
+    if stat.S_ISCHR(opened.mode) and opened.device[0] in _TERMINAL_MAJORS:
+        if opened.mount is None or not has_master:
+            yield Refusal("terminal", f"{where}, a terminal", _NO_TERMINAL)
     elif opened.mount is None:
         # criu/files-reg.c: "Can't lookup mount"
         yield Refusal("foreign-file", f"{where}, which is outside of its mounts", _NO_STDIO)
@@ -211,16 +204,14 @@ def _of_path(task: TaskView, opened: OpenFile) -> Iterator[Refusal]:
             f"{where}, a POSIX message queue",
             "use another queue: CRIU can't dump these",
         )
-    elif stat.S_ISREG(opened.mode) and opened.target.endswith(" (deleted)"):
+    elif stat.S_ISCHR(opened.mode):
+        yield from _of_device(where, opened)
+    elif stat.S_ISREG(opened.mode) and opened.is_deleted:
         yield from _of_deleted(where, opened)
 
 
 def _of_device(where: str, opened: OpenFile) -> Iterator[Refusal]:
     major, minor = opened.device
-    if major in _TERMINAL_MAJORS:
-        if opened.mount is None or opened.mount.kind != "devpts" or opened.number < len(_STDIO):
-            yield Refusal("terminal", f"{where}, a terminal", _NO_TERMINAL)
-        return
     is_dumped = major == _MEMORY_MAJOR or (major == _MISC_MAJOR and minor in _MISC_DUMPED)
     if not is_dumped:
         yield Refusal(
@@ -238,18 +229,25 @@ def _of_deleted(where: str, opened: OpenFile) -> Iterator[Refusal]:
             f"{where}, deleted and {size_bytes >> 20} MiB large",
             f"close it: at most {config.GHOST_FILE_BYTES_MAX >> 20} MiB of it can move",
         )
+    elif opened.links > 0:
+        # criu/files-reg.c: "Can't create link remap", for which it would write into the rootfs.
+        yield Refusal(
+            "deleted-link",
+            f"{where}, deleted under this name and linked under another",
+            "have the program open it by the name that is left",
+        )
 
 
 def _of_mapped(task: TaskView) -> Iterator[Refusal]:
     for name in sorted(task.mapped):
         if name.startswith("/secretmem"):
             yield Refusal(
-                "memfd-secret", f"{_who(task)} has secret memory (memfd_secret)", _OBJECTS[1].remedy
+                "memfd-secret", f"{who(task)} has secret memory (memfd_secret)", _OBJECTS[1].remedy
             )
         elif name == "[uprobes]":
             yield Refusal(
                 "uprobes",
-                f"{_who(task)} is traced by uprobes",
+                f"{who(task)} is traced by uprobes",
                 "end what traces it (bpftrace, perf probe, an observability agent)",
             )
         elif name.startswith("anon_inode:") or (
@@ -258,7 +256,7 @@ def _of_mapped(task: TaskView) -> Iterator[Refusal]:
             known = next((kind for kind in _OBJECTS if name.startswith(kind.start)), None)
             yield Refusal(
                 "device-memory" if known is None else known.code,
-                f"{_who(task)} has mapped {name if known is None else known.what}",
+                f"{who(task)} has mapped {name if known is None else known.what}",
                 "run it without this device" if known is None else known.remedy,
             )
 
@@ -267,59 +265,10 @@ def _of_sockets(view: ContainerView) -> Iterator[Refusal]:
     own = {one.inode for one in view.sockets}
     holders = {inode: task for task in reversed(view.tasks) for inode in task.sockets}
     for one in view.sockets:
-        who = _who(holders[one.inode]) if one.inode in holders else "the container"
-        refusal = _of_socket(one, who, own)
+        holder = who(holders[one.inode]) if one.inode in holders else "the container"
+        refusal = of_socket(one, holder, own)
         if refusal is not None:
             yield refusal
-
-
-def _of_socket(one: SocketView, who: str, own: set[int]) -> Refusal | None:
-    if one.family not in _SOCKETS_DUMPED:
-        name = _FAMILY_NAMES.get(one.family, f"family {one.family}")
-        return Refusal(
-            "socket-family",
-            f"{who} has a socket of {name}, which CRIU can't dump",
-            "configure the program without it",
-        )
-    if one.is_foreign:
-        return Refusal(
-            "foreign-socket",
-            f"{who} has a socket of another network namespace (handed in from outside)",
-            "let the program open its sockets itself",
-        )
-    if one.family == socket.AF_UNIX:
-        if one.peer in own or not one.peer:
-            return None
-        name = f" at {one.peer_name}" if one.peer_name else ""
-        return Refusal(
-            "external-unix-socket",
-            f"{who} is connected to a unix socket{name} of a process outside of the container",
-            "close the connection before, or reach that service by TCP",
-        )
-    if one.family not in (socket.AF_INET, socket.AF_INET6):
-        return None
-    return _of_internet_socket(one, who)
-
-
-def _of_internet_socket(one: SocketView, who: str) -> Refusal | None:
-    if one.kind != socket.SOCK_RAW and one.protocol not in _PROTOCOLS_DUMPED:
-        name = _PROTOCOL_NAMES.get(one.protocol, f"protocol {one.protocol}")
-        remedy = "have the program use TCP or UDP"
-        if one.protocol == _MPTCP:
-            remedy = "have it use plain TCP (Go: GODEBUG=multipathtcp=0; mptcpize disable)"
-        return Refusal("socket-protocol", f"{who} has a socket of {name}", remedy)
-    if one.upper_protocol:
-        # CRIU does not know of it: the restored connection would send what was to be encrypted.
-        return Refusal(
-            "socket-ulp",
-            f"{who} has a connection with {one.upper_protocol} in the kernel",
-            "switch kernel TLS off in the program (nginx: ssl_conf_command Options -KTLS)",
-        )
-    if one.is_corked:
-        return Refusal(
-            "udp-cork", f"{who} holds back a datagram (UDP_CORK)", "have the program send it"
-        )
-    return None
 
 
 def _of_namespace(view: ContainerView) -> Iterator[Refusal]:
@@ -327,7 +276,7 @@ def _of_namespace(view: ContainerView) -> Iterator[Refusal]:
         # criu/filesystems.c: "mqueue isn't empty"
         yield Refusal(
             "mqueue",
-            f"the container has the POSIX message queue {sorted(view.queues)[0]}",
+            f"the container has the POSIX message queue {min(view.queues)}",
             "remove it (rm /dev/mqueue/…): CRIU can't dump these",
         )
     if view.strangers:
@@ -344,14 +293,17 @@ def _losses(task: TaskView) -> Iterator[Caution]:
         if opened.target == "anon_inode:[eventfd]" and "eventfd-semaphore: 1" in opened.note:
             yield Caution(
                 "eventfd-semaphore",
-                f"{_who(task)} has an eventfd that counts like a semaphore, CRIU forgets that",
+                f"{who(task)} has an eventfd that counts like a semaphore, CRIU forgets that",
                 "check that the program bears an ordinary one",
             )
 
 
-def _who(task: TaskView) -> str:
-    return f"{task.name} (pid {task.pid})"
-
-
-def _few[T](found: Iterable[T]) -> tuple[T, ...]:
-    return tuple(found)
+def _few(found: Iterable[FindingT]) -> tuple[FindingT, ...]:
+    """Each once, and no more of one kind than tell what the matter is."""
+    kept: list[FindingT] = []
+    told: dict[str, int] = {}
+    for one in dict.fromkeys(found):
+        told[one.code] = told.get(one.code, 0) + 1
+        if told[one.code] <= TOLD_PER_CODE_MAX:
+            kept.append(one)
+    return tuple(kept)

@@ -22,6 +22,7 @@ from rich.console import Console
 from migrate import config, progress
 from migrate.agent.app import Agent
 from migrate.coordinator import Coordinator
+from migrate.dry_run import dry_run
 from migrate.errors import EXIT_FAILED, MigrateError
 from migrate.options import Options
 from migrate.report import summary_table, write_report
@@ -108,13 +109,19 @@ def cli() -> None:
     metavar="PATH",
     help="A bind mount's path that is the same storage on both hosts.",
 )
-@click.option("--dry-run", is_flag=True, help="Check both hosts, then stop.")
+@click.option("--dry-run", "only_check", is_flag=True, help="Check both hosts, then stop.")
 @click.option("--json", "as_json", is_flag=True, help="Progress and report as JSON lines.")
 @click.option(
     "--report", "report_path", type=click.Path(path_type=Path), help="Write the report here."
 )
 def container(
-    name: str, target: str, runtime: str, as_json: bool, report_path: Path | None, **asked: Any
+    name: str,
+    target: str,
+    runtime: str,
+    only_check: bool,
+    as_json: bool,
+    report_path: Path | None,
+    **asked: Any,
 ) -> None:
     """Move the container NAME to another host while it runs."""
     host, _, port = target.partition(":")
@@ -129,6 +136,13 @@ def container(
         **asked,
     )
     _log_to_stderr(logging.WARNING)
+    if only_check:
+        forecast = asyncio.run(
+            dry_run(options, _runtime(runtime), config.HostPaths(), new_migration_id())
+        )
+        encoded = msgspec.json.encode(forecast).decode()
+        click.echo(encoded if as_json else "\n".join(forecast.lines()))
+        return
     console = Console(stderr=as_json)
     observer: progress.JsonLines | progress.Terminal
     display: AbstractContextManager[object]

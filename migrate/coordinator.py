@@ -237,7 +237,7 @@ class Coordinator:
             host=self._host,
             streams=self.options.streams,
             restore=self.options.restore,
-            dry_run=self.options.dry_run,
+            dry_run=False,
         )
         opened = await self._link.open_session(request)
         self._builder.add_versions(self.options.target, opened.versions)

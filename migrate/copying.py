@@ -81,7 +81,11 @@ class Copying:
 
     async def start(self, opened: SessionOpened) -> str:
         """Choose the tracker and open the streams; returns the tracker's name."""
-        tracker = await asyncio.to_thread(self._choose_tracker)
+        tracker, warning = await asyncio.to_thread(
+            tracker_for, self._options, self.facts, self._host
+        )
+        if warning:
+            self.warn(warning)
         self._memory = MemorySource(tracker, partial(self._make_sender, opened))
         await asyncio.to_thread(self._memory.sender.connect)
         return tracker.name
@@ -116,30 +120,12 @@ class Copying:
         """Make everything that is under way fail soon."""
         if self._memory is not None:
             self._memory.sender.abort()
-        if self.final_rootfs is not None:
-            self.final_rootfs.cancel()
+        self.rootfs.cancel()
 
     async def close(self) -> None:
         """Give the tasks back untouched and end the streams. Idempotent."""
         if self._memory is not None:
             await asyncio.to_thread(self._memory.close)
-
-    def _choose_tracker(self) -> DirtyTracker:
-        """The tracker that the user named, or the best that this kernel offers. Blocking."""
-        pids = partial(cgroup_pids, self.facts.container.cgroup)
-        wanted = self._options.tracker
-        why_not = None if wanted == "none" else write_protect.supported()
-        if wanted != "none" and why_not is None:
-            return write_protect.WriteProtectTracker(pids)
-        if wanted == "write-protect":
-            raise MigrateError(
-                f"the tracker write-protect does not work here: {why_not}",
-                host=self._host,
-                remedy="a kernel of 6.7 or newer, or --tracker none",
-            )
-        reason = f"no dirty tracker works here ({why_not})" if why_not else "no tracker is wanted"
-        self.warn(f"{reason}: the container stands still while all of its memory is copied")
-        return stop_and_copy.StopAndCopyTracker(pids)
 
     def _make_sender(self, opened: SessionOpened, read: ReadPages) -> PageSender:
         context, target = self._link.context, self._options.target
@@ -167,7 +153,8 @@ class Copying:
                 )
         except asyncio.CancelledError:
             memory.sender.abort()
-            await asyncio.wait({running})
+            # Its own failure is a consequence of that, and nobody's concern.
+            await asyncio.gather(running, return_exceptions=True)
             raise
         return running.result()
 
@@ -200,3 +187,25 @@ class Copying:
         """Tell and report something that the user should know."""
         self._report.warn(message)
         self._observer.tell(progress.Warned(message))
+
+
+def tracker_for(options: Options, facts: ContainerFacts, host: str) -> tuple[DirtyTracker, str]:
+    """The tracker that the user named, or the best that this kernel offers; and what to say of it.
+
+    Blocking: the kernel is tried, not asked for its version. Raises MigrateError.
+    """
+    pids = partial(cgroup_pids, facts.container.cgroup)
+    why_not = None if options.tracker == "none" else write_protect.supported()
+    if options.tracker != "none" and why_not is None:
+        return write_protect.WriteProtectTracker(pids), ""
+    if options.tracker == "write-protect":
+        raise MigrateError(
+            f"the tracker write-protect does not work here: {why_not}",
+            host=host,
+            remedy="a kernel of 6.7 or newer, or --tracker none",
+        )
+    reason = f"no dirty tracker works here ({why_not})" if why_not else "no tracker is wanted"
+    return (
+        stop_and_copy.StopAndCopyTracker(pids),
+        f"{reason}: the container stands still while all of its memory is copied",
+    )

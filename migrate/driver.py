@@ -185,5 +185,7 @@ async def quietly(awaitable: Awaitable[object]) -> None:
     """Await a step of an undoing whose failure must not keep the next steps from happening."""
     try:
         await awaitable
+    except MigrateError as error:
+        log.warning("a step of an undoing failed", why=str(error))
     except Exception:
         log.exception("a step of an undoing failed")

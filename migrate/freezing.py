@@ -69,6 +69,7 @@ class Freezing:
         options = (
             "manage-cgroups ignore",
             "network-lock skip",
+            "verbosity 2",
             f"ps-socket {PAGE_SERVER_FD}",
             f"ghost-limit {config.GHOST_FILE_BYTES_MAX}",
         )

@@ -9,6 +9,8 @@ when the runtime has ended, the container is thawed and plugged in again.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import select
 import sys
 import time
@@ -41,9 +43,14 @@ class GuardPlan(msgspec.Struct, frozen=True):
 
 def main() -> int:
     """Wait for the coordinator's end; 0 when it ended well or the container was given back."""
-    plan = msgspec.json.decode(sys.stdin.buffer.readline(), type=GuardPlan)
-    sys.stdout.write("armed\n")
-    sys.stdout.flush()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        # The coordinator died before it had told us anything: before it froze anything.
+        return 0
+    plan = msgspec.json.decode(line, type=GuardPlan)
+    # A coordinator that is dead already does not read it.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(1, b"armed\n")
     if sys.stdin.buffer.readline() == b"disarm\n":
         return 0
     if is_committed(plan):

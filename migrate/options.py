@@ -22,4 +22,3 @@ class Options:
     on_stall: Literal["freeze", "abort"] = "freeze"
     streams: int = config.STREAMS
     shared: tuple[str, ...] = ()
-    dry_run: bool = False

@@ -6,6 +6,7 @@ the handover: it is told when the tasks are frozen.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from criu_glue.errors import TaskGoneError
 from criu_glue.mappings import Task, parse_maps
 from criu_glue.memory import TaskMemory
+from migrate.errors import TransferFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -47,10 +49,13 @@ class MemorySource:
         self.sender = make_sender(self._read)
         self.round_bytes_total = 0
         self.rounds = 0
+        # A collection that nobody waits for any more must be over before the tasks are given back.
+        self._tracking = threading.Lock()
+        self._is_closed = False
 
     def round(self) -> RoundStats:
         """Send what was written since the last round (the first time: everything)."""
-        return self._send(self.tracker.collect())
+        return self.send(self._collect())
 
     def final_delta(self) -> FinalDelta:
         """Collect the final delta of a frozen container and give its tasks back to CRIU.
@@ -59,8 +64,10 @@ class MemorySource:
         while it dumps it (`compel/src/lib/infect.c`), so they must be read before CRIU starts. The
         others may be read while it works.
         """
-        pages = self._open_memories(self.tracker.collect(last=True))
-        self.tracker.detach()
+        with self._tracking:
+            self._check_open()
+            pages = self._open_memories(self.tracker.collect(last=True))
+            self.tracker.detach()
         first, rest = [], []
         for item in pages:
             code, other = split_runs(item.runs, executable_ranges(item.pid))
@@ -91,14 +98,22 @@ class MemorySource:
     def close(self) -> None:
         """Give the tasks back untouched and end the streams. Idempotent."""
         self.sender.close()
-        self.tracker.detach()
-        for memory in self._memories.values():
-            memory.close()
-        self._memories.clear()
+        with self._tracking:
+            self._is_closed = True
+            self.tracker.detach()
+            for memory in self._memories.values():
+                memory.close()
+            self._memories.clear()
 
-    def _send(self, pages: Sequence[TaskPages]) -> RoundStats:
-        living = self._open_memories(pages)
-        return self.send([(item.task, item.runs) for item in living])
+    def _collect(self) -> list[tuple[int, Runs]]:
+        with self._tracking:
+            self._check_open()
+            living = self._open_memories(self.tracker.collect())
+        return [(item.task, item.runs) for item in living]
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise TransferFailed("the transfer was aborted")
 
     def _open_memories(self, pages: Sequence[TaskPages]) -> list[TaskPages]:
         """Open what is new; without the tasks that have exited since they were scanned."""

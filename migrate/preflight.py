@@ -62,8 +62,11 @@ def check_source(
         *judge_container(container),
         *judge_mounts(container, shared),
     ]
+    cautions = host_cautions()
     if container.status == "running":
-        refusals += blockers.find(container.cgroup)
+        inside = blockers.find(container.cgroup, container.pid)
+        refusals += inside.refusals
+        cautions += inside.cautions
     if container.netns is not None:
         spec = container.spec
         captured = network.capture(
@@ -76,7 +79,7 @@ def check_source(
         state = runs_on(host) if container.status == "running" else ""
         raise PreflightRefused(refusals, host=host, container_state=state)
     found = facts.container_facts(container, captured.identity, runtime)
-    return SourceCheck(found, tuple(host_cautions()))
+    return SourceCheck(found, tuple(cautions))
 
 
 def judge_container(container: Container) -> list[Refusal]:

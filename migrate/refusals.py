@@ -24,3 +24,10 @@ class Caution(NamedTuple):
     code: str
     message: str
     remedy: str
+
+
+class Findings(NamedTuple):
+    """What a check found: both empty is the best answer."""
+
+    refusals: tuple[Refusal, ...] = ()
+    cautions: tuple[Caution, ...] = ()

@@ -175,12 +175,21 @@ class RootfsSource:
         self._open_channel = open_channel
         self._host = host
         self._passes = 0
+        self._runs: list[RootfsPassRun] = []
+
+    def cancel(self) -> None:
+        """End every pass that is under way."""
+        for run in self._runs:
+            run.cancel()
 
     def start(self, *, gated: bool, files: Sequence[str] | None = None) -> RootfsPassRun:
         """Begin a pass; with `files` only these (relative to the root), compared by content."""
         self._passes += 1
         run = RootfsPassRun(gated=gated)
         run.task = asyncio.create_task(self._pass(run, self._passes, files))
+        # Whoever waits for it hears how it ended; nobody may be waiting any more.
+        run.task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        self._runs.append(run)
         return run
 
     async def _pass(
@@ -196,9 +205,13 @@ class RootfsSource:
                     channel = await self._open_channel()
                 await run.pump(reader, writer, channel)
             except (OSError, aiohttp.ClientError, TimeoutError) as error:
-                carried.set_exception(error)
+                if not carried.done():
+                    carried.set_exception(error)
+                    # Heard by `_pass`, unless that has been ended meanwhile.
+                    carried.exception()
             else:
-                carried.set_result(None)
+                if not carried.done():
+                    carried.set_result(None)
             finally:
                 writer.close()
 
@@ -213,8 +226,6 @@ class RootfsSource:
                 phase="rootfs",
             ) from error
         finally:
-            if carried.done():
-                carried.exception()
             server.close()
             socket_path.unlink(missing_ok=True)
         ended_us = time.monotonic_ns() // 1000

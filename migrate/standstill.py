@@ -53,6 +53,8 @@ class Standstill:
             await asyncio.to_thread(memory.send, delta.code)
         self._freezing.start_dump()
         self._sending = asyncio.create_task(asyncio.to_thread(memory.send, delta.rest))
+        # Heard by `send_final`, unless the dump fails before.
+        self._sending.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         self._passes = [final_rootfs, *self._recheck_mapped_files()]
         self.marks["dumped"] = await self._freezing.dumped()
 

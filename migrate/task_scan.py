@@ -8,23 +8,15 @@ says whether one was reached.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import fcntl
 import os
 import re
-import socket
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyroute2 import DiagSocket
-from pyroute2.netlink.exceptions import NetlinkError
-
 from criu_glue.errors import CriuGlueError
-from criu_glue.kernel import SYS_PIDFD_GETFD
 from criu_glue.mappings import cgroup_pids
-from migrate.netns import run_in
+from migrate.socket_scan import SocketView, socket_views
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,19 +33,10 @@ NAMESPACES = ("user", "pid", "ipc", "uts", "net", "time")
 # The task is not frozen, so what was listed a moment ago may be gone.
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 
-_SO_TYPE, _SO_PROTOCOL, _SO_DOMAIN = 3, 38, 39
-_SIOCGSKNS = 0x894C
-_TCP_ULP = 31
-_UDP_CORK = 1
-# struct tcp_info: eight bytes, four words, then tcpi_unacked: of a listener, what waits in its
-# accept queue (`net/ipv4/tcp.c: tcp_get_info`).
-_TCP_INFO_WAITING_AT = 24
-_TCP_LISTEN = 10
-_UDIAG_SHOW_NAME_AND_PEER = 1 | 4
 _SCHED_DEADLINE = 6
 
+_DELETED = " (deleted)"
 _MAPPED = re.compile(rb"^\S+ \S+ \S+ \S+ \d+ +([/\[][^\n]*|anon_inode:[^\n]*)$", re.MULTILINE)
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Mounted(NamedTuple):
@@ -66,8 +49,8 @@ class Mounted(NamedTuple):
 class OpenFile(NamedTuple):
     """A descriptor that is no socket. `mount`: None if it is of no mount that the task sees.
 
-    mode, device (major, minor), links, blocks: stat(2) of what is open. note: the text of fdinfo
-    for kernel objects.
+    mode, device (major, minor), links, blocks: stat(2) of what is open. is_deleted: there is no
+    file of that name any more. note: the text of fdinfo for kernel objects.
     """
 
     number: int
@@ -77,25 +60,8 @@ class OpenFile(NamedTuple):
     device: tuple[int, int] = (0, 0)
     links: int = 1
     blocks: int = 0
+    is_deleted: bool = False
     note: str = ""
-
-
-class SocketView(NamedTuple):
-    """A socket, asked through a duplicate. waiting: connections in a listener's accept queue.
-
-    peer: inode of a unix socket's other end, 0 if it has none; peer_name: where that is bound.
-    """
-
-    inode: int
-    family: int
-    kind: int
-    protocol: int
-    is_foreign: bool = False
-    waiting: int = 0
-    is_corked: bool = False
-    upper_protocol: str = ""
-    peer: int = 0
-    peer_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +78,11 @@ class TaskView:
     files: tuple[OpenFile, ...] = ()
     sockets: frozenset[int] = frozenset()
     mapped: frozenset[str] = frozenset()
+
+
+def who(task: TaskView) -> str:
+    """The task in a sentence."""
+    return f"{task.name} (pid {task.pid})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +125,7 @@ def scan(cgroup: Path, init: int) -> ContainerView:
     return ContainerView(
         init=init,
         tasks=tuple(tasks),
-        sockets=tuple(_sockets(found, proc / "ns/net")),
+        sockets=tuple(socket_views(found, proc / "ns/net")),
         queues=tuple(_queues(proc, mounts.values())),
         mounts=tuple(mounts.values()),
         strangers=tuple(_strangers(proc, set(pids))),
@@ -168,7 +139,7 @@ def _task(
     proc = Path(f"/proc/{pid}")
     status = _status(proc)
     tracers, has_deadline = {int(status["TracerPid"])}, False
-    for thread in os.listdir(proc / "task"):
+    for thread in _names(proc / "task"):
         if not threads.take():
             break
         with contextlib.suppress(*_GONE):
@@ -201,6 +172,10 @@ def _status(proc: Path) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+def _names(directory: Path) -> list[str]:
+    return os.listdir(directory)  # noqa: PTH208 - names, not thousands of Paths
+
+
 def _namespaces(proc: Path) -> dict[str, int]:
     found = {}
     for kind in NAMESPACES:
@@ -229,7 +204,7 @@ def _mounts(proc: Path) -> dict[str, Mounted]:
 
 
 def _files(proc: Path, mounts: dict[str, Mounted], budget: _Budget) -> Iterator[OpenFile]:
-    for number in os.listdir(proc / "fd"):
+    for number in _names(proc / "fd"):
         if not budget.take():
             return
         with contextlib.suppress(*_GONE):
@@ -252,7 +227,13 @@ def _files(proc: Path, mounts: dict[str, Mounted], budget: _Budget) -> Iterator[
                 device=(os.major(status.st_rdev), os.minor(status.st_rdev)),
                 links=status.st_nlink,
                 blocks=status.st_blocks,
+                is_deleted=target.endswith(_DELETED) and not _exists(proc, target),
             )
+
+
+def _exists(proc: Path, target: str) -> bool:
+    """Whether a file is really called so: " (deleted)" may be a part of its name."""
+    return os.path.lexists(proc / "root" / target.lstrip("/"))
 
 
 def _mapped(proc: Path) -> frozenset[str]:
@@ -266,95 +247,15 @@ def _queues(proc: Path, mounts: Any) -> Iterator[str]:
     for mounted in mounts:
         if mounted.kind == "mqueue":
             with contextlib.suppress(OSError):
-                yield from os.listdir(proc / "root" / mounted.point.lstrip("/"))
+                yield from _names(proc / "root" / mounted.point.lstrip("/"))
 
 
 def _strangers(proc: Path, own: set[int]) -> Iterator[int]:
     """Processes that are in the container's network namespace and not in its cgroup."""
     with contextlib.suppress(OSError):
         wanted = (proc / "ns/net").stat().st_ino
-        for name in os.listdir("/proc"):
+        for name in _names(Path("/proc")):
             if name.isdecimal() and int(name) not in own:
                 with contextlib.suppress(OSError):
                     if os.stat(f"/proc/{name}/ns/net").st_ino == wanted:  # noqa: PTH116 - fast
                         yield int(name)
-
-
-def _sockets(found: dict[int, tuple[int, int]], netns: Path) -> Iterator[SocketView]:
-    if not found:
-        return
-    try:
-        own_network = netns.stat().st_ino
-        peers = run_in(netns, _unix_sockets)
-    except (OSError, NetlinkError):
-        return
-    names: dict[int, tuple[int, str]] = {}
-    if any(peer and peer not in found for inode, (peer, _) in peers.items() if inode in found):
-        with contextlib.suppress(OSError, NetlinkError):
-            names = _unix_sockets()
-    for inode, (pid, number) in found.items():
-        with contextlib.suppress(OSError), _duplicate(pid, number) as sock:
-            view = _ask(sock, inode, own_network)
-            peer, _ = peers.get(inode, (0, ""))
-            name = (names.get(peer) or peers.get(peer) or (0, ""))[1]
-            yield view._replace(peer=peer, peer_name=name)
-
-
-def _unix_sockets() -> dict[int, tuple[int, str]]:
-    """Every unix socket of this network namespace: inode to (the peer's inode, its own name)."""
-    with DiagSocket() as diag:
-        listed = diag.get_sock_stats(family=socket.AF_UNIX, show=_UDIAG_SHOW_NAME_AND_PEER)
-        return {
-            one["udiag_ino"]: (
-                one.get_attr("UNIX_DIAG_PEER") or 0,
-                str(one.get_attr("UNIX_DIAG_NAME") or ""),
-            )
-            for one in listed
-        }
-
-
-@contextlib.contextmanager
-def _duplicate(pid: int, number: int) -> Iterator[socket.socket]:
-    """A task's socket, as a descriptor of ours: asking it changes nothing (pidfd_getfd(2))."""
-    task = os.pidfd_open(pid)
-    try:
-        fd = _libc.syscall(SYS_PIDFD_GETFD, task, number, 0)
-        if fd < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-    finally:
-        os.close(task)
-    # The family is given so that Python does not ask; what it is, is asked by SO_DOMAIN.
-    duplicate = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
-    with duplicate:
-        yield duplicate
-
-
-def _ask(sock: socket.socket, inode: int, own_network: int) -> SocketView:
-    family = sock.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN)
-    kind = sock.getsockopt(socket.SOL_SOCKET, _SO_TYPE)
-    protocol = sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL)
-    view = SocketView(inode, family, kind, protocol, is_foreign=_network(sock) != own_network)
-    if family not in (socket.AF_INET, socket.AF_INET6):
-        return view
-    if protocol == socket.IPPROTO_TCP and kind == socket.SOCK_STREAM:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-        waiting = struct.unpack_from("=I", info, _TCP_INFO_WAITING_AT)[0]
-        upper = b""
-        with contextlib.suppress(OSError):
-            upper = sock.getsockopt(socket.IPPROTO_TCP, _TCP_ULP, 16)
-        name = upper.split(b"\0")[0].decode(errors="replace")
-        return view._replace(waiting=waiting if info[0] == _TCP_LISTEN else 0, upper_protocol=name)
-    if protocol == socket.IPPROTO_UDP:
-        return view._replace(is_corked=bool(sock.getsockopt(socket.IPPROTO_UDP, _UDP_CORK)))
-    return view
-
-
-def _network(sock: socket.socket) -> int:
-    """The inode of the network namespace that a socket is of (ioctl_ns(2))."""
-    fd = fcntl.ioctl(sock.fileno(), _SIOCGSKNS)
-    try:
-        return os.fstat(fd).st_ino
-    finally:
-        os.close(fd)
-

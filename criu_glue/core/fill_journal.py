@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
-from criu_glue.core.wire import ImageFormatError
+from criu_glue.errors import CriuGlueError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 _RECORD: Final = struct.Struct("<B3xIQQQ")
 RECORD_BYTES: Final = _RECORD.size
+
+
+class FillJournalError(CriuGlueError):
+    """The journal contradicts itself, or is of another version."""
 
 
 class Kind(IntEnum):
@@ -73,7 +77,7 @@ class Replayed:
 def replay(data: bytes, initial: Callable[[int], FillMap]) -> Replayed:
     """Read a journal; `initial(task)` is what was missing of a task at the restore.
 
-    A last record that is not whole is left out. Raises ImageFormatError when the journal
+    A last record that is not whole is left out. Raises FillJournalError when the journal
     contradicts itself.
     """
     found = Replayed()
@@ -97,7 +101,7 @@ def replay(data: bytes, initial: Callable[[int], FillMap]) -> Replayed:
             elif kind == Kind.FINISHED:
                 found.finished = True
             else:
-                raise ImageFormatError(f"the pager's journal has a record of unknown kind {kind}")
+                raise FillJournalError(f"the pager's journal has a record of unknown kind {kind}")
         except KeyError as error:
-            raise ImageFormatError(f"the pager's journal misses address space {error}") from error
+            raise FillJournalError(f"the pager's journal misses address space {error}") from error
     return found

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
+from aiohttp import WSMsgType
 
 from migrate import network
 from migrate.agent.restoring import RestorePlan, Restoring
@@ -132,8 +133,10 @@ class Session:
             await self.driver.post(E.LINK_BACK, from_peer=True)
         self._was_connected = True
         try:
-            async for message in channel:
-                await self._hear(messages.decode_from_source(message.data))
+            async for frame in channel:
+                if frame.type is WSMsgType.ERROR:
+                    break
+                await self._hear(messages.decode_from_source(frame.data))
         finally:
             if self._channel is channel:
                 self._channel = None

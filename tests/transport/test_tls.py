@@ -24,6 +24,7 @@ from transport.errors import (
     TlsError,
     TransportError,
 )
+from transport.server_stream import ServerStream
 
 NAME = "target.test"
 PAST = datetime.datetime.now(tz=datetime.UTC) - datetime.timedelta(days=1)
@@ -37,18 +38,19 @@ def server(context: ssl.SSLContext) -> Iterator[tuple[int, list[object]]]:
 
     def serve() -> None:
         try:
-            stream = tls.accepted(listening.accept()[0], context)
+            stream = ServerStream(listening.accept()[0], context)
         except (TransportError, OSError) as error:
             outcome.append(error)
             return
         try:
-            tls.shake_hands(stream)
-            outcome.append(tls.peer_name(stream))
-            stream.sendall(stream.recv(1))
+            outcome.append(stream.shake_hands())
+            byte = bytearray(1)
+            assert stream.recv_into(memoryview(byte)) == 1
+            stream.sendall(bytes(byte))
         except TransportError as error:
             outcome.append(error)
         finally:
-            tls.part(stream)
+            stream.part()
 
     thread = threading.Thread(target=serve)
     thread.start()
