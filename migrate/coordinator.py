@@ -8,7 +8,6 @@ does not) and `freezing.py` (what holds it); here it is put in order, and undone
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import socket
@@ -21,6 +20,7 @@ import structlog
 
 from criu_glue.errors import CriuGlueError
 from migrate import config, network, preflight, progress, remains
+from migrate.conversation import Conversation
 from migrate.copying import Copying
 from migrate.core import messages, source_machine
 from migrate.core.actions import SourceAction as A
@@ -28,7 +28,6 @@ from migrate.core.clock_relation import ClockRelation
 from migrate.core.convergence import Verdict
 from migrate.core.downtime import Marks, downtime_parts
 from migrate.core.events import SourceEventKind as E
-from migrate.core.events import event_of_target_message
 from migrate.core.states import SOURCE_TERMINAL
 from migrate.core.states import SourceState as S
 from migrate.driver import Driver, quietly
@@ -55,7 +54,6 @@ from transport.errors import TransportError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from migrate.core.messages import TargetMessage
     from migrate.facts import ContainerFacts
     from migrate.options import Options
     from migrate.progress import Observer
@@ -89,18 +87,14 @@ class Coordinator:
         self._builder.runtime = runtime.name
         self._attempt = 0
         self._journal: JournalWriter | None = None
-        self._link: TargetLink | None = None
-        self._listening: asyncio.Task[None] | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._target: Conversation | None = None
         self._facts: ContainerFacts | None = None
         self._copying: Copying | None = None
         self._freezing: Freezing | None = None
         self._standstill: Standstill | None = None
         self._restore: messages.Restore | None = None
         self._clocks = ClockRelation(0, 0)
-        self._target_marks: dict[str, int] = {}
         self._prepared_here = asyncio.Event()
-        self._fill: asyncio.Queue[messages.FillDone | None] = asyncio.Queue()
         self._waiting: asyncio.Task[None] | None = None
         self._doubted_s: float | None = None
         self._error: MigrateError | None = None
@@ -230,7 +224,8 @@ class Coordinator:
 
     async def _open_session(self) -> E:
         assert self._facts is not None
-        self._link = TargetLink(self.options.target, self.options.port, self._paths)
+        link = TargetLink(self.options.target, self.options.port, self._paths)
+        self._target = target = Conversation(link, self._post_heard, self._note)
         request = self._facts.open_session(
             migration_id=self.migration_id,
             attempt=self._attempt,
@@ -239,17 +234,17 @@ class Coordinator:
             restore=self.options.restore,
             dry_run=False,
         )
-        opened = await self._link.open_session(request)
+        opened = await link.open_session(request)
         self._builder.add_versions(self.options.target, opened.versions)
         for caution in opened.cautions:
             self._warn(f"{self.options.target}: {caution.message}; {caution.remedy}")
-        await self._connect()
-        self._clocks = ClockRelation.from_samples(await self._link.ping())
+        await target.connect()
+        self._clocks = await target.relate_clocks()
         await asyncio.to_thread(self._make_session_directory)
         self._copying = Copying(
             self._facts,
             self.options,
-            self._link,
+            link,
             self._session,
             self._host,
             self._observer,
@@ -296,12 +291,12 @@ class Coordinator:
 
     async def _prepare_target(self) -> None:
         """Both sides start their runtimes up to the gate, at the same time."""
-        assert self._link is not None
+        assert self._target is not None
         assert self._facts is not None
         assert self._copying is not None
         self._observer.tell(progress.Phase("prepare", f"{self.options.target} starts its restore"))
         container = self._facts.container
-        await self._link.tell(messages.Prepare(container.descriptors))
+        await self._target.tell(messages.Prepare(container.descriptors))
         self._freezing = Freezing(
             container, self._runtime, self._facts.network.ports, self._session, self._host
         )
@@ -319,32 +314,10 @@ class Coordinator:
             await self._prepared_here.wait()
         assert self._standstill is not None
         self._observer.tell(progress.Phase("freeze"))
-        self._watching = asyncio.create_task(self._watch_link())
+        assert self._target is not None
+        self._target.watch()
         await self._standstill.freeze_and_dump()
         return E.DUMPED
-
-    async def _watch_link(self) -> None:
-        """While the container stands still a silent target is a downtime: give up soon."""
-        assert self._link is not None
-        try:
-            while True:
-                async with asyncio.timeout(config.FROZEN_SILENCE_S):
-                    await self._link.ping(1)
-                await asyncio.sleep(config.FROZEN_PING_S)
-        except (TimeoutError, Unreachable):
-            self._note(
-                Unreachable(
-                    f"{self.options.target} was silent for {config.FROZEN_SILENCE_S:g} s while the"
-                    " container stood still",
-                    host=self.options.target,
-                )
-            )
-            await self.driver.post(E.LINK_LOST, from_peer=True)
-
-    def _stop_watching(self) -> None:
-        for task in (self._watching, self._waiting):
-            if task is not None:
-                task.cancel()
 
     async def _send_final(self) -> E:
         assert self._standstill is not None
@@ -352,21 +325,22 @@ class Coordinator:
         return E.FINAL_SENT
 
     async def _request_restore(self) -> None:
-        assert self._link is not None
+        assert self._target is not None
         assert self._restore is not None
-        await self._link.tell(self._restore)
+        await self._target.tell(self._restore)
 
     # --- the handover ---
 
     async def _record_commit(self) -> E:
-        # From here on a broken link is a doubt, not a failure.
-        self._stop_watching()
+        # From here on a silent target is a doubt, not a failure.
+        assert self._target is not None
+        self._target.stop_watching()
         await self.record(S.COMMITTED, E.TARGET_HELD)
         return E.COMMIT_RECORDED
 
     async def _send_commit(self) -> None:
-        assert self._link is not None
-        await self._link.tell(messages.Commit(self.migration_id, self._attempt))
+        assert self._target is not None
+        await self._target.tell(messages.Commit(self.migration_id, self._attempt))
         self._ask_if_still(S.COMMITTED, config.HANDOVER_DEADLINE_S)
 
     def _ask_if_still(self, state: S, after_s: float) -> None:
@@ -381,13 +355,13 @@ class Coordinator:
 
     async def _ask_target(self) -> None:
         """Connect again and ask, until the target is heard or patience ends."""
-        assert self._link is not None
+        assert self._target is not None
         if self._doubted_s is None:
             self._doubted_s = time.monotonic()
         while time.monotonic() < self._doubted_s + config.IN_DOUBT_PATIENCE_S:
             try:
-                await self._connect()
-                await self._link.tell(messages.Ask(self.migration_id, self._attempt))
+                await self._target.connect()
+                await self._target.tell(messages.Ask(self.migration_id, self._attempt))
             except Unreachable:
                 await asyncio.sleep(config.RECONNECT_PAUSE_S)
             else:
@@ -414,34 +388,26 @@ class Coordinator:
 
     async def _rollback(self) -> E:
         """The container first, then everything else."""
-        self._stop_watching()
+        if self._target is not None:
+            self._target.stop_watching()
         if self._copying is not None:
             self._copying.abort()
         if self._freezing is not None:
             await self._freezing.undo()
         if self._copying is not None:
             await quietly(self._copying.close())
-        if self._link is not None and self._link.opened is not None:
-            # A target that can't be told hears the broken link, and has nothing that it may keep
-            # unless it holds a copy already; then it asks.
-            with contextlib.suppress(Unreachable):
-                await self._tell_abort()
+        if self._target is not None and self._target.link.opened is not None:
+            # A target that can't be told hears the broken link, and keeps nothing unless it holds a
+            # copy already; then it asks.
+            reason = self._error.message if self._error else "cancelled"
+            abort = messages.Abort(self.migration_id, self._attempt, reason[: messages.MAX_TEXT])
+            await quietly(self._target.tell_even_if_lost(abort))
         return E.ROLLED_BACK
 
-    async def _tell_abort(self) -> None:
-        assert self._link is not None
-        reason = self._error.message if self._error else "cancelled"
-        message = messages.Abort(self.migration_id, self._attempt, reason[: messages.MAX_TEXT])
-        try:
-            await self._link.tell(message)
-        except Unreachable:
-            await self._connect()
-            await self._link.tell(message)
-
     async def _tell_state(self) -> None:
-        assert self._link is not None
+        assert self._target is not None
         state = str(self.driver.settled_state)
-        await self._link.tell(messages.State(self.migration_id, self._attempt, state))
+        await self._target.tell(messages.State(self.migration_id, self._attempt, state))
 
     async def _hold(self) -> None:
         target, container = self.options.target, self.options.container
@@ -460,13 +426,14 @@ class Coordinator:
 
     async def _report_done(self) -> None:
         assert self._standstill is not None
-        marks = Marks.from_names(self._standstill.marks, self._target_marks)
+        assert self._target is not None
+        marks = Marks.from_names(self._standstill.marks, self._target.marks)
         self._builder.add_downtime(downtime_parts(marks, self._clocks), self._clocks)
         so_far = self._builder.build("done")
         assert so_far.downtime_ms is not None
         self._observer.tell(progress.Moved(so_far.downtime_ms, so_far.predicted_downtime_ms))
         async with asyncio.timeout(config.FILL_DEADLINE_S):
-            fill = await self._fill.get()
+            fill = await self._target.fill.get()
         if fill is None:
             self._warn(f"the fill on {self.options.target} was not heard of: the link was lost")
         else:
@@ -483,56 +450,20 @@ class Coordinator:
         self.report = self._builder.build("aborted", self._error)
 
     async def _close(self) -> None:
-        self._stop_watching()
-        if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.wait({self._listening})
+        if self._waiting is not None:
+            self._waiting.cancel()
         if self._copying is not None:
             await quietly(self._copying.close())
-        if self._link is not None:
-            await self._link.close()
+        if self._target is not None:
+            await self._target.close()
         if self.driver.state in SOURCE_TERMINAL:
             await asyncio.to_thread(unmount, self._session)
             await asyncio.to_thread(shutil.rmtree, self._session, ignore_errors=True)
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)
 
-    # --- the channel ---
-
-    async def _connect(self) -> None:
-        assert self._link is not None
-        if self._listening is not None:
-            self._listening.cancel()
-        await self._link.connect()
-        self._listening = asyncio.create_task(self._listen())
-
-    async def _listen(self) -> None:
-        assert self._link is not None
-        try:
-            async for message in self._link.listen():
-                await self._hear(message)
-        except MigrateError as error:
-            self._note(error)
-        self._note(Unreachable("the link to the target was lost", host=self.options.target))
-        self._fill.put_nowait(None)
-        await self.driver.post(E.LINK_LOST, from_peer=True)
-
-    async def _hear(self, message: TargetMessage) -> None:
-        match message:
-            case messages.Held(marks=marks) | messages.Running(marks=marks):
-                self._target_marks |= marks
-            case messages.FillDone():
-                self._fill.put_nowait(message)
-            case messages.Failed(error=error):
-                where = self.options.target
-                self._note(
-                    MigrateError(error.message, host=where, phase=error.phase, remedy=error.remedy)
-                )
-            case _:
-                pass
-        event = event_of_target_message(message)
-        if event is not None:
-            await self.driver.post(event.kind, from_peer=True)
+    async def _post_heard(self, kind: E) -> None:
+        await self.driver.post(kind, from_peer=True)
 
     def _warn(self, message: str) -> None:
         self._builder.warn(message)

@@ -3,45 +3,54 @@
     check_source   the container and this host          -> facts, cautions, or PreflightRefused
     check_target   this host for a container to come    -> refusals (they travel back to the source)
 
-All blockers are told at once, each with what to do about it. The deciders (`judge_*`) are pure;
-what they judge is read by the functions that call them.
+All blockers are told at once, each with what to do about it. What decides is pure and elsewhere:
+`container_checks.py` (configuration), `blockers.py` (what runs inside), `host_checks.py`; here it is
+put together with what it decides about.
 """
 
 from __future__ import annotations
 
-import re
+import json
 import shutil
-import subprocess
-import tempfile
+import socket
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from migrate import blockers, facts, network
-from migrate.errors import PreflightRefused, runs_on
+from migrate.container_checks import is_below, judge_container, judge_spec
+from migrate.errors import PreflightRefused
+from migrate.host_checks import (
+    bridge_refusals,
+    cpu_failure,
+    host_cautions,
+    host_refusals,
+    version_of,
+)
 from migrate.netns import path_of
-from migrate.refusals import Caution, Refusal
+from migrate.network_identity import NetworkError
+from migrate.refusals import Caution, Findings, Refusal
+from migrate.runtimes.base import Mount
+from migrate.runtimes.runc import cgroup_for
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from migrate.config import HostPaths
     from migrate.core.messages import OpenSession, Versions
     from migrate.facts import ContainerFacts
+    from migrate.network_identity import NetworkIdentity
     from migrate.runtimes.base import Container, Runtime
 
-# 4.2 is the first CRIU that dumps TCP sockets on kernels since 6.16 and resumes lazy dumps rightly.
-CRIU_VERSION_MIN = (4, 2)
-CRIU_DEADLINE_S = 20.0
 # What the target keeps free for itself, besides the container.
 MEMORY_RESERVE_BYTES = 128 << 20
 DISK_RESERVE_BYTES = 64 << 20
-# Kernel file systems that every container mounts; nothing of them has to move.
-_KERNEL_MOUNTS = frozenset(
-    {"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "securityfs"}
-)
-_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# Of the list of directories that this host shares with others.
+SHARED_LIST_BYTES_MAX = 64 << 10
+# cgroup v2 controllers by the names of the limits in linux.resources.
+_CONTROLLERS = {"memory": "memory", "cpu": "cpu", "pids": "pids", "hugepageLimits": "hugetlb"}
+_CONTROLLERS_HERE = Path("/sys/fs/cgroup/cgroup.controllers")
+_APPARMOR_PROFILES = Path("/sys/kernel/security/apparmor/profiles")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,89 +66,46 @@ def check_source(
 ) -> SourceCheck:
     """Look at the container and at this host. Blocking. Raises PreflightRefused, MigrateError."""
     container = runtime.inspect(name)
-    refusals = [
-        *host_refusals(lazy=lazy),
-        *judge_container(container),
-        *judge_mounts(container, shared),
-    ]
+    refusals = [*host_refusals(lazy=lazy), *judge_container(container, shared)]
     cautions = host_cautions()
+    if not container.rootfs.is_dir():
+        refusals.append(
+            Refusal(
+                "rootfs",
+                f"the root file system {container.rootfs} is no directory",
+                "give the container a directory as its root",
+            )
+        )
     if container.status == "running":
         inside = blockers.find(container.cgroup, container.pid)
         refusals += inside.refusals
         cautions += inside.cautions
+    identity = None
     if container.netns is not None:
-        spec = container.spec
+        identity, found = look_at_network(container, container.netns)
+        refusals += found
+    if refusals or identity is None:
+        raise PreflightRefused(refusals, host=host)
+    return SourceCheck(facts.container_facts(container, identity, runtime), tuple(cautions))
+
+
+def look_at_network(
+    container: Container, netns: Path
+) -> tuple[NetworkIdentity | None, list[Refusal]]:
+    """The container's network, and what of it can't move. Blocking."""
+    linux = container.spec.get("linux", {})
+    try:
         captured = network.capture(
-            container.netns,
-            hostname=spec.get("hostname", ""),
-            sysctls=spec.get("linux", {}).get("sysctl", {}),
+            netns,
+            hostname=container.spec.get("hostname", ""),
+            sysctls=linux.get("sysctl") or (),
         )
-        refusals += captured.refusals
-    if refusals or container.netns is None:
-        state = runs_on(host) if container.status == "running" else ""
-        raise PreflightRefused(refusals, host=host, container_state=state)
-    found = facts.container_facts(container, captured.identity, runtime)
-    return SourceCheck(found, tuple(cautions))
-
-
-def judge_container(container: Container) -> list[Refusal]:
-    """What of the container's configuration and state can't move. Pure."""
-    found = []
-    if container.status != "running":
-        found.append(
-            Refusal(
-                "not-running",
-                f"{container.name} is {container.status}",
-                "only a running container can move with its memory",
-            )
-        )
-    if container.terminal:
-        found.append(
-            Refusal(
-                "terminal",
-                f"{container.name} has a terminal",
-                "start it detached, with `terminal: false` in config.json",
-            )
-        )
-    if container.netns is None:
-        found.append(
-            Refusal(
-                "network-namespace",
-                f"{container.name} has no network namespace that is given by its path",
-                "make one (ip netns add) and name its path in config.json",
-            )
-        )
-    for number, descriptor in enumerate(container.descriptors):
-        if descriptor.startswith("/") and descriptor != "/dev/null":
-            found.append(
-                Refusal(
-                    "stdio",
-                    f"stream {number} of {container.name} is {descriptor}, a file of this host",
-                    "start it with its streams in pipes or /dev/null",
-                )
-            )
-    if any(container.spec.get("hooks", {}).values()):
-        found.append(
-            Refusal(
-                "hooks",
-                f"{container.name} has hooks, which are programs of this host",
-                "remove them from config.json",
-            )
-        )
-    return found
-
-
-def judge_mounts(container: Container, shared: Sequence[str]) -> list[Refusal]:
-    """Mounts that show files of this host: they don't travel. Pure."""
-    return [
-        Refusal(
-            "bind-mount",
-            f"{mount.destination} is {mount.source} of this host, and does not travel",
-            f"--shared {mount.source} if it is the same storage on both hosts",
-        )
-        for mount in container.mounts
-        if mount.is_bind and mount.kind not in _KERNEL_MOUNTS and mount.source not in shared
-    ]
+    except NetworkError as error:
+        remedy = error.remedy or "make the namespace that config.json names"
+        return None, [Refusal("network", error.message, remedy)]
+    bridges = {port.bridge for port in captured.identity.ports if port.bridge is not None}
+    found = [refusal for bridge in sorted(bridges) for refusal in bridge_refusals(bridge)]
+    return captured.identity, [*captured.refusals, *found]
 
 
 def check_target(request: OpenSession, runtime: Runtime, paths: HostPaths) -> list[Refusal]:
@@ -147,21 +113,29 @@ def check_target(request: OpenSession, runtime: Runtime, paths: HostPaths) -> li
     refusals = host_refusals(lazy=request.restore == "lazy")
     if refusals:
         return refusals
-    here = facts.host_versions(runtime)
-    refusals += judge_versions(request.versions, here)
-    refusals += _cpu_refusals(request.cpuinfo)
-    disk = shutil.disk_usage(_existing(paths.containers)).free
-    refusals += judge_room(request, facts.free_memory_bytes(), disk)
-    refusals += _taken(request, runtime, paths)
-    refusals += judge_bridges(request, _interfaces())
+    if request.host == socket.gethostname():
+        return [Refusal("same-host", "source and target are the same host", "name another host")]
+    refusals += judge_versions(request.versions, facts.host_versions(runtime))
+    refusals += judge_cpu(cpu_failure(request.cpuinfo))
+    disk_bytes = shutil.disk_usage(_existing(paths.containers)).free
+    refusals += judge_room(request, facts.free_memory_bytes(), disk_bytes)
+    refusals += _taken(request.container, runtime, paths)
+    refusals += _of_configuration(request, paths)
+    bridges = {port.bridge for port in request.network.ports if port.bridge is not None}
+    refusals += [refusal for bridge in sorted(bridges) for refusal in bridge_refusals(bridge)]
     return refusals
+
+
+def target_cautions(request: OpenSession) -> list[Caution]:
+    """What works, but may not be as the source's operator expects. Blocking."""
+    return host_cautions()
 
 
 def judge_versions(source: Versions, target: Versions) -> list[Refusal]:
     """Whether images of the source's CRIU can be restored here. Pure."""
-    found = []
+    refusals = []
     if source.architecture != target.architecture:
-        found.append(
+        refusals.append(
             Refusal(
                 "architecture",
                 f"the source is {source.architecture}, this host {target.architecture}",
@@ -169,22 +143,40 @@ def judge_versions(source: Versions, target: Versions) -> list[Refusal]:
             )
         )
     if version_of(target.criu) < version_of(source.criu):
-        found.append(
+        refusals.append(
             Refusal(
                 "criu-older",
                 f"CRIU {target.criu} here is older than {source.criu} on the source",
                 "install the same CRIU on both hosts",
             )
         )
-    return found
+    return refusals
+
+
+def judge_cpu(failure: str) -> list[Refusal]:
+    """By what `criu cpuinfo check` says of the source's processor, "" if it is well. Pure."""
+    if not failure:
+        return []
+    return [
+        Refusal(
+            "cpu",
+            f"this processor lacks what the source's has: {failure}",
+            "choose a host with the same or a newer processor",
+        )
+    ]
 
 
 def judge_room(request: OpenSession, free_bytes: int, disk_bytes: int) -> list[Refusal]:
-    """Whether memory and disk suffice. Pure."""
-    found = []
-    needed = request.memory_bytes + request.shared_bytes + MEMORY_RESERVE_BYTES
+    """Whether memory and disk suffice. Pure.
+
+    Memory that CRIU itself restores is there twice for a while, in the images and in the tasks;
+    what the pager fills is given back as it goes.
+    """
+    refusals = []
+    twice = request.memory_bytes if request.restore == "eager" else request.shared_bytes
+    needed = request.memory_bytes + twice + MEMORY_RESERVE_BYTES
     if free_bytes < needed:
-        found.append(
+        refusals.append(
             Refusal(
                 "memory",
                 f"{free_bytes >> 20} MiB of memory are free, {needed >> 20} MiB are needed",
@@ -192,7 +184,7 @@ def judge_room(request: OpenSession, free_bytes: int, disk_bytes: int) -> list[R
             )
         )
     if disk_bytes < request.rootfs_bytes + DISK_RESERVE_BYTES:
-        found.append(
+        refusals.append(
             Refusal(
                 "disk",
                 f"{disk_bytes >> 20} MiB of disk are free, the root file system takes"
@@ -200,150 +192,124 @@ def judge_room(request: OpenSession, free_bytes: int, disk_bytes: int) -> list[R
                 "free disk space here, or choose another host",
             )
         )
-    return found
+    return refusals
 
 
-def judge_bridges(request: OpenSession, interfaces: frozenset[str]) -> list[Refusal]:
-    """Whether the bridges that the container's ports were in exist here too. Pure."""
-    return [
-        Refusal(
-            "bridge",
-            f"there is no bridge {port.bridge} here for the container's {port.interface}",
-            f"make it: ip link add {port.bridge} type bridge",
-        )
-        for port in request.network.ports
-        if port.bridge not in interfaces
-    ]
+def judge_mounts(
+    mounts: Iterable[Mount], allowed: Sequence[str], existing: frozenset[str]
+) -> list[Refusal]:
+    """Whether this host shows a container from elsewhere what it wants to see. Pure.
 
-
-def version_of(text: str) -> tuple[int, ...]:
-    """The numbers that a version begins with: "4.2.1-rc" is (4, 2, 1)."""
-    match = re.match(r"\d+(\.\d+)*", text)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()
-
-
-def host_refusals(*, lazy: bool) -> list[Refusal]:
-    """Whether this host can dump and restore at all: programs, CRIU's version and its own check."""
-    found = [
-        Refusal("program", f"{program} is not installed", f"install {program}")
-        for program in ("criu", "rsync", "ip")
-        if shutil.which(
-            program, path="/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
-        )
-        is None
-    ]
-    if found:
-        return found
-    if why := _criu_check():
-        return [Refusal("criu-check", why, "`criu check` says what this kernel lacks")]
-    if lazy and _criu_fails("check", "--feature", "uffd-noncoop"):
-        found.append(
-            Refusal(
-                "userfaultfd",
-                "this kernel has no userfaultfd with events, which a lazy restore needs",
-                "--restore eager",
+    `allowed`: directories that this host's operator shares; `existing`: sources that are there.
+    """
+    refusals = []
+    for mount in mounts:
+        if not mount.is_bind:
+            continue
+        if not is_below(mount.source, allowed):
+            refusals.append(
+                Refusal(
+                    "mount-not-shared",
+                    f"this host does not share {mount.source} with containers of other hosts",
+                    "if it is the same storage, name it in /etc/migrate/shared there",
+                )
             )
-        )
-    return found
+        elif mount.source not in existing:
+            refusals.append(
+                Refusal(
+                    "mount-missing",
+                    f"{mount.source}, which {mount.destination} shows, is not on this host",
+                    "mount the shared storage here too",
+                )
+            )
+    return refusals
 
 
-def host_cautions() -> list[Caution]:
-    """What makes migrations from this host slower than they need be."""
-    try:
-        is_always = "[always]" in _THP.read_text()
-    except OSError:
-        return []
-    if not is_always:
-        return []
+def judge_resources(spec: dict[str, Any], controllers: Iterable[str]) -> list[Refusal]:
+    """Whether the limits of the container's cgroup can be set here. Pure."""
+    resources = spec.get("linux", {}).get("resources") or {}
+    here = set(controllers)
     return [
-        Caution(
-            "huge-pages",
-            "transparent huge pages are always on, so pages are tracked by 2 MiB at first",
-            f"echo madvise > {_THP}",
+        Refusal(
+            "cgroup-controller",
+            f"the container has limits of {name}, and this host has no {controller} controller",
+            f"enable it (cgroup.subtree_control), or remove linux.resources.{name}",
         )
+        for name, controller in _CONTROLLERS.items()
+        if resources.get(name) and controller not in here
     ]
 
 
-@cache
-def _criu_check() -> str:
-    """Why CRIU does not work here, empty if it does; looked at once in the life of a process."""
+def _of_configuration(request: OpenSession, paths: HostPaths) -> list[Refusal]:
+    mounts = [
+        Mount(one.destination, one.kind, one.source, one.options) for one in request.spec.mounts
+    ]
     try:
-        done = subprocess.run(
-            ["criu", "--version"],
-            capture_output=True,
-            text=True,
-            timeout=CRIU_DEADLINE_S,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"criu can't be run: {error}"
-    words = done.stdout.split()
-    version = words[1] if len(words) > 1 else "unknown"
-    if version_of(version) < CRIU_VERSION_MIN:
-        wanted = ".".join(str(part) for part in CRIU_VERSION_MIN)
-        return f"CRIU is {version}, at least {wanted} is needed"
-    return _criu_fails("check")
+        spec = json.loads(request.spec.config_json)
+        refusals = judge_spec(spec, mounts)
+        refusals += judge_resources(spec, _read(_CONTROLLERS_HERE).split())
+        refusals += _of_cgroup(spec, request.container)
+        refusals += _of_profile(str(spec.get("process", {}).get("apparmorProfile") or ""))
+    except (ValueError, TypeError, AttributeError) as error:
+        text = f"the container's config.json can't be read: {error}"
+        return [Refusal("config", text, "check it on the source")]
+    existing = frozenset(one.source for one in mounts if one.is_bind and Path(one.source).exists())
+    shared = _read(paths.config / "shared").splitlines()
+    return [*refusals, *judge_mounts(mounts, shared, existing)]
 
 
-def _criu_fails(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["criu", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=CRIU_DEADLINE_S,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"criu {' '.join(arguments)}: {error}"
-    if done.returncode == 0:
-        return ""
-    lines = [line for line in done.stderr.splitlines() if "Error" in line and "rlimit" not in line]
-    return lines[0] if lines else f"criu {' '.join(arguments)} failed"
+def _of_cgroup(spec: dict[str, Any], name: str) -> list[Refusal]:
+    own = _read(Path("/proc/self/cgroup")).splitlines()
+    path = cgroup_for(spec, name, own_cgroup=own[-1].partition("::")[2] if own else "/")
+    if not path.exists():
+        return []
+    # Also of what a peer may want: its container would share the fate of whoever is in there.
+    return [
+        Refusal("cgroup-taken", f"the cgroup {path} exists here already", "remove it if it is empty")
+    ]
 
 
-def _cpu_refusals(cpuinfo: bytes) -> list[Refusal]:
-    """Whether this processor has what the source's has: CRIU compares its own images."""
-    with tempfile.TemporaryDirectory(prefix="migrate-") as directory:
-        (Path(directory) / "cpuinfo.img").write_bytes(cpuinfo)
-        why = _criu_fails("cpuinfo", "check", "-D", directory)
-    if not why:
+def _of_profile(profile: str) -> list[Refusal]:
+    known = _read(_APPARMOR_PROFILES)
+    if profile in ("", "unconfined") or f"{profile} (" in known:
         return []
     return [
         Refusal(
-            "cpu",
-            f"this processor lacks what the source's has: {why}",
-            "choose a host with the same or a newer processor",
+            "apparmor",
+            f"the container's AppArmor profile {profile} is not loaded on this host",
+            "load the same profile here (apparmor_parser -r)",
         )
     ]
 
 
-def _taken(request: OpenSession, runtime: Runtime, paths: HostPaths) -> list[Refusal]:
+def _taken(name: str, runtime: Runtime, paths: HostPaths) -> list[Refusal]:
     """Whether something of that name is here already."""
-    name = request.container
-    found = []
+    refusals = []
     if runtime.exists(name):
-        found.append(
+        refusals.append(
             Refusal(
                 "name-taken",
                 f"{runtime.name} has a container {name} here already",
                 f"remove it ({runtime.name} delete {name}) or rename it",
             )
         )
-    paths_wanted = (path_of(name), paths.containers / name)
-    found += [
+    refusals += [
         Refusal("path-taken", f"{path} exists here already", f"remove {path} if it is unused")
-        for path in paths_wanted
+        for path in (path_of(name), paths.containers / name)
         if path.exists()
     ]
-    return found
-
-
-def _interfaces() -> frozenset[str]:
-    return frozenset(path.name for path in Path("/sys/class/net").iterdir())
+    return refusals
 
 
 def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open(errors="replace") as file:
+            return file.read(SHARED_LIST_BYTES_MAX)
+    except OSError:
+        return ""

@@ -85,7 +85,7 @@ class ServerStream:
         """Some bytes into `view` (not empty); 0 when the peer has ended its side."""
         while True:
             try:
-                return self._tls.read(len(view), view)  # type: ignore[arg-type,return-value]
+                return self._tls.read(len(view), view)  # type: ignore[return-value]
             except ssl.SSLWantReadError:
                 self._flush()  # the peer may have asked for an answer of TLS's own
                 if not self._receive():

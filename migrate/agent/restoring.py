@@ -84,7 +84,11 @@ class Restoring:
         )
         self._hold = CriuHold.prepare(
             plan.work_dir / "hold",
-            HoldPlan("post-restore", ("manage-cgroups ignore", "network-lock skip"), at_unlock),
+            HoldPlan(
+                "post-restore",
+                ("manage-cgroups ignore", "network-lock skip", "verbosity 2"),
+                at_unlock,
+            ),
         )
         if plan.lazy:
             self._pager = await PagerProcess.start(plan.work_dir, plan.memory_dir, plan.image_dir)

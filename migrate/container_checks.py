@@ -1,0 +1,160 @@
+"""What of a container's configuration stands in the way of a migration. Pure.
+
+The source judges its own container by it; the target judges what it is sent, because a peer's
+config.json says what runs here as root. Paths: as in OCI's config.json.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from migrate.refusals import Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from migrate.runtimes.base import Container, Mount
+
+# File systems of the kernel's, or of memory: nothing of this host's disks shows in them.
+KERNEL_MOUNTS = frozenset(
+    {"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs"}
+)
+# What every container has without asking (`runc: specconv.AllowedDevices`).
+DEFAULT_DEVICES = frozenset(
+    f"/dev/{name}"
+    for name in ("null", "zero", "full", "random", "urandom", "tty", "console", "ptmx", "pts")
+)
+# Without one of its own of these, a container shares the host's, and CRIU can't tell them apart.
+OWN_NAMESPACES = ("pid", "mount", "ipc", "uts")
+
+
+def judge_container(container: Container, shared: Sequence[str]) -> list[Refusal]:
+    """What of the container's state and configuration can't move, for its own host."""
+    refusals = []
+    if container.status != "running":
+        remedy = "resume it first" if container.status == "paused" else "start it first"
+        refusals.append(
+            Refusal("not-running", f"{container.name} is {container.status}, not running", remedy)
+        )
+    refusals += judge_spec(container.spec, container.mounts)
+    refusals += judge_binds(container.mounts, shared)
+    if container.netns is None and "network" in _namespaces(container.spec):
+        refusals.append(
+            Refusal(
+                "network-namespace",
+                f"the runtime has made the network namespace of {container.name} itself",
+                "make one (ip netns add NAME) and give its path in config.json",
+            )
+        )
+    return refusals
+
+
+def judge_spec(spec: dict[str, Any], mounts: Iterable[Mount]) -> list[Refusal]:
+    """What of a configuration can't move, whichever host it is on."""
+    refusals = [*_of_namespaces(spec), *_of_mounts(mounts), *_of_devices(spec)]
+    if _part(spec, "process").get("terminal") is True:
+        refusals.append(
+            Refusal(
+                "terminal",
+                "the container has a terminal",
+                "start it detached, with `terminal: false` in config.json",
+            )
+        )
+    if any(_part(spec, "hooks").values()):
+        refusals.append(
+            Refusal(
+                "hooks",
+                "the container's config.json names hooks, which are programs of the host",
+                "remove them from config.json",
+            )
+        )
+    return refusals
+
+
+def judge_binds(mounts: Iterable[Mount], shared: Sequence[str]) -> list[Refusal]:
+    """Mounts that show files of this host. `shared`: directories that are the same on both."""
+    return [
+        Refusal(
+            "bind-mount",
+            f"{mount.destination} shows {mount.source} of the host, which does not travel",
+            f"--shared {mount.source}, if that is the same storage on both hosts",
+        )
+        for mount in mounts
+        if mount.is_bind and not is_below(mount.source, shared)
+    ]
+
+
+def is_below(path: str, directories: Iterable[str]) -> bool:
+    """Whether `path` is one of `directories` or below one, by name, `..` resolved."""
+    clean = os.path.normpath(path)
+    return os.path.isabs(clean) and any(
+        os.path.commonpath([clean, os.path.normpath(directory)]) == os.path.normpath(directory)
+        for directory in directories
+        if os.path.isabs(directory)
+    )
+
+
+def _of_namespaces(spec: dict[str, Any]) -> Iterator[Refusal]:
+    namespaces = _namespaces(spec)
+    if "network" not in namespaces:
+        yield Refusal(
+            "network-host",
+            "the container uses the host's own network, whose connections can't leave it",
+            "give it a network namespace by path in config.json, plugged into a bridge",
+        )
+    for kind in OWN_NAMESPACES:
+        if kind not in namespaces:
+            yield Refusal(
+                "host-namespace",
+                f"the container has no {kind} namespace of its own",
+                f"add one to linux.namespaces in config.json: {{'type': '{kind}'}}",
+            )
+    for kind, path in namespaces.items():
+        if path and kind != "network":
+            yield Refusal(
+                "shared-namespace",
+                f"the container shares its {kind} namespace by the path {path}",
+                "containers of one group can't move one by one: give it its own",
+            )
+    if "user" in namespaces or _part(spec, "linux").get("uidMappings"):
+        yield Refusal(
+            "user-namespace",
+            "the container is in a user namespace",
+            "not supported yet: run it without uidMappings",
+        )
+
+
+def _of_mounts(mounts: Iterable[Mount]) -> Iterator[Refusal]:
+    for mount in mounts:
+        if not mount.is_bind and mount.kind not in KERNEL_MOUNTS:
+            yield Refusal(
+                "mount-kind",
+                f"{mount.destination} is a mount of the kind {mount.kind or 'unknown'}",
+                "mount it on both hosts and show it to the container by a bind mount (--shared)",
+            )
+
+
+def _of_devices(spec: dict[str, Any]) -> Iterator[Refusal]:
+    for device in _part(spec, "linux").get("devices") or ():
+        path = str(device.get("path", "")) if isinstance(device, dict) else ""
+        if path not in DEFAULT_DEVICES:
+            yield Refusal(
+                "device",
+                f"the container is given the device {path or 'without a path'}",
+                "remove it from linux.devices in config.json: devices don't move",
+            )
+
+
+def _namespaces(spec: dict[str, Any]) -> dict[str, str]:
+    """Kind to path, "" for one that the runtime makes."""
+    return {
+        str(one.get("type", "")): str(one.get("path") or "")
+        for one in _part(spec, "linux").get("namespaces") or ()
+        if isinstance(one, dict)
+    }
+
+
+def _part(spec: dict[str, Any], key: str) -> dict[str, Any]:
+    value = spec.get(key)
+    return value if isinstance(value, dict) else {}
