@@ -97,8 +97,9 @@ class Buffer:
         words = self._words[:pages]
         # Three words of a page tell nearly always; only where they don't, all are read.
         self._zero = (words[:, 0] | words[:, _WORDS // 2] | words[:, -1]) == 0
-        for page in np.flatnonzero(self._zero):
-            self._zero[page] = not words[page].any()
+        doubtful = np.flatnonzero(self._zero)
+        if len(doubtful):
+            self._zero[doubtful] = ~words[doubtful].any(axis=1)
         self._any_zero = bool(self._zero.any())
 
     def is_zero(self, page: int) -> bool:

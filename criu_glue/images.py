@@ -23,6 +23,7 @@ import numpy as np
 
 from criu_glue.core.image_names import is_image_name, task_of_pagemap
 from criu_glue.core.pagemap import (
+    PAGE_BYTES,
     PAGEMAP_BYTES_MAX,
     PE_LAZY,
     PE_PARENT,
@@ -123,8 +124,10 @@ def attach_page_store(directory: Path, store: PageStore) -> dict[int, PageRuns]:
     lazy: dict[int, PageRuns] = {}
     for task, pagemap in task_pagemaps(directory).items():
         rewritten = _rewrite(pagemap, _task_mappings(directory, task))
+        last = rewritten.entries[-1:, 0] + rewritten.entries[-1:, 1] * np.uint64(PAGE_BYTES)
+        whole = whole_space_pagemap(task, int(last.sum()))
         store.add_task(task)
-        _replace(store.directory / f"pagemap-{task}.img", encode_pagemap(whole_space_pagemap(task)))
+        _replace(store.directory / f"pagemap-{task}.img", encode_pagemap(whole))
         _replace(directory / f"pagemap-{task}.img", encode_pagemap(rewritten))
         lazy[task] = rewritten.runs(having=PE_LAZY, lacking=PE_PRESENT)
     _link_parent(directory, store.directory)

@@ -34,6 +34,9 @@ JOURNAL_NAME: Final = "pager.journal"
 # must not be made to read without end.
 JOURNAL_BYTES_MAX: Final = RECORD_BYTES << 20
 PACKET_BYTES_MAX: Final = 256
+# How a worker exits that failed and holds nobody's memory. Not 1: that is any Python program that
+# dies of an exception, which this one does with the memory in its hands.
+FAILED_EXIT: Final = 3
 # The number under which the keeper has the connection from CRIU: a worker's death must not let
 # CRIU's last word fail, for then CRIU kills what it restored.
 CONNECTION_NUMBER: Final = 0
@@ -63,9 +66,10 @@ class Journal:
     def __init__(self, path: Path, *, number_max: int = CONNECTION_NUMBER) -> None:
         """`number_max`: the largest number that the journal at `path` knows. Raises OSError."""
         self.counters = Counters()
+        self._path = path
         self._number = number_max
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(path, flags, 0o600)
+        self._fd: int | None = os.open(path, flags, 0o600)
 
     def opened(self, task: int) -> int:
         """A restored task; returns its number."""
@@ -97,7 +101,16 @@ class Journal:
         return self._number
 
     def _write(self, record: bytes) -> None:
-        os.write(self._fd, record)
+        if self._fd is None:
+            return
+        try:
+            os.write(self._fd, record)
+        except OSError:
+            # No room on the tmpfs. This worker needs no journal, and the next one must not go by
+            # one that is not complete: without any it only holds what there is.
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 from typing import TYPE_CHECKING, Final
 
-from criu_glue.pager_journal import PACKET_BYTES_MAX, KeeperError
+from criu_glue.pager_journal import FAILED_EXIT, PACKET_BYTES_MAX, KeeperError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 _DESCRIPTORS_MAX: Final = 1 << 16
 # A worker that dies again and again dies of something in the memory or the images.
 _WORKERS_MAX: Final = 10
-# Ends that are the worker's own: done, or failed with nobody left.
-_ENDED: Final = (0, 1)
 
 
 class PagerKeeper:
@@ -51,14 +49,14 @@ class PagerKeeper:
             self._worker.send_signal(number)
 
     def run(self) -> int:
-        """Returns the exit code of the last worker. Raises KeeperError when there were too many;
-        whatever is still missing then hangs on this process."""
+        """Returns 0 when all is filled, 1 when a worker failed and nobody is left. Raises
+        KeeperError when too many died; whatever is missing then hangs on this process."""
         for count in range(_WORKERS_MAX):
             if count:
                 self._restarting(count)
             code = self._run_worker()
-            if code in _ENDED:
-                return code
+            if code in (0, FAILED_EXIT):
+                return int(code != 0)
         raise KeeperError(f"{_WORKERS_MAX} workers died, the last one with {code}")
 
     def _run_worker(self) -> int:

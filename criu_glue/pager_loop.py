@@ -81,7 +81,7 @@ class Pager:
         self._memories: dict[int, UffdMemory] = {}
         # Could not be filled for a reason that should not occur. Their descriptors stay open.
         self._broken: list[UffdMemory] = []
-        # Given back by the keeper, and not looked at yet.
+        # Descriptors whose map is not known (yet): given back by the keeper, or with bad images.
         self._left: list[Held] = []
         self._waiting: list[tuple[UffdMemory, int]] = []
         self._waiting_s = _RETRY_S
@@ -168,8 +168,8 @@ class Pager:
     def turn(self, wait_s: float) -> None:
         """Do what there is to do; wait at most `wait_s` for something. Raises when nothing is left
         to do though not everything is filled: hold() then."""
-        if self._restored_s is not None and self._broken and not self._memories:
-            raise UffdError(f"the memory of {len(self._broken)} tasks can't be filled")
+        if self._restored_s is not None and self.has_tasks and not self._memories:
+            raise UffdError(f"{len(self._broken) + len(self._left)} tasks can't be filled")
         for fd, _ in self._epoll.poll(self._wait_s(wait_s)):
             memory = self._memories.get(fd)
             if memory is not None:
@@ -249,9 +249,16 @@ class Pager:
                 return
 
     def _announce(self, task: int, uffd: int) -> None:
-        missing = FillMap.of(pager_ranges(self._images, task))
-        memory = UffdMemory(uffd, task, missing, self._open_store(task), self._journal_now)
-        self._adopt(memory)
+        held = Held(CONNECTION_NUMBER, task, uffd)
+        self._left.append(held)
+        try:
+            missing = FillMap.of(pager_ranges(self._images, task))
+            store = self._open_store(task)
+        except CriuGlueError as error:
+            self._progress.report("error", reason=f"task {task}: {error}")
+            return
+        self._left.remove(held)
+        self._adopt(UffdMemory(uffd, task, missing, store, self._journal_now))
         self._tasks += 1
         self._progress.report("tasks", count=self._tasks)
 

@@ -5,8 +5,9 @@
     --keeper-fd N                  the keeper: what an earlier worker held, and what this one holds
     --progress-fd N                to the agent
 
-Exit codes: 0 all is filled; 1 failed, with nobody left who waits for memory. Whatever else it ends
-with, the keeper starts another one, which goes on from the keeper's descriptors and the journal.
+Exit codes: 0 all is filled; FAILED_EXIT failed, with nobody left who waits for memory. Whatever
+else it ends with, the keeper starts another one, which goes on from the keeper's descriptors and
+the journal.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from criu_glue.errors import CriuGlueError
-from criu_glue.pager_journal import Keeper
+from criu_glue.pager_journal import FAILED_EXIT, Keeper
 from criu_glue.pager_loop import Pager
 from criu_glue.pager_progress import Progress
 
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
         progress.report("error", reason=str(error) or type(error).__name__)
         pager.hold()
-        code = 1
+        code = FAILED_EXIT
     last_s = time.monotonic() + _LAST_FLUSH_S
     while not progress.flush() and time.monotonic() < last_s:
         time.sleep(0.01)

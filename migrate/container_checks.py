@@ -7,6 +7,7 @@ config.json says what runs here as root. Paths: as in OCI's config.json.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrate.refusals import Refusal
@@ -87,11 +88,11 @@ def judge_binds(mounts: Iterable[Mount], shared: Sequence[str]) -> list[Refusal]
 
 def is_below(path: str, directories: Iterable[str]) -> bool:
     """Whether `path` is one of `directories` or below one, by name, `..` resolved."""
-    clean = os.path.normpath(path)
-    return os.path.isabs(clean) and any(
-        os.path.commonpath([clean, os.path.normpath(directory)]) == os.path.normpath(directory)
+    clean = Path(os.path.normpath(path))
+    return clean.is_absolute() and any(
+        clean.is_relative_to(os.path.normpath(directory))
         for directory in directories
-        if os.path.isabs(directory)
+        if directory.startswith("/")
     )
 
 

@@ -186,7 +186,7 @@ class Coordinator:
         runtimes = {self._runtime.name: self._runtime}
         now_s = time.time()
         await self._journal.call(
-            lambda journal: remains.clean(journal, runtimes, self._paths, at_wall_s=now_s)
+            lambda journal: remains.clean(journal, "source", runtimes, self._paths, at_wall_s=now_s)
         )
         self._attempt = await self._journal.claim_attempt()
         await self._journal.begin(

@@ -21,7 +21,10 @@ _HEADER_BYTES = 16
 _ANSWER_BYTES_MAX = 64 << 10
 _ANSWERS_MAX = 64
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_LEGACY = (Path("/proc/thread-self/net/ip_tables_names"), Path("/proc/thread-self/net/ip6_tables_names"))
+_LEGACY = (
+    Path("/proc/thread-self/net/ip_tables_names"),
+    Path("/proc/thread-self/net/ip6_tables_names"),
+)
 
 
 def has_firewall() -> bool:

@@ -25,6 +25,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from migrate import netns as namespaces
 from migrate.network_capture import Capture, capture
 from migrate.network_identity import NetworkError, Port, parse_address, validate
+from migrate.network_sysctls import write_sysctls
 from migrate.port import PortSwitch, index_of, plug, unplug
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _create_links(identity: NetworkIdentity, plugs: tuple[Port, ...], host_netns
         for interface in sorted(identity.interfaces, key=lambda one: one.index):
             _create(netlink, interface, host_ends.get(interface.name), host_netns)
     # Before any link is up: some change what the kernel does when it comes up.
-    _write_sysctls(identity.sysctls)
+    write_sysctls(identity.sysctls)
 
 
 def _raise_port(name: str) -> None:
@@ -174,7 +175,7 @@ def _configure(identity: NetworkIdentity) -> None:
             if entry.state == _NUD_PERMANENT:
                 _add_neighbour(netlink, entry, indices[entry.device], _NUD_PERMANENT)
     # Once more: `addr_gen_mode` was held back while the links came up.
-    _write_sysctls(identity.sysctls)
+    write_sysctls(identity.sysctls)
 
 
 def _create(netlink: Any, interface: Interface, host_end: str | None, host_netns: int) -> None:
@@ -260,19 +261,6 @@ def _add_neighbour(netlink: Any, entry: Neighbour, index: int, state: int) -> No
 
 def _indices(netlink: Any) -> dict[str, int]:
     return {link.get_attr("IFLA_IFNAME"): link["index"] for link in netlink.get_links()}
-
-
-def _write_sysctls(sysctls: Mapping[str, str]) -> None:
-    for key, value in sysctls.items():
-        path = _PROC_SYS / key
-        try:
-            # Writing what is there already can have effects too (forwarding resets others).
-            if path.read_text().split() != value.split():
-                path.write_text(value)
-        except FileNotFoundError as error:
-            raise NetworkError(f"this kernel has no sysctl {key}") from error
-        except OSError as error:
-            raise NetworkError(f"the sysctl {key} can't be set to {value!r}: {error}") from error
 
 
 def _delete_port(name: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from migrate.netfilter import has_firewall
 from migrate.netns import OWN_NETNS, inode, run_in
 from migrate.network_identity import (
     Interface,
@@ -27,36 +28,12 @@ from migrate.network_identity import (
     Route,
     RouteKind,
 )
+from migrate.network_sysctls import read_sysctls
 from migrate.refusals import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-# What a container may have been given beyond the defaults, and its programs may depend on. Names of
-# `linux.sysctl` in config.json come on top.
-NAMESPACE_SYSCTLS = (
-    "net/core/somaxconn",
-    "net/ipv4/ip_forward",
-    "net/ipv4/ip_local_port_range",
-    "net/ipv4/ip_unprivileged_port_start",
-    "net/ipv4/ping_group_range",
-    "net/ipv6/conf/all/disable_ipv6",
-    "net/ipv6/conf/all/forwarding",
-)
-INTERFACE_SYSCTLS = (
-    "net/ipv4/conf/{}/arp_announce",
-    "net/ipv4/conf/{}/arp_ignore",
-    "net/ipv4/conf/{}/forwarding",
-    "net/ipv4/conf/{}/proxy_arp",
-    "net/ipv4/conf/{}/rp_filter",
-    "net/ipv6/conf/{}/disable_ipv6",
-    "net/ipv6/conf/{}/forwarding",
-    "net/ipv6/conf/{}/accept_ra",
-    "net/ipv6/conf/{}/accept_dad",
-    "net/ipv6/conf/{}/addr_gen_mode",
-)
-
-_PROC_SYS = Path("/proc/sys")
 _IFF_UP = 1
 _IFF_LOOPBACK = 8
 # Made by the kernel in every new namespace when their module is loaded (`net.core.
@@ -101,6 +78,7 @@ class _Raw:
     neighbours: Sequence[Any]
     rules: Sequence[Any]
     sysctls: dict[str, str]
+    has_firewall: bool
 
 
 def capture(netns: Path, *, hostname: str = "", sysctls: Iterable[str] = ()) -> Capture:
@@ -134,21 +112,9 @@ def _read(keys: Iterable[str]) -> _Raw:
             routes=[route for family in both for route in netlink.get_routes(family=family)],
             neighbours=[one for family in both for one in netlink.get_neighbours(family=family)],
             rules=[rule for family in both for rule in netlink.get_rules(family=family)],
-            sysctls=_read_sysctls(keys, names),
+            sysctls=read_sysctls(keys, names),
+            has_firewall=has_firewall(),
         )
-
-
-def _read_sysctls(keys: Iterable[str], names: Iterable[str]) -> dict[str, str]:
-    wanted = [*NAMESPACE_SYSCTLS, *keys]
-    wanted += [key.format(name) for name in names if name != "lo" for key in INTERFACE_SYSCTLS]
-    found: dict[str, str] = {}
-    for key in wanted:
-        try:
-            found[key] = (_PROC_SYS / key).read_text().strip()
-        except OSError:
-            # A kernel without IPv6, or a sysctl that is not set for each namespace.
-            continue
-    return found
 
 
 def _host_ends(netns: Path) -> dict[int, tuple[str, str | None]]:
@@ -191,6 +157,14 @@ def _interpret(raw: _Raw, host_ends: dict[int, tuple[str, str | None]], hostname
     names = {interface.index: interface.name for interface in interfaces}
     routes = [route for one in raw.routes if (route := _route(one, names, refusals)) is not None]
     _refuse_rules(raw.rules, refusals)
+    if raw.has_firewall:
+        refusals.append(
+            Refusal(
+                code="network-firewall",
+                message="the container's network has firewall rules (nft, iptables) of its own",
+                remedy="put them on the host's side of its port: they do not move",
+            )
+        )
     identity = NetworkIdentity(
         hostname=hostname,
         interfaces=tuple(sorted(interfaces, key=lambda interface: interface.index)),

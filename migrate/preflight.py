@@ -3,9 +3,9 @@
     check_source   the container and this host          -> facts, cautions, or PreflightRefused
     check_target   this host for a container to come    -> refusals (they travel back to the source)
 
-All blockers are told at once, each with what to do about it. What decides is pure and elsewhere:
-`container_checks.py` (configuration), `blockers.py` (what runs inside), `host_checks.py`; here it is
-put together with what it decides about.
+All blockers are told at once, each with what to do about it. What decides is pure, and most of it
+elsewhere: `container_checks.py` (configuration), `blockers.py` (what runs), `host_checks.py`.
+Here it is put together with what it decides about.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from migrate.host_checks import (
 )
 from migrate.netns import path_of
 from migrate.network_identity import NetworkError
-from migrate.refusals import Caution, Findings, Refusal
+from migrate.refusals import Caution, Refusal
 from migrate.runtimes.base import Mount
 from migrate.runtimes.runc import cgroup_for
 
@@ -265,7 +265,9 @@ def _of_cgroup(spec: dict[str, Any], name: str) -> list[Refusal]:
         return []
     # Also of what a peer may want: its container would share the fate of whoever is in there.
     return [
-        Refusal("cgroup-taken", f"the cgroup {path} exists here already", "remove it if it is empty")
+        Refusal(
+            "cgroup-taken", f"the cgroup {path} exists here already", "remove it if it is empty"
+        )
     ]
 
 

@@ -1,6 +1,6 @@
 """What a coordinator or an agent that died has left on this host, and its removal.
 
-Called when an agent starts and before a migration begins. Only what the journal calls unfinished is
+Called before a migration begins (as the source) and when an agent starts (both roles). Only what the journal calls unfinished is
 looked at, and only what nobody can need any more is removed:
 
     source  the coordinator is dead and had not committed      give back, wipe, ABORTED
@@ -32,21 +32,30 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from migrate.config import HostPaths
-    from migrate.journal import Journal, Migration
+    from migrate.journal import Journal, Migration, Role
     from migrate.runtimes.base import Runtime
 
 log = structlog.get_logger()
 
 
 def clean(
-    journal: Journal, runtimes: Mapping[str, Runtime], paths: HostPaths, *, at_wall_s: float
+    journal: Journal,
+    role: Role,
+    runtimes: Mapping[str, Runtime],
+    paths: HostPaths,
+    *,
+    at_wall_s: float,
 ) -> list[Migration]:
-    """Remove what dead processes left; the migrations that stay held. Blocking.
+    """Remove what dead processes left of one role; the migrations that stay held. Blocking.
 
-    `journal` is open for writing. Raises JournalError; what can't be removed is logged and kept.
+    For the role of the target only the agent that has just started may call it: sessions belong to
+    the one agent of a host. `journal` is open for writing. Raises JournalError; what can't be
+    removed is logged and kept.
     """
     held = []
     for migration, records in journal.unfinished():
+        if migration.role != role:
+            continue
         state = records[-1].state if records else ""
         try:
             if migration.role == "source":

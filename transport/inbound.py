@@ -32,9 +32,8 @@ from transport.core.tables import RunKind, parse_file, parse_runs
 from transport.errors import StreamBrokenError, TargetFailedError, TransportError
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable, Iterator
-
-    from transport.server_stream import ServerStream
 
 FRAME_DEADLINE_S = 60.0
 """For the rest of a frame after its first byte: twice what the sender allows itself for writing
@@ -74,7 +73,7 @@ class Session:
         return self.inboxes.setdefault(stream, Inbox())
 
 
-def send_answer(stream: ServerStream, status: Status, sequence: int) -> None:
+def send_answer(stream: ssl.SSLSocket, status: Status, sequence: int) -> None:
     try:
         stream.sendall(encode_answer(Answer(status, sequence)))
     except OSError as error:
@@ -86,7 +85,7 @@ class InboundStream:
 
     def __init__(
         self,
-        stream: ServerStream,
+        stream: ssl.SSLSocket,
         *,
         sink: PageSink,
         session: Session,
@@ -178,7 +177,7 @@ class InboundStream:
 
     def _read(self, view: memoryview) -> int:
         try:
-            return self._stream.recv_into(view)
+            return self._stream.recv_into(view, len(view))
         except OSError as error:  # ssl.SSLError and timeouts are OSErrors
             raise StreamBrokenError(f"the connection broke: {error}") from error
 

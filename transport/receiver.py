@@ -42,7 +42,6 @@ from transport.inbound import (
     Session,
     send_answer,
 )
-from transport.server_stream import ServerStream
 
 if TYPE_CHECKING:
     import ssl
@@ -72,7 +71,7 @@ class _Connection:
     """One accepted connection; its fields change under the listener's condition."""
 
     address: str
-    stream: ServerStream | None = None
+    stream: ssl.SSLSocket | None = None
     peer: str = "?"
     ticket: bytes = b""
     index: int = -1
@@ -82,7 +81,7 @@ class _Connection:
 
     def cut(self) -> None:
         if self.stream is not None:
-            self.stream.cut()
+            tls.cut(self.stream)
 
 
 class DataListener:
@@ -223,14 +222,14 @@ class DataListener:
             self._leave(connection)
 
     def _serve(self, connection: _Connection, plain: socket.socket) -> None:
-        stream = ServerStream(plain, self._context)
+        stream = tls.accepted(plain, self._context)
         with self._changed:
             connection.stream = stream
             if self._stopping.is_set():
                 connection.revoked = True
                 connection.cut()
-        connection.peer = stream.shake_hands(deadline_s=self._handshake_deadline_s)
-        stream.settimeout(self._handshake_deadline_s)
+        tls.shake_hands(stream, deadline_s=self._handshake_deadline_s)
+        connection.peer = tls.peer_name(stream)
         hello = self._greeting(stream)
         try:
             session, sink = self._admit(connection, hello)
@@ -257,16 +256,15 @@ class DataListener:
             "stream ended", peer=connection.peer, stream=hello.stream, frames=inbound.frames
         )
 
-    def _greeting(self, stream: ServerStream) -> Hello:
-        greeting = memoryview(bytearray(HELLO_BYTES))
-        filled = 0
+    def _greeting(self, stream: ssl.SSLSocket) -> Hello:
+        greeting = b""
         cutoff_s = self._clock() + self._handshake_deadline_s
         try:
-            while filled < HELLO_BYTES:
-                count = stream.recv_into(greeting[filled:])
-                if count == 0:
+            while len(greeting) < HELLO_BYTES:
+                received = stream.recv(HELLO_BYTES - len(greeting))
+                if not received:
                     raise StreamBrokenError("the connection ended before its greeting")
-                filled += count
+                greeting += received
                 if self._clock() > cutoff_s:
                     raise StreamBrokenError("the greeting took too long")
         except OSError as error:
@@ -329,7 +327,7 @@ class DataListener:
 
     def _leave(self, connection: _Connection) -> None:
         if connection.stream is not None:
-            connection.stream.part()
+            tls.part(connection.stream)
         with self._changed:
             self._connections.discard(connection)
             self._changed.notify_all()

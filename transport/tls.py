@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,11 @@ _KEEPALIVE_INTERVAL_S = 5
 _KEEPALIVE_PROBES = 4
 """A peer that vanished without a word is noticed after 35 s, also on a stream that waits for
 work."""
+
+_PART_DEADLINE_S = 2.0
+_PART_READ_BYTES = 256 << 10
+_PART_READS_MAX = 1024
+"""What `part` throws away at most: a stream's window many times over, in pieces of any size."""
 
 # X509_V_ERR_* of OpenSSL's include/openssl/x509_vfy.h
 _VERIFY_NOT_YET_VALID = 9
@@ -102,7 +108,24 @@ def connect(
         raise
 
 
-def peer_name(stream: ssl.SSLSocket | ssl.SSLObject) -> str:
+def accepted(plain: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+    """The server's side of an accepted connection, before its handshake. Owns `plain`."""
+    try:
+        tune(plain)
+        return context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+    except OSError as error:
+        plain.close()
+        raise StreamBrokenError(f"the caller left: {error}") from error
+
+
+def shake_hands(stream: ssl.SSLSocket, *, deadline_s: float = HANDSHAKE_DEADLINE_S) -> None:
+    """The server's handshake. Raises TlsError or StreamBrokenError; `stream` stays open."""
+    stream.settimeout(deadline_s)
+    with handshake_errors("the caller"):
+        stream.do_handshake()
+
+
+def peer_name(stream: ssl.SSLSocket) -> str:
     """The identity of the other side, verified by the handshake. Raises PeerNotTrustedError."""
     certificate: dict[str, Any] = stream.getpeercert() or {}
     names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
@@ -148,6 +171,28 @@ def cut(stream: ssl.SSLSocket) -> None:
         socket.socket.shutdown(stream, socket.SHUT_RDWR)
     except OSError:
         return  # it had ended by itself
+
+
+def part(stream: ssl.SSLSocket) -> None:
+    """Close `stream` so that what was written to it last still arrives.
+
+    Closing a socket with unread bytes in it sends a reset, which overtakes an alert or an answer
+    that the peer has not read yet. So the peer is given a moment to stop, its bytes thrown away.
+    """
+    cutoff_s = time.monotonic() + _PART_DEADLINE_S
+    try:
+        socket.socket.shutdown(stream, socket.SHUT_WR)
+        for _ in range(_PART_READS_MAX):
+            remaining_s = cutoff_s - time.monotonic()
+            if remaining_s <= 0:
+                break
+            stream.settimeout(remaining_s)
+            if not socket.socket.recv(stream, _PART_READ_BYTES):
+                break
+    except OSError:
+        pass  # it is gone already
+    finally:
+        stream.close()
 
 
 def _mutual(context: ssl.SSLContext, paths: TlsPaths) -> ssl.SSLContext:

@@ -6,9 +6,10 @@
 
 A `--lazy-pages` dump writes PE_LAZY alone for what it left to its page server, PE_PRESENT for
 the rest (stacks, private file mappings). This module computes what such an image becomes on the
-target, and the parent's pagemap: one entry from address 0 over the whole address space, so that
-an offset in the page store is simply the address (criu/pagemap.c: seek_pagemap, skip_pagemap_pages
-add to the offset of the pages file exactly what they add to the address).
+target, and the parent's pagemap: entries that touch, from address 0 over the whole address space,
+so that an offset in the page store is simply the address (criu/pagemap.c: seek_pagemap and
+skip_pagemap_pages add to the offset in the pages file exactly what they add to the address).
+One entry would do for CRIU 4.2; earlier ones count pages in 32 bits, and in places in an int.
 
 Pure: bytes in, arrays out. Sources: images/pagemap.proto, criu/include/pagemap.h,
 criu/page-xfer.c (ppb_xfer_flags, write_pagemap_loc), criu/include/vma.h.
@@ -48,6 +49,11 @@ ADDRESS_END: Final = 1 << 57
 ENTRIES_MAX: Final = 4 << 20
 # An entry of five fields takes at most 4 + 5 x 11 bytes, and CRIU's take 17 to 24.
 PAGEMAP_BYTES_MAX: Final = ENTRIES_MAX * 24
+
+# User space of x86-64 with four page-table levels ends here; nothing is above, unless asked for.
+_USUAL_END: Final = 1 << 47
+_PARENT_ENTRY_PAGES: Final = 1 << 30
+_COMPAT_PAGES_MAX: Final = (1 << 32) - 1
 
 _FIELDS: Final = 5  # vaddr, compat_nr_pages, in_parent, flags, nr_pages
 
@@ -132,26 +138,26 @@ def check_entries(entries: npt.NDArray[np.uint64], what: str) -> None:
 
 
 def encode_pagemap(pagemap: Pagemap) -> bytes:
-    """The image file, byte for byte as CRIU 4.1 and later write it (no in_parent, and
-    compat_nr_pages, which is required, as 0)."""
+    """The image file as every CRIU reads it: up to 4.1 by compat_nr_pages, later by nr_pages,
+    which the older ones do not know. No in_parent, which flags say."""
     head = b"\x08" + _one_varint(pagemap.pages_id)
     prefix = struct.pack("<III", IMG_COMMON_MAGIC, PAGEMAP_MAGIC, len(head)) + head
     address, pages, flags = pagemap.entries.T
-    sizes = [varint_sizes(column) for column in (address, pages, flags)]
-    # tag vaddr | tag 0 | tag flags | tag nr_pages
-    messages = 1 + sizes[0] + 2 + 1 + sizes[2] + 1 + sizes[1]
+    columns = (
+        (0x08, address),
+        (0x10, np.minimum(pages, np.uint64(_COMPAT_PAGES_MAX))),
+        (0x20, flags),
+        (0x28, pages),
+    )
+    sizes = [varint_sizes(column) for _, column in columns]
+    messages = sum((1 + size for size in sizes), start=np.zeros(len(pages), dtype=np.int64))
     ends = np.cumsum(messages + SIZE_BYTES)
     position = ends - messages - SIZE_BYTES
     out = np.zeros(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
     for index in range(SIZE_BYTES):
         out[position + index] = (messages >> (8 * index)) & 0xFF
     position = position + SIZE_BYTES
-    for tag, column, size in (
-        (0x08, address, sizes[0]),
-        (0x10, np.zeros_like(address), np.ones_like(position)),
-        (0x20, flags, sizes[2]),
-        (0x28, pages, sizes[1]),
-    ):
+    for (tag, column), size in zip(columns, sizes, strict=True):
         out[position] = tag
         put_varints(out, position + 1, column, size)
         position = position + 1 + size
@@ -166,10 +172,13 @@ def _one_varint(value: int) -> bytes:
     return out.tobytes()
 
 
-def whole_space_pagemap(pages_id: int) -> Pagemap:
-    """The parent's pagemap: one entry that says of every address that it is in the pages file,
-    at the offset equal to the address."""
+def whole_space_pagemap(pages_id: int, highest: int = 0) -> Pagemap:
+    """The parent's pagemap: says of every address of user space, and up to `highest`, that it is
+    in the pages file at the offset equal to the address."""
+    entry_bytes = _PARENT_ENTRY_PAGES * PAGE_BYTES
+    count = -(-max(highest, _USUAL_END) // entry_bytes)
+    address = np.arange(count, dtype=np.uint64) * np.uint64(entry_bytes)
+    pages = np.full(count, _PARENT_ENTRY_PAGES, dtype=np.uint64)
     return Pagemap(
-        pages_id,
-        np.array([[0, ADDRESS_END // PAGE_BYTES, PE_LAZY | PE_PRESENT]], dtype=np.uint64),
+        pages_id, np.column_stack((address, pages, np.full_like(pages, PE_LAZY | PE_PRESENT)))
     )

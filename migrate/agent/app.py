@@ -15,6 +15,7 @@ import contextlib
 import signal
 import socket
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -32,12 +33,14 @@ from transport import tls
 from transport.receiver import DataListener
 
 if TYPE_CHECKING:
-    from migrate.journal import Migration
+    from migrate.journal import Migration, Role
     from migrate.runtimes.base import Runtime
     from transport.core.frames import Hello
     from transport.inbound import PageSink
 
 log = structlog.get_logger()
+
+ROLES: tuple[Role, ...] = ("source", "target")
 
 # A channel on which nothing was heard for this long after a ping is closed, which the session's
 # machine hears as a lost link.
@@ -93,9 +96,11 @@ class Agent:
 
     async def _clean_remains(self) -> list[Migration]:
         now_s = time.time()
-        return await self._journal.call(
-            lambda journal: remains.clean(journal, self._runtimes, self._paths, at_wall_s=now_s)
-        )
+        held: list[Migration] = []
+        for role in ROLES:
+            clean = partial(remains.clean, role=role, runtimes=self._runtimes, paths=self._paths)
+            held += await self._journal.call(partial(clean, at_wall_s=now_s))
+        return held
 
     async def _open(self, request: web.Request) -> web.Response:
         peer = _peer(request)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from criu_glue import images
 from criu_glue.core.log_hints import explain
 from criu_glue.hooks import CriuHold, HoldPlan
-from migrate import config
+from migrate import config, output_keeper
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
 from migrate.processes import kill_tree, last_message, tail
@@ -95,17 +96,41 @@ class Restoring:
         command = self._runtime.restore_command(
             plan.container, plan.bundle, plan.image_dir, plan.work_dir, lazy=plan.lazy
         )
+        output = await self._output(descriptors)
         self._process = await asyncio.create_subprocess_exec(
             *command,
             cwd=plan.bundle,
             env=self._hold.environment(os.environ),
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
             # The runtime and the container that it becomes parent of outlive the agent.
             start_new_session=True,
         )
+        if output != asyncio.subprocess.DEVNULL:
+            os.close(output)
         await self._until("gate", config.PREPARE_DEADLINE_S)
+
+    async def _output(self, descriptors: tuple[str, str, str]) -> int:
+        """What the container's output is connected to here: the runtime puts its own streams in the
+        place of pipes. The keeper ends with the container."""
+        if not any(descriptor.startswith("pipe:") for descriptor in descriptors[1:]):
+            return asyncio.subprocess.DEVNULL
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+        try:
+            await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-ISE",
+                output_keeper.__file__,
+                str(self.plan.bundle / "output.log"),
+                stdin=read_fd,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        finally:
+            os.close(read_fd)
+        return write_fd
 
     async def restore(self) -> dict[str, int]:
         """Restore from the complete images; returns the marks (µs) of gate and hold."""

@@ -28,9 +28,14 @@ def image(magic: str, entries: list[dict[str, Any]]) -> bytes:
 
 
 def pagemap_records(entries: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """[(address, pages, flags)] as CRIU 4.1 and later write them."""
+    """[(address, pages, flags)] as every CRIU reads them."""
     return [
-        {"vaddr": address, "compat_nr_pages": 0, "flags": flags, "nr_pages": pages}
+        {
+            "vaddr": address,
+            "compat_nr_pages": min(pages, 2**32 - 1),
+            "flags": flags,
+            "nr_pages": pages,
+        }
         for address, pages, flags in entries
     ]
 

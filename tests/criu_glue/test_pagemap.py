@@ -81,10 +81,28 @@ def test_entries_of_older_criu_are_understood() -> None:
     ]
 
 
-def test_whole_space_is_one_entry_from_address_zero() -> None:
-    decoded = decode_pagemap(encode_pagemap(whole_space_pagemap(12)))
+def test_entries_of_new_criu_are_understood() -> None:
+    data = image(
+        "PAGEMAP",
+        [
+            {"pages_id": 7},
+            {"vaddr": 0x1000, "compat_nr_pages": 0, "flags": PE_LAZY, "nr_pages": 2**33},
+        ],
+    )
+    assert decode_pagemap(data).entries.tolist() == [[0x1000, 2**33, PE_LAZY]]
+
+
+@pytest.mark.parametrize("highest", [0, 1 << 47, (1 << 47) + PAGE_BYTES, ADDRESS_END])
+def test_the_whole_space_has_no_gap(highest: int) -> None:
+    """Gaps would shift the offsets behind them; an older CRIU counts pages in an int."""
+    decoded = decode_pagemap(encode_pagemap(whole_space_pagemap(12, highest)))
     assert decoded.pages_id == 12
-    assert decoded.entries.tolist() == [[0, ADDRESS_END // PAGE_BYTES, PE_LAZY | PE_PRESENT]]
+    address, pages, flags = decoded.entries.T
+    assert address[0] == 0
+    assert np.array_equal(address[1:], (address + pages * np.uint64(PAGE_BYTES))[:-1])
+    assert address[-1] + pages[-1] * np.uint64(PAGE_BYTES) >= max(highest, 1 << 47)
+    assert (pages < 2**31).all()
+    assert (flags == PE_LAZY | PE_PRESENT).all()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,15 @@ import pytest
 
 from bench.containers import ContainerSpec
 from bench.lab.lab import Lab
-from tests.lab.migrating import Migration, Resident, migrate, remains, resident, running_on, wait_clean
+from tests.lab.migrating import (
+    Migration,
+    Resident,
+    migrate,
+    remains,
+    resident,
+    running_on,
+    wait_clean,
+)
 
 SPEC: Final = ContainerSpec(
     "mv-options",

@@ -24,7 +24,6 @@ from transport.errors import (
     TlsError,
     TransportError,
 )
-from transport.server_stream import ServerStream
 
 NAME = "target.test"
 PAST = datetime.datetime.now(tz=datetime.UTC) - datetime.timedelta(days=1)
@@ -38,19 +37,18 @@ def server(context: ssl.SSLContext) -> Iterator[tuple[int, list[object]]]:
 
     def serve() -> None:
         try:
-            stream = ServerStream(listening.accept()[0], context)
+            stream = tls.accepted(listening.accept()[0], context)
         except (TransportError, OSError) as error:
             outcome.append(error)
             return
         try:
-            outcome.append(stream.shake_hands())
-            byte = bytearray(1)
-            if stream.recv_into(memoryview(byte)):
-                stream.sendall(bytes(byte))
+            tls.shake_hands(stream)
+            outcome.append(tls.peer_name(stream))
+            stream.sendall(stream.recv(1))
         except TransportError as error:
             outcome.append(error)
         finally:
-            stream.part()
+            tls.part(stream)
 
     thread = threading.Thread(target=serve)
     thread.start()

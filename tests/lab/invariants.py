@@ -1,0 +1,265 @@
+"""What must hold after a failure, whichever it was.
+
+    with threatened(lab, "f1") as guest:                 # runs on A, a client streams
+        ... a migration that fails ...
+        told = explained(migration)                      # one message, and what it says
+        assert_undone(guest)                             # runs on A as before, B keeps nothing
+        assert_moves(guest)                              # a later migration succeeds
+                                                         # at the end: the client lost nothing
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from bench.containers import ContainerSpec, host_device, pid
+from bench.lab.host import Host
+from bench.lab.lab import Lab
+from tests.lab.inside import inside
+from tests.lab.migrating import (
+    Migration,
+    Resident,
+    Underway,
+    migrate,
+    resident,
+    running_on,
+    wait_clean,
+)
+from tests.lab.waiting import wait_until
+
+AGENT_LOG: Final = "/var/log/migrate-agent.log"
+FAST: Final = "10gbit"
+SLOW: Final = "40mbit"
+"""Of a link on which a round over a container of 24 MiB takes five seconds."""
+IDLE: Final = ("0",)
+"""Arguments of a container that writes nothing but its answers."""
+CREEPING: Final = "1mbit"
+"""Of a link on which even the small images of a frozen container take seconds."""
+
+# ---- a container under threat ----
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A container on its host, as a failed migration must leave it.
+
+    tasks: how many descriptors each has (a tracker opens one). state: of the cgroup's freezer.
+    """
+
+    tasks: dict[int, int]
+    tracers: dict[int, str]
+    frozen: str
+    port: dict[str, Any]
+
+
+_PICTURE: Final = """
+import os, re
+tasks, tracers = {}, {}
+for pid in Path(f"/sys/fs/cgroup/dolly/{given}/cgroup.procs").read_text().split():
+    tasks[pid] = len(os.listdir(f"/proc/{pid}/fd"))
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        status = Path(f"/proc/{pid}/task/{thread}/status").read_text()
+        tracers[thread] = re.search(r"TracerPid:\\t(\\d+)", status)[1]
+answer({"tasks": tasks, "tracers": tracers})
+"""
+
+
+def picture(host: Host, name: str) -> Picture:
+    """How the container is now."""
+    seen = inside(host, _PICTURE, name)
+    link = host.run(["bridge", "-json", "link", "show", "dev", host_device(name)]).stdout
+    (port,) = json.loads(link)
+    return Picture(
+        tasks={int(task): count for task, count in seen["tasks"].items()},
+        tracers={int(thread): tracer for thread, tracer in seen["tracers"].items()},
+        frozen=host.read_text(f"/sys/fs/cgroup/dolly/{name}/cgroup.freeze").strip(),
+        port={key: port[key] for key in ("ifname", "master", "state")},
+    )
+
+
+@dataclass(slots=True)
+class Threatened:
+    """A container that runs on A, its streaming client, and how it was before."""
+
+    guest: Resident
+    before: Picture
+    undone: int = field(default=0)
+
+    @property
+    def lab(self) -> Lab:
+        return self.guest.lab
+
+    @property
+    def name(self) -> str:
+        return self.guest.name
+
+
+@contextlib.contextmanager
+def threatened(
+    lab: Lab, name: str, *, workload: str = "memory", args: tuple[str, ...] = ("8",)
+) -> Iterator[Threatened]:
+    """A container of 24 MiB on A; at the end its client must have lost nothing."""
+    lab.set_rate("A", FAST)
+    spec = ContainerSpec(
+        name,
+        workload,
+        args=args,
+        memory_mib=24,
+        address=f"10.77.0.{_number(name)}/24",
+        address6=None,
+    )
+    with resident(lab, spec) as guest:
+        yield Threatened(guest, picture(lab.host("A"), name))
+        assert guest.probe is not None
+        assert guest.probe.alive(), "the client's connection broke"
+        client = guest.stop_probe()
+        assert client.clean, client
+
+
+def _number(name: str) -> int:
+    """An address for each test, so that no ARP entry is left over from another's container."""
+    return 2 + sum(name.encode()) % 97
+
+
+def assert_undone(under: Threatened, *, target_keeps: tuple[str, ...] = ()) -> None:
+    """It runs on A and nowhere else, untouched, its client is served, and B keeps nothing."""
+    lab, name = under.lab, under.name
+    wait_until("it runs on A alone", lambda: running_on(lab, name) == ["A"])
+    wait_until("it is as before", lambda: picture(lab.host("A"), name) == under.before)
+    wait_clean(lab.host("A"), name)
+    wait_clean(lab.host("B"), *target_keeps)
+    under.guest.wait_answers()
+    under.guest.verify()
+
+
+def assert_moves(under: Threatened, *options: str) -> None:
+    """A migration of the same container to the same host succeeds, and is complete."""
+    lab, name = under.lab, under.name
+    lab.set_rate("A", FAST)
+    assert migrate(lab.host("A"), name, "B", *options).done
+    assert running_on(lab, name) == ["B"]
+    wait_clean(lab.host("A"))
+    wait_clean(lab.host("B"), name)
+    under.guest.wait_answers()
+    under.guest.verify()
+
+
+# ---- what the user is told ----
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The one message of a failed `migrate`. refusals: code to (message, remedy)."""
+
+    error: str
+    host: str = ""
+    phase: str = ""
+    container: str = ""
+    remedy: str = ""
+    refusals: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+_FIELD: Final = re.compile(r"  (host|phase|container|remedy): +(\S.*)")
+_REFUSAL: Final = re.compile(r"  - (\S.*) \[([a-z-]+)\]")
+_REFUSAL_REMEDY: Final = re.compile(r"    remedy: (\S.*)")
+
+
+def explained(migration: Migration, code: int = 1) -> Told:
+    """What it said, which must be one message and nothing else; its report must say the same."""
+    assert migration.code == code, migration
+    first, *rest = migration.stderr.splitlines()
+    assert not re.match(r"\s|timestamp=|Traceback", first), migration.stderr
+    fields: dict[str, str] = {}
+    refusals: dict[str, tuple[str, str]] = {}
+    last = ""
+    for line in rest:
+        if found := _FIELD.fullmatch(line):
+            assert found[1] not in fields, migration.stderr
+            fields[found[1]] = found[2]
+        elif found := _REFUSAL.fullmatch(line):
+            last = found[2]
+            refusals[last] = (found[1], "")
+        elif found := _REFUSAL_REMEDY.fullmatch(line):
+            refusals[last] = (refusals[last][0], found[1])
+        else:
+            raise AssertionError(f"{line!r} is no part of a message: {migration.stderr}")
+    told = Told(first, refusals=refusals, **fields)
+    assert migration.report is not None, "no report"
+    assert migration.report["outcome"] == "aborted"
+    error = migration.report["error"]
+    assert (error["message"], error["host"], error["phase"]) == (first, told.host, told.phase)
+    return told
+
+
+# ---- moments of a migration ----
+
+
+def migration_id(underway: Underway) -> str:
+    """Of a migration that has a session; waits for that."""
+    wait_until("a session", lambda: underway.events("started") or _ended(underway))
+    return str(underway.events("started")[0]["migration_id"])
+
+
+def wait_round(underway: Underway) -> None:
+    """Returns when the first round is well under way."""
+
+    def moving() -> bool:
+        told = underway.events("progress")
+        return bool(told) and told[-1]["bytes_done"] > 0 or _ended(underway)
+
+    wait_until("pages travel", moving)
+
+
+def wait_frozen(under: Threatened, underway: Underway) -> None:
+    """Returns when the container stands still; it will for seconds, since the link creeps now.
+
+    Of a container that is IDLE, which has next to nothing to send before that.
+    """
+    underway.wait_phase("prepare")
+    under.lab.set_rate("A", CREEPING)
+    freezer = under.lab.host("A").path(f"/sys/fs/cgroup/dolly/{under.name}/cgroup.events")
+    wait_until("frozen", lambda: "frozen 1" in freezer.read_text() or _ended(underway))
+
+
+def session_states(host: Host, migration: str) -> list[str]:
+    """The states that a session has entered, by the agent's log."""
+    pattern = rf"event='session' migration='{migration}' state='(\w+)'"
+    return re.findall(pattern, host.read_text(AGENT_LOG))
+
+
+def wait_session(host: Host, migration: str, state: str) -> None:
+    """Returns as soon as a session has entered a state."""
+    wait_until(f"session {state}", lambda: state in session_states(host, migration))
+
+
+def _ended(underway: Underway) -> bool:
+    assert underway.process.poll() is None, f"ended: {underway.stdout[-2000:]} {underway.stderr}"
+    return False
+
+
+# ---- the whole lab ----
+
+_UNFINISHED: Final = """
+from migrate.journal import Journal
+with Journal.open_read_only(Path("/var/lib/migrate/journal.sqlite")) as journal:
+    answer([[one.migration_id, one.role, one.container] for one, _ in journal.unfinished()])
+"""
+
+
+@contextlib.contextmanager
+def failure_lab() -> Iterator[Lab]:
+    """Two hosts with agents; when the tests are over there is nothing left on either, and neither
+    journal has an open question."""
+    with Lab(["A", "B"]) as lab:
+        lab.start_agents()
+        yield lab
+        for host in lab.hosts:
+            wait_clean(host)
+            assert inside(host, _UNFINISHED) == [], host.name
+            assert "Traceback" not in host.read_text(AGENT_LOG), host.read_text(AGENT_LOG)

@@ -1,0 +1,113 @@
+"""Whether a target can take a container, by facts alone. With real hosts: tests/lab."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from migrate.core import messages
+from migrate.network_identity import NetworkIdentity
+from migrate.preflight import (
+    DISK_RESERVE_BYTES,
+    MEMORY_RESERVE_BYTES,
+    judge_cpu,
+    judge_mounts,
+    judge_resources,
+    judge_room,
+    judge_versions,
+)
+from migrate.runtimes.base import Mount
+
+MIB = 1 << 20
+HERE = messages.Versions(kernel="6.12", criu="4.2.1", runtime="1.1.15", architecture="x86_64")
+
+
+def request(**fields: Any) -> messages.OpenSession:
+    ordinary = messages.OpenSession(
+        migration_id="m1",
+        container="web",
+        runtime="runc",
+        attempt=1,
+        host="alpha",
+        spec=messages.Spec(False, False, (), (), "{}"),
+        tasks=(1,),
+        memory_bytes=512 * MIB,
+        shared_bytes=64 * MIB,
+        rootfs_bytes=100 * MIB,
+        streams=4,
+        restore="lazy",
+        network=NetworkIdentity("web", (), (), (), ()),
+        versions=HERE,
+        cpuinfo=b"",
+    )
+    return msgspec.structs.replace(ordinary, **fields)
+
+
+def codes(refusals: list[Any]) -> list[str]:
+    return [refusal.code for refusal in refusals]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, []),
+        ({"criu": "4.3"}, []),
+        ({"kernel": "6.1", "runtime": "1.3.0"}, []),
+        ({"criu": "4.2"}, ["criu-older"]),
+        ({"criu": "unknown"}, ["criu-older"]),
+        ({"architecture": "aarch64"}, ["architecture"]),
+        ({"architecture": "aarch64", "criu": "4.1"}, ["architecture", "criu-older"]),
+    ],
+)
+def test_versions(fields: dict[str, str], expected: list[str]) -> None:
+    assert codes(judge_versions(HERE, msgspec.structs.replace(HERE, **fields))) == expected
+
+
+def test_a_processor_that_lacks_something() -> None:
+    assert judge_cpu("") == []
+    (refusal,) = judge_cpu("CPU: FPU: avx512f is not supported")
+    assert refusal.code == "cpu"
+    assert "avx512f" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("restore", "needed"),
+    # Lazily restored memory is there once, the rest twice.
+    [("lazy", (512 + 64) * MIB), ("eager", (512 + 512) * MIB)],
+)
+def test_memory(restore: str, needed: int) -> None:
+    wanted = request(restore=restore)
+    enough = needed + MEMORY_RESERVE_BYTES
+    assert judge_room(wanted, enough, 1 << 40) == []
+    assert codes(judge_room(wanted, enough - 1, 1 << 40)) == ["memory"]
+
+
+def test_disk() -> None:
+    enough = 100 * MIB + DISK_RESERVE_BYTES
+    assert judge_room(request(), 1 << 40, enough) == []
+    assert codes(judge_room(request(), 1 << 40, enough - 1)) == ["disk"]
+    assert codes(judge_room(request(), 0, 0)) == ["memory", "disk"]
+
+
+def test_a_target_shows_only_what_its_own_operator_shares() -> None:
+    there = frozenset({"/srv/shared/a", "/etc"})
+    mounts = [
+        Mount("/data", "bind", "/srv/shared/a", ()),
+        Mount("/more", "bind", "/srv/shared/b", ()),
+        Mount("/secrets", "", "/etc", ("rbind",)),
+        Mount("/up", "bind", "/srv/shared/../../etc", ()),
+        Mount("/proc", "proc", "proc", ()),
+    ]
+    found = judge_mounts(mounts, ["/srv/shared", ""], there)
+    assert codes(found) == ["mount-missing", "mount-not-shared", "mount-not-shared"]
+    assert codes(judge_mounts(mounts, [], there)) == ["mount-not-shared"] * 4
+
+
+def test_limits_need_their_controllers() -> None:
+    spec = {"linux": {"resources": {"memory": {"limit": 1}, "cpu": {}, "devices": [{}]}}}
+    assert judge_resources(spec, ["memory", "cpu"]) == []
+    assert codes(judge_resources(spec, ["cpu"])) == ["cgroup-controller"]
+    assert judge_resources({}, []) == []
+    assert judge_resources({"linux": {"resources": None}}, []) == []
