@@ -7,6 +7,7 @@ lost, by CRIU 4.2.1. Where a program can do without, the remedy names the settin
 
 from __future__ import annotations
 
+import re
 import stat
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -84,6 +85,10 @@ _MEMORY_MAJOR, _MISC_MAJOR = 1, 10
 _MISC_DUMPED = (200, 235)
 # Terminals (criu/tty.c: is_tty).
 _TERMINAL_MAJORS = (4, 5, *range(136, 144))
+# A watch whose file handle is overlayfs' own (linux/exportfs.h: OVL_FILEID_V0, OVL_FILEID_V1).
+_OVERLAY_WATCH = re.compile(r"^inotify wd:.* fhandle-type:f[8b] ", re.MULTILINE)
+# fdinfo of a timer that goes off again and again (proc(5)).
+_PERIODIC = re.compile(r"^it_interval: \((?!0, 0\))", re.MULTILINE)
 # Names below /dev that are memory and no device.
 _MAPPED_DEVICES_DUMPED = ("/dev/zero", "/dev/shm/", "/dev/mqueue/", "/dev/hugepages/")  # noqa: S108
 
@@ -132,6 +137,13 @@ def _of_tasks(view: ContainerView) -> Iterator[Refusal]:
         for opened in task.files:
             yield from _of_file(task, opened, has_master=has_master)
         yield from _of_mapped(task)
+        if task.users != {0} and not view.may_ask_all:
+            # criu/cr-dump.c: prlimit(2) of a task of another user.
+            yield Refusal(
+                "other-user",
+                f"{who(task)} is not root's, and this host may not ask for its limits",
+                "run the agent and `migrate` with CAP_SYS_RESOURCE",
+            )
 
 
 def _of_task(
@@ -177,6 +189,13 @@ def _of_file(task: TaskView, opened: OpenFile, *, has_master: bool) -> Iterator[
             "gpu",
             f"{who(task)} uses {target}, whose state can't move",
             "run it on the processor, without this device",
+        )
+    elif target == "anon_inode:inotify" and _OVERLAY_WATCH.search(opened.note):
+        # criu/fsnotify.c: "Can't dump that handle"
+        yield Refusal(
+            "inotify-overlay",
+            f"{who(task)} watches a directory of an overlay file system (inotify)",
+            "have the container's root on a plain directory, or watch one in a volume",
         )
     elif target.startswith(("anon_inode:", "/dmabuf:")):
         if not target.startswith(_OBJECTS_DUMPED):
@@ -295,6 +314,13 @@ def _losses(task: TaskView) -> Iterator[Caution]:
                 "eventfd-semaphore",
                 f"{who(task)} has an eventfd that counts like a semaphore, CRIU forgets that",
                 "check that the program bears an ordinary one",
+            )
+        # criu/timerfd.c restores one that has gone off and was not read as one that is off.
+        if opened.target == "anon_inode:[timerfd]" and _PERIODIC.search(opened.note):
+            yield Caution(
+                "timerfd-periodic",
+                f"{who(task)} has a periodic timerfd, which stops if it goes off while frozen",
+                "check that the program arms its timers again",
             )
 
 

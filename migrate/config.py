@@ -47,6 +47,9 @@ IN_DOUBT_PATIENCE_S = 60.0
 RECONNECT_PAUSE_S = 0.5
 ASK_AGAIN_S = 5.0
 
+# For an agent that stops to undo the sessions that hold nothing.
+STOP_DEADLINE_S = 30.0
+
 # Sessions that an agent serves at once; each may hold a container's memory.
 SESSIONS_MAX = 16
 

@@ -129,8 +129,8 @@ class Coordinator:
 
     async def run(self) -> Report:
         """Migrate. Raises MigrateError, which says where the container is now."""
-        await self._open_journal()
         try:
+            await self._open_journal()
             state = await self.driver.run(E.STARTED)
         finally:
             await self._close()
@@ -185,9 +185,17 @@ class Coordinator:
         self._journal = await asyncio.to_thread(JournalWriter, self._paths.journal)
         runtimes = {self._runtime.name: self._runtime}
         now_s = time.time()
-        await self._journal.call(
+        held = await self._journal.call(
             lambda journal: remains.clean(journal, "source", runtimes, self._paths, at_wall_s=now_s)
         )
+        for migration in held:
+            if migration.container == self.options.container:
+                raise InDoubt(
+                    f"{migration.container} takes part in the migration {migration.migration_id}"
+                    f" to {migration.peer}, which has not ended",
+                    host=self._host,
+                    remedy=f"wait for it, or find out on {migration.peer} whether it runs there",
+                )
         self._attempt = await self._journal.claim_attempt()
         await self._journal.begin(
             self.migration_id,

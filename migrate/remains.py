@@ -1,7 +1,7 @@
 """What a coordinator or an agent that died has left on this host, and its removal.
 
-Called before a migration begins (as the source) and when an agent starts (both roles). Only what the journal calls unfinished is
-looked at, and only what nobody can need any more is removed:
+Called before a migration begins (for the source) and when an agent starts (for both roles). Only
+what the journal calls unfinished is looked at, and only what nobody can need any more is removed:
 
     source  the coordinator is dead and had not committed      give back, wipe, ABORTED
     target  nothing was restored (the gate was never opened)   wipe, ABORTED
@@ -14,6 +14,7 @@ together can decide it. It is returned, to be told to the operator.
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ import msgspec
 import psutil
 import structlog
 
+from criu_glue.hooks import abort_from_outside
 from migrate import network
 from migrate.core.source_machine import Verdict
 from migrate.core.states import SourceState, TargetState
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
     from migrate.runtimes.base import Runtime
 
 log = structlog.get_logger()
+
+# CRIU kills a held copy in milliseconds.
+HOLD_END_DEADLINE_S = 30.0
+_STEP_S = 0.02
 
 
 def clean(
@@ -116,6 +122,27 @@ def _clean_target(
     if runtime.state(migration.container) is not None:
         # Restored, and held or even running: not ours to judge.
         return None
+    _discard(migration, runtime, paths)
+    return (TargetState.ABORTED,)
+
+
+def end_held(migration: Migration, runtime: Runtime, paths: HostPaths) -> None:
+    """End a copy that an agent before this one held, on its source's word that it kept its own.
+
+    Blocking. Raises MigrateError when the hold does not end in time; then it is still held.
+    """
+    hold = paths.session(migration.migration_id, "target") / "work" / "hold"
+    limit_s = time.monotonic() + HOLD_END_DEADLINE_S
+    while runtime.state(migration.container) is not None:
+        if time.monotonic() > limit_s:
+            raise MigrateError(f"the held copy of {migration.container} does not end")
+        abort_from_outside(hold)
+        time.sleep(_STEP_S)
+    _discard(migration, runtime, paths)
+
+
+def _discard(migration: Migration, runtime: Runtime, paths: HostPaths) -> None:
+    session = paths.session(migration.migration_id, "target")
     for process in _uses(session):
         process.kill()
     runtime.delete(migration.container)
@@ -124,7 +151,6 @@ def _clean_target(
     _wipe(session)
     if migration.facts.get("made_bundle"):
         shutil.rmtree(paths.containers / migration.container, ignore_errors=True)
-    return (TargetState.ABORTED,)
 
 
 def _uses(session: Path) -> list[psutil.Process]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from migrate.errors import TransferFailed
+from migrate.processes import tail
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -46,7 +47,13 @@ _FLAGS = ("-aHAXS", "--numeric-ids", "--delete")
 # What the daemon says when the module is open and the client may begin (rsync's clientserver.c).
 _MODULE_OPEN = b"@RSYNCD: OK\n"
 # rsync ends with 24 when files vanished while it ran: the next pass sees to it.
-_RSYNC_VANISHED = 24
+_RSYNC_DONE = (0, 24)
+# The target closes the channel with this plus its rsync's exit status, which ours may not know of:
+# an error after the last byte is only in the daemon's log. 4000 to 4999 are for applications
+# (RFC 6455, 7.4.2).
+_CLOSED_WITH_STATUS = 4000
+# What fits in a closing frame besides its code (RFC 6455, 5.5).
+_CLOSING_WORDS_BYTES_MAX = 123
 
 _DAEMON_CONF = """\
 use chroot = yes
@@ -84,6 +91,8 @@ class RootfsPassRun:
         if not gated:
             self._gate.set()
         self.bytes_sent = 0
+        self._target_status: int | None = None
+        self._target_words = ""
         self.task: asyncio.Task[RootfsPass] | None = None
 
     async def wait_ready(self) -> None:
@@ -109,6 +118,11 @@ class RootfsPassRun:
         """Let rsync look at the files."""
         self._gate.set()
 
+    def release_after(self, other: RootfsPassRun) -> None:
+        """Release when another pass has ended, well or not."""
+        assert other.task is not None
+        other.task.add_done_callback(lambda _: self.release())
+
     async def pump(
         self,
         reader: asyncio.StreamReader,
@@ -132,6 +146,10 @@ class RootfsPassRun:
             await asyncio.wait(directions)
             await channel.close()
             writer.close()
+        if self._target_status is None:
+            raise ConnectionError("it ended without the exit status of the target's rsync")
+        if self._target_status not in _RSYNC_DONE:
+            raise _failed("on the target", self._target_status, self._target_words)
 
     async def _send(
         self, reader: asyncio.StreamReader, channel: aiohttp.ClientWebSocketResponse
@@ -139,7 +157,7 @@ class RootfsPassRun:
         while data := await reader.read(CHUNK_BYTES):
             self.bytes_sent += len(data)
             await channel.send_bytes(data)
-        # The target's rsync may have ended first; whether all went well, ours knows.
+        # The target's rsync may have ended first: how, its closing frame says.
         with contextlib.suppress(ConnectionError):
             await channel.send_str(END)
 
@@ -147,9 +165,7 @@ class RootfsPassRun:
         self, writer: asyncio.StreamWriter, channel: aiohttp.ClientWebSocketResponse
     ) -> None:
         held = self._gated
-        async for message in channel:
-            if message.type is not aiohttp.WSMsgType.BINARY:
-                break
+        while (message := await channel.receive()).type is aiohttp.WSMsgType.BINARY:
             data: bytes = message.data
             if held and _MODULE_OPEN in data:
                 greeting, opened, rest = data.partition(_MODULE_OPEN)
@@ -159,6 +175,9 @@ class RootfsPassRun:
                 data, held = opened + rest, False
             writer.write(data)
             await writer.drain()
+        if message.type is aiohttp.WSMsgType.CLOSE and message.data >= _CLOSED_WITH_STATUS:
+            self._target_status = message.data - _CLOSED_WITH_STATUS
+            self._target_words = str(message.extra or "")
         if not writer.is_closing():
             writer.write_eof()
 
@@ -204,7 +223,7 @@ class RootfsSource:
                 async with asyncio.timeout(30):
                     channel = await self._open_channel()
                 await run.pump(reader, writer, channel)
-            except (OSError, aiohttp.ClientError, TimeoutError) as error:
+            except (OSError, aiohttp.ClientError, TimeoutError, TransferFailed) as error:
                 if not carried.done():
                     carried.set_exception(error)
                     # Heard by `_pass`, unless that has been ended meanwhile.
@@ -253,14 +272,17 @@ class RootfsSource:
             process.kill()
             await process.wait()
             raise
-        if process.returncode not in (0, _RSYNC_VANISHED):
+        if process.returncode not in _RSYNC_DONE:
             words = stderr[-RSYNC_STDERR_BYTES_MAX:].decode("utf-8", "replace").strip()
-            raise TransferFailed(
-                f"rsync of the root file system ended with {process.returncode}: {words}",
-                host=self._host,
-                phase="rootfs",
-                remedy="look at the target's free space and at what rsync says above",
-            )
+            raise _failed(f"on {self._host}", process.returncode, words)
+
+
+def _failed(where: str, status: int | None, words: str) -> TransferFailed:
+    return TransferFailed(
+        f"rsync of the root file system ended with {status} {where}: {words}",
+        phase="rootfs",
+        remedy="look at the target's free space and at what rsync says above",
+    )
 
 
 async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) -> None:
@@ -292,7 +314,9 @@ async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) 
     async def answers() -> None:
         while data := await reader.read(CHUNK_BYTES):
             await channel.send_bytes(data)
-        await channel.close()
+        status = await _end(process)
+        words = b"" if status in _RSYNC_DONE else _last_words(work / "rsyncd.log")
+        await channel.close(code=_CLOSED_WITH_STATUS + status, message=words)
 
     answering = asyncio.create_task(answers())
     try:
@@ -307,20 +331,31 @@ async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) 
         pass
     finally:
         writer.close()
+        await asyncio.wait({answering}, timeout=END_DEADLINE_S)
         answering.cancel()
         with contextlib.suppress(asyncio.CancelledError, ConnectionError):
             await answering
         await _end(process)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Give rsync the time to end by itself: it sets directories' times after the last byte."""
+async def _end(process: asyncio.subprocess.Process) -> int:
+    """Give rsync the time to end by itself: it sets directories' times after the last byte. Returns
+    its exit status, of a byte."""
     try:
         async with asyncio.timeout(END_DEADLINE_S):
-            await process.wait()
+            status = await process.wait()
     except TimeoutError:
         process.kill()
-        await process.wait()
+        status = await process.wait()
+    return status & 0xFF
+
+
+def _last_words(log: Path) -> bytes:
+    """The last line of the daemon's log that is of an error, as far as a closing frame takes it."""
+    lines = tail(log, RSYNC_STDERR_BYTES_MAX).splitlines()
+    said = [line.partition("rsync: ")[2] for line in lines if "rsync: " in line]
+    words = said[-1].encode()[:_CLOSING_WORDS_BYTES_MAX] if said else b""
+    return words.decode("utf-8", "ignore").encode()
 
 
 _SHARED_MAPPING = re.compile(rb"^\S+ .w.s \S+ \S+ (?!0 )\d+ +(/.*)$", re.MULTILINE)

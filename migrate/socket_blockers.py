@@ -50,7 +50,8 @@ def of_socket(one: SocketView, who: str, own: set[int]) -> Refusal | None:
             "let the program open its sockets itself",
         )
     if one.family == socket.AF_UNIX:
-        if one.peer in own or not one.peer:
+        # criu/sk-unix.c: "Unix socket without peer", "Dangling connection".
+        if not one.is_dangling and (one.peer in own or not one.peer):
             return None
         name = f" at {one.peer_name}" if one.peer_name else ""
         return Refusal(

@@ -11,7 +11,7 @@ import fcntl
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyroute2 import DiagSocket
 from pyroute2.netlink.exceptions import NetlinkError
@@ -31,7 +31,10 @@ _UDP_CORK = 1
 # accept queue (`net/ipv4/tcp.c: tcp_get_info`).
 _TCP_INFO_WAITING_AT = 24
 _TCP_LISTEN = 10
-_UDIAG_SHOW_NAME_AND_PEER = 1 | 4
+# linux/unix_diag.h: the name, the peer, and what waits to be accepted.
+_UDIAG_SHOW = 1 | 4 | 8
+_TCP_ESTABLISHED = 1
+_SHUTDOWN_BOTH = 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -40,6 +43,8 @@ class SocketView(NamedTuple):
     """A socket, asked through a duplicate. waiting: connections in a listener's accept queue.
 
     peer: inode of a unix socket's other end, 0 if it has none; peer_name: where that is bound.
+    is_dangling: a unix socket that is connected, but to nothing that this network namespace knows:
+    it waits to be accepted elsewhere.
     """
 
     inode: int
@@ -52,6 +57,17 @@ class SocketView(NamedTuple):
     upper_protocol: str = ""
     peer: int = 0
     peer_name: str = ""
+    is_dangling: bool = False
+
+
+class _UnixSocket(NamedTuple):
+    """is_alone: connected, with no other end yet or any more. waiting: inodes that have connected
+    to this listener and are not accepted."""
+
+    peer: int
+    name: str
+    is_alone: bool
+    waiting: tuple[int, ...]
 
 
 def socket_views(found: Mapping[int, tuple[int, int]], netns: Path) -> Iterator[SocketView]:
@@ -63,32 +79,51 @@ def socket_views(found: Mapping[int, tuple[int, int]], netns: Path) -> Iterator[
         return
     try:
         own_network = netns.stat().st_ino
-        peers = run_in(netns, _unix_sockets)
+        listed = run_in(netns, _unix_sockets)
     except (OSError, NetlinkError):
         return
-    names: dict[int, tuple[int, str]] = {}
-    if any(peer and peer not in found for inode, (peer, _) in peers.items() if inode in found):
+    accepting = {inode for one in listed.values() for inode in one.waiting}
+    outside: dict[int, _UnixSocket] = {}
+    if any(one.peer and one.peer not in found for inode, one in listed.items() if inode in found):
+        # The other end is of a process of the host: its name is in the host's list.
         with contextlib.suppress(OSError, NetlinkError):
-            names = _unix_sockets()
+            outside = _unix_sockets()
     for inode, (pid, number) in found.items():
         with contextlib.suppress(OSError), _duplicate(pid, number) as sock:
             view = _ask(sock, inode, own_network)
-            peer, _ = peers.get(inode, (0, ""))
-            name = (names.get(peer) or peers.get(peer) or (0, ""))[1]
-            yield view._replace(peer=peer, peer_name=name)
-
-
-def _unix_sockets() -> dict[int, tuple[int, str]]:
-    """Every unix socket of this network namespace: inode to (the peer's inode, its own name)."""
-    with DiagSocket() as diag:
-        listed = diag.get_sock_stats(family=socket.AF_UNIX, show=_UDIAG_SHOW_NAME_AND_PEER)
-        return {
-            one["udiag_ino"]: (
-                one.get_attr("UNIX_DIAG_PEER") or 0,
-                str(one.get_attr("UNIX_DIAG_NAME") or ""),
+            own = listed.get(inode)
+            if own is None:
+                yield view
+                continue
+            peer = outside.get(own.peer) or listed.get(own.peer)
+            yield view._replace(
+                peer=own.peer,
+                peer_name="" if peer is None else peer.name,
+                is_dangling=own.is_alone and inode not in accepting,
             )
-            for one in listed
-        }
+
+
+def _unix_sockets() -> dict[int, _UnixSocket]:
+    """Every unix socket of this thread's network namespace, by inode."""
+    with DiagSocket() as diag:
+        listed = diag.get_sock_stats(family=socket.AF_UNIX, show=_UDIAG_SHOW)
+        return {one["udiag_ino"]: _unix_socket(one) for one in listed}
+
+
+def _unix_socket(one: Any) -> _UnixSocket:
+    peer = one.get_attr("UNIX_DIAG_PEER") or 0
+    waiting = bytes.fromhex((one.get_attr("UNIX_DIAG_ICONS") or "").replace(":", ""))
+    is_connected = one["udiag_state"] == _TCP_ESTABLISHED
+    is_shut = one.get_attr("UNIX_DIAG_SHUTDOWN") == _SHUTDOWN_BOTH
+    return _UnixSocket(
+        peer=peer,
+        name=str(one.get_attr("UNIX_DIAG_NAME") or ""),
+        is_alone=not peer
+        and is_connected
+        and not is_shut
+        and one["udiag_type"] != socket.SOCK_DGRAM,
+        waiting=struct.unpack(f"={len(waiting) // 4}I", waiting),
+    )
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ class Standstill:
         self._sending = asyncio.create_task(asyncio.to_thread(memory.send, delta.rest))
         # Heard by `send_final`, unless the dump fails before.
         self._sending.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        self._passes = [final_rootfs, *self._recheck_mapped_files()]
+        self._passes = [final_rootfs, *self._recheck_mapped_files(after=final_rootfs)]
         self.marks["dumped"] = await self._freezing.dumped()
 
     async def send_final(self) -> messages.Restore:
@@ -83,8 +83,11 @@ class Standstill:
             lazy_pages=sum(int(runs[:, 1].sum()) for runs in lazy.values()),
         )
 
-    def _recheck_mapped_files(self) -> list[RootfsPassRun]:
-        """A pass over files that are written through mappings: compared by content."""
+    def _recheck_mapped_files(self, *, after: RootfsPassRun) -> list[RootfsPassRun]:
+        """A pass over files that are written through mappings: compared by content.
+
+        It waits at its gate for the other one, which would delete its temporary files.
+        """
         container = self._copying.facts.container
         mapped: set[str] = set()
         for pid in cgroup_pids(container.cgroup):
@@ -92,4 +95,8 @@ class Standstill:
                 mapped |= shared_file_mappings(Path(f"/proc/{pid}/maps").read_bytes())
         names = (name.lstrip("/") for name in sorted(mapped))
         files = [name for name in names if (container.rootfs / name).is_file()]
-        return [self._copying.rootfs.start(gated=False, files=files)] if files else []
+        if not files:
+            return []
+        recheck = self._copying.rootfs.start(gated=True, files=files)
+        recheck.release_after(after)
+        return [recheck]

@@ -19,7 +19,7 @@ from criu_glue.mappings import cgroup_pids
 from migrate.socket_scan import SocketView, socket_views
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 # Descriptors and sockets looked at in all: a server with more connections is looked at in part, and
 # CRIU itself says the rest. It takes a second or so.
@@ -34,6 +34,8 @@ NAMESPACES = ("user", "pid", "ipc", "uts", "net", "time")
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 
 _SCHED_DEADLINE = 6
+# linux/capability.h
+_CAP_SYS_RESOURCE = 1 << 24
 
 _DELETED = " (deleted)"
 _MAPPED = re.compile(rb"^\S+ \S+ \S+ \S+ \d+ +([/\[][^\n]*|anon_inode:[^\n]*)$", re.MULTILINE)
@@ -47,7 +49,7 @@ class Mounted(NamedTuple):
 
 
 class OpenFile(NamedTuple):
-    """A descriptor that is no socket. `mount`: None if it is of no mount that the task sees.
+    """A descriptor that is no socket. `mount`: None if it is of no mount that the container sees.
 
     mode, device (major, minor), links, blocks: stat(2) of what is open. is_deleted: there is no
     file of that name any more. note: the text of fdinfo for kernel objects.
@@ -66,7 +68,8 @@ class OpenFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TaskView:
-    """One task with its threads. parent, tracers: pids of the host. namespaces: inode numbers."""
+    """One task with its threads. parent, tracers: pids of the host. namespaces: inode numbers.
+    users: every user and group number that it has, real, effective or kept."""
 
     pid: int
     name: str
@@ -78,6 +81,7 @@ class TaskView:
     files: tuple[OpenFile, ...] = ()
     sockets: frozenset[int] = frozenset()
     mapped: frozenset[str] = frozenset()
+    users: frozenset[int] = frozenset({0})
 
 
 def who(task: TaskView) -> str:
@@ -88,16 +92,16 @@ def who(task: TaskView) -> str:
 @dataclass(frozen=True, slots=True)
 class ContainerView:
     """All tasks; `init` is the pid of the first. sockets: each once. queues: POSIX message queues
-    by name. mounts: every mount that the container sees. strangers: pids outside of the container
-    that share its network."""
+    by name. strangers: pids outside of the container that share its network. may_ask_all: whether
+    this host may ask every task for its limits (CAP_SYS_RESOURCE), as CRIU has to."""
 
     init: int
     tasks: tuple[TaskView, ...]
     sockets: tuple[SocketView, ...] = ()
     queues: tuple[str, ...] = ()
-    mounts: tuple[Mounted, ...] = ()
     strangers: tuple[int, ...] = ()
     is_complete: bool = True
+    may_ask_all: bool = True
 
 
 class _Budget:
@@ -117,24 +121,28 @@ def scan(cgroup: Path, init: int) -> ContainerView:
     found: dict[int, tuple[int, int]] = {}
     tasks = []
     pids = cgroup_pids(cgroup)
+    mounts = _all_mounts(pids)
     for pid in pids:
         with contextlib.suppress(*_GONE, CriuGlueError):
-            tasks.append(_task(pid, descriptors, threads, found))
+            tasks.append(_task(pid, mounts, descriptors, threads, found))
     proc = Path(f"/proc/{init}")
-    mounts = _mounts(proc)
     return ContainerView(
         init=init,
         tasks=tuple(tasks),
         sockets=tuple(socket_views(found, proc / "ns/net")),
         queues=tuple(_queues(proc, mounts.values())),
-        mounts=tuple(mounts.values()),
         strangers=tuple(_strangers(proc, set(pids))),
+        may_ask_all=bool(int(_status(Path("/proc/self"))["CapEff"], 16) & _CAP_SYS_RESOURCE),
         is_complete=descriptors.left >= 0 and threads.left >= 0,
     )
 
 
 def _task(
-    pid: int, descriptors: _Budget, threads: _Budget, sockets: dict[int, tuple[int, int]]
+    pid: int,
+    mounts: dict[str, Mounted],
+    descriptors: _Budget,
+    threads: _Budget,
+    sockets: dict[int, tuple[int, int]],
 ) -> TaskView:
     proc = Path(f"/proc/{pid}")
     status = _status(proc)
@@ -146,7 +154,7 @@ def _task(
             tracers.add(int(_status(proc / "task" / thread)["TracerPid"]))
             has_deadline |= os.sched_getscheduler(int(thread)) == _SCHED_DEADLINE
     files, inodes = [], set()
-    for opened in _files(proc, _mounts(proc), descriptors):
+    for opened in _files(proc, mounts, descriptors):
         inode = _inode_of(opened.target, "socket")
         if inode is None:
             files.append(opened)
@@ -164,6 +172,7 @@ def _task(
         files=tuple(files),
         sockets=frozenset(inodes),
         mapped=_mapped(proc),
+        users=frozenset(int(user) for key in ("Uid", "Gid") for user in status[key].split()),
     )
 
 
@@ -190,6 +199,20 @@ def _inode_of(target: str, kind: str) -> int | None:
     if not target.startswith(f"{kind}:["):
         return None
     return int(target.removeprefix(f"{kind}:[").rstrip("]"))
+
+
+def _all_mounts(pids: Iterable[int]) -> dict[str, Mounted]:
+    """By mount id, of every mount namespace in the container: a task may have files of another."""
+    rows: dict[str, Mounted] = {}
+    seen = set()
+    for pid in pids:
+        proc = Path(f"/proc/{pid}")
+        with contextlib.suppress(*_GONE):
+            namespace = os.readlink(proc / "ns/mnt")  # noqa: PTH115 - "mnt:[1]" is no path
+            if namespace not in seen:
+                seen.add(namespace)
+                rows |= _mounts(proc)
+    return rows
 
 
 def _mounts(proc: Path) -> dict[str, Mounted]:

@@ -76,6 +76,17 @@ class Progress:
         return Progress(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
+@dataclass(slots=True)
+class _Counts:
+    """What one worker counts itself, for `Progress`."""
+
+    pages: int = 0
+    zero_pages: int = 0
+    unchanged_pages: int = 0
+    vanished_pages: int = 0
+    bytes_raw: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class PageJob:
     """At most FRAME_PAGES_MAX pages of one task."""
@@ -153,14 +164,20 @@ class Worker:
         self._encoder = encoder
         self._free: list[FrameBuffer] = []
         self._made = 0
-        self._done = Progress()
+        self._counts = _Counts()
 
     @property
     def progress(self) -> Progress:
-        """Replaced as a whole by the worker, so that a reader never sees half of an update."""
-        stream = self.stream
-        return self._done + Progress(
-            bytes_sent=stream.bytes_sent, reopened=max(stream.opened - 1, 0)
+        """While the worker works, fields may be a frame apart from each other."""
+        counts, stream = self._counts, self.stream
+        return Progress(
+            pages=counts.pages,
+            zero_pages=counts.zero_pages,
+            unchanged_pages=counts.unchanged_pages,
+            vanished_pages=counts.vanished_pages,
+            bytes_raw=counts.bytes_raw,
+            bytes_sent=stream.bytes_sent,
+            reopened=max(stream.opened - 1, 0),
         )
 
     def carry(self, number: int, job: Job) -> None:
@@ -185,7 +202,7 @@ class Worker:
         if len(positions) < count:
             addresses, digests = addresses[positions], digests[positions]
         if len(positions) == 0:
-            self._count(Progress(vanished_pages=count))
+            self._counts.vanished_pages += count
             self._free.append(buffer)
             return
         with self._ledger.lock:
@@ -193,15 +210,12 @@ class Worker:
         travelling = np.flatnonzero(kinds)
         body = buffer.keep(positions[kinds == RunKind.DATA])
         pages = len(body) // PAGE_BYTES
-        self._count(
-            Progress(
-                pages=pages,
-                zero_pages=len(travelling) - pages,
-                unchanged_pages=len(kinds) - len(travelling),
-                vanished_pages=count - len(positions),
-                bytes_raw=len(body),
-            )
-        )
+        counts = self._counts
+        counts.pages += pages
+        counts.zero_pages += len(travelling) - pages
+        counts.unchanged_pages += len(kinds) - len(travelling)
+        counts.vanished_pages += count - len(positions)
+        counts.bytes_raw += len(body)
         if len(travelling) == 0:
             self._free.append(buffer)
             return
@@ -225,7 +239,7 @@ class Worker:
             raise SourceFailedError(f"{job.path} cannot be read: {error}") from error
         if count != job.size_bytes:
             raise SourceFailedError(f"{job.path} became shorter while it was being sent")
-        self._count(Progress(bytes_raw=count))
+        self._counts.bytes_raw += count
         self._send(FrameType.FILE, number, 0, encode_file(job.name, job.offset), buffer, body, None)
 
     def _send(
@@ -266,6 +280,3 @@ class Worker:
                 self._ledger.hashes.commit(delivery.places, delivery.digests)
         if isinstance(frame.buffer, FrameBuffer):
             self._free.append(frame.buffer)
-
-    def _count(self, done: Progress) -> None:
-        self._done = self._done + done

@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from aiohttp import web
@@ -24,7 +24,9 @@ from aiohttp import web
 from migrate import config, preflight, remains
 from migrate.agent.session import Session, new_ticket
 from migrate.core import messages
+from migrate.core.events import TargetEventKind as E
 from migrate.core.states import TARGET_TERMINAL
+from migrate.core.states import TargetState as S
 from migrate.errors import MigrateError, ProtocolError
 from migrate.facts import free_memory_bytes, host_versions
 from migrate.journal import JournalWriter
@@ -42,6 +44,12 @@ log = structlog.get_logger()
 
 ROLES: tuple[Role, ...] = ("source", "target")
 
+# Sessions that outlive the agent: a copy that is held, or that runs and is being filled.
+HELD = frozenset({S.HELD, S.IN_DOUBT, S.COMMITTED, S.RUNNING})
+
+# Ended sessions that may still be asked about by their source.
+ENDED_MAX = 64
+
 # A channel on which nothing was heard for this long after a ping is closed, which the session's
 # machine hears as a lost link.
 HEARTBEAT_S = 10.0
@@ -55,8 +63,9 @@ class Agent:
         self._runtimes = runtimes
         self._host = socket.gethostname()
         self._sessions: dict[str, Session] = {}
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._running: set[tuple[Session, asyncio.Task[S]]] = set()
         self._opening = asyncio.Lock()
+        self._held: list[Migration] = []
         identity = tls.TlsPaths(paths.tls.ca, paths.tls.certificate, paths.tls.key)
         self._context = tls.server_context(identity)
         self._journal = JournalWriter(paths.journal)
@@ -72,7 +81,8 @@ class Agent:
 
     async def serve(self, address: str, port: int) -> None:
         """Serve until SIGTERM or SIGINT; sessions that hold nothing yet are undone then."""
-        for migration in await self._clean_remains():
+        self._held = await self._clean_remains()
+        for migration in self._held:
             log.warning(
                 "held since before this start",
                 migration=migration.migration_id,
@@ -90,9 +100,18 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         await stop.wait()
+        await self._end_sessions()
         await runner.cleanup()
         await asyncio.to_thread(self._data.stop)
         self._journal.close()
+
+    async def _end_sessions(self) -> None:
+        """Close the channels: what holds nothing is undone, what holds something stays held."""
+        for session in self._live():
+            await session.part("the agent stops")
+        undoing = [task for session, task in self._running if session.driver.state not in HELD]
+        if undoing:
+            await asyncio.wait(undoing, timeout=config.STOP_DEADLINE_S)
 
     async def _clean_remains(self) -> list[Migration]:
         now_s = time.time()
@@ -128,6 +147,10 @@ class Agent:
             return _refused("runtime-unknown", error)
         if len(self._live()) >= config.SESSIONS_MAX:
             return _refused("busy", MigrateError(f"{self._host} serves {config.SESSIONS_MAX}"))
+        try:
+            await self._end_former(message, peer, runtime)
+        except MigrateError as error:
+            return _refused("held", error)
         if any(one.request.container == message.container for one in self._live()):
             taken = MigrateError(f"{message.container} is being received by {self._host} already")
             return _refused("name-taken", taken)
@@ -151,6 +174,33 @@ class Agent:
             return opened
         return await self._start(message, peer, runtime, opened)
 
+    async def _end_former(self, message: messages.OpenSession, peer: str, runtime: Runtime) -> None:
+        """End what is held here of an earlier attempt of the same source.
+
+        Its coordinator opens no session for a container that it has committed and not heard of
+        since, so a higher attempt is its word that it kept the container.
+        """
+
+        def is_former(container: str, source: str, attempt: int) -> bool:
+            return (container, source) == (message.container, peer) and attempt < message.attempt
+
+        for session in self._live():
+            request = session.request
+            if is_former(request.container, session.peer, request.attempt):
+                if session.driver.state is not S.IN_DOUBT:
+                    continue
+                await session.driver.post(E.SOURCE_SAYS_ABORTED)
+                async with asyncio.timeout(remains.HOLD_END_DEADLINE_S):
+                    await session.ended.wait()
+        for migration in list(self._held):
+            if not is_former(migration.container, migration.peer, migration.attempt):
+                continue
+            await asyncio.to_thread(remains.end_held, migration, runtime, self._paths)
+            await self._journal.record(
+                migration.migration_id, "target", str(S.ABORTED), "source_says_aborted"
+            )
+            self._held.remove(migration)
+
     async def _start(
         self,
         message: messages.OpenSession,
@@ -170,19 +220,31 @@ class Agent:
         )
         self._sessions[message.migration_id] = session
         task = asyncio.create_task(session.run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        try:
-            await session.ready
-        except MigrateError as error:
+        self._running.add((session, task))
+        task.add_done_callback(partial(self._ended, session))
+        either: set[asyncio.Future[Any]] = {session.ready, task}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if session.ready.done() and session.ready.exception() is None:
+            return opened
+        error = session.ready.exception() if session.ready.done() else task.exception()
+        if isinstance(error, MigrateError):
             return _refused("session", error)
-        return opened
+        return _refused("session", MigrateError(f"the session could not be started: {error!r}"))
+
+    def _ended(self, session: Session, task: asyncio.Task[S]) -> None:
+        self._running.discard((session, task))
+        session.ended.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("session failed", migration=session.request.migration_id, why=repr(error))
+        ended = [one for one, other in self._sessions.items() if other.ended.is_set()]
+        for migration_id in ended[:-ENDED_MAX]:
+            del self._sessions[migration_id]
 
     def _live(self) -> list[Session]:
         return [
             session
             for session in self._sessions.values()
-            if session.driver.state not in TARGET_TERMINAL
+            if session.driver.state not in TARGET_TERMINAL and not session.ended.is_set()
         ]
 
     def _sink_of(self, hello: Hello, peer: str) -> PageSink | None:

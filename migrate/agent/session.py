@@ -71,6 +71,7 @@ class Session:
         self._restoring: Restoring | None = None
         self._channel: web.WebSocketResponse | None = None
         self._was_connected = False
+        self.ended = asyncio.Event()
         self._descriptors: tuple[str, str, str] | None = None
         self._restore: messages.Restore | None = None
         self.is_receiving = True
@@ -125,6 +126,11 @@ class Session:
         state = await self.driver.run(E.SESSION_ACCEPTED)
         log.info("session ended", migration=self.request.migration_id, state=str(state))
         return state
+
+    async def part(self, why: str) -> None:
+        """Close the source's channel."""
+        if self._channel is not None:
+            await self._channel.close(code=1001, message=why.encode())
 
     async def serve(self, channel: web.WebSocketResponse) -> None:
         """Read the source's control channel until it ends."""
@@ -285,6 +291,9 @@ class Session:
         )
 
     async def _ask_source(self) -> None:
+        if self._channel is None:
+            # It can be asked when it comes back; nobody is told otherwise what is held here.
+            await self._hold()
         await self._tell(messages.Ask(self.request.migration_id, self.request.attempt))
 
     async def _hold(self) -> None:

@@ -1,11 +1,11 @@
 """What must hold after a failure, whichever it was.
 
-    with threatened(lab, "f1") as guest:                 # runs on A, a client streams
-        ... a migration that fails ...
-        told = explained(migration)                      # one message, and what it says
-        assert_undone(guest)                             # runs on A as before, B keeps nothing
-        assert_moves(guest)                              # a later migration succeeds
-                                                         # at the end: the client lost nothing
+with threatened(lab, "f1") as guest:                 # runs on A, a client streams
+    ... a migration that fails ...
+    told = explained(migration)                      # one message, and what it says
+    assert_undone(guest)                             # runs on A as before, B keeps nothing
+    assert_moves(guest)                              # a later migration succeeds
+                                                     # at the end: the client lost nothing
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from bench.containers import ContainerSpec, host_device, pid
+from bench.containers import ContainerSpec, host_device
 from bench.lab.host import Host
 from bench.lab.lab import Lab
+from tests.lab.brake import Brake
 from tests.lab.inside import inside
 from tests.lab.migrating import (
     Migration,
     Resident,
     Underway,
+    begin,
     migrate,
     resident,
     running_on,
@@ -37,10 +38,6 @@ AGENT_LOG: Final = "/var/log/migrate-agent.log"
 FAST: Final = "10gbit"
 SLOW: Final = "40mbit"
 """Of a link on which a round over a container of 24 MiB takes five seconds."""
-IDLE: Final = ("0",)
-"""Arguments of a container that writes nothing but its answers."""
-CREEPING: Final = "1mbit"
-"""Of a link on which even the small images of a frozen container take seconds."""
 
 # ---- a container under threat ----
 
@@ -197,7 +194,23 @@ def explained(migration: Migration, code: int = 1) -> Told:
     return told
 
 
-# ---- moments of a migration ----
+# ---- a migration that will fail ----
+
+
+@contextlib.contextmanager
+def attempt(
+    under: Threatened, *options: str, env: Mapping[str, str] | None = None
+) -> Iterator[Underway]:
+    """`migrate NAME --to B` on A, for the test to disturb; ended with the block at the latest."""
+    underway = begin(under.lab.host("A"), under.name, "B", "--json", *options, env=env)
+    try:
+        yield underway
+    finally:
+        if underway.process.poll() is None:
+            underway.kill()
+        # It has been finished by the test already, unless that failed.
+        with contextlib.suppress(ValueError):
+            underway.finish()
 
 
 def migration_id(underway: Underway) -> str:
@@ -211,20 +224,9 @@ def wait_round(underway: Underway) -> None:
 
     def moving() -> bool:
         told = underway.events("progress")
-        return bool(told) and told[-1]["bytes_done"] > 0 or _ended(underway)
+        return (bool(told) and told[-1]["bytes_done"] > 0) or _ended(underway)
 
     wait_until("pages travel", moving)
-
-
-def wait_frozen(under: Threatened, underway: Underway) -> None:
-    """Returns when the container stands still; it will for seconds, since the link creeps now.
-
-    Of a container that is IDLE, which has next to nothing to send before that.
-    """
-    underway.wait_phase("prepare")
-    under.lab.set_rate("A", CREEPING)
-    freezer = under.lab.host("A").path(f"/sys/fs/cgroup/dolly/{under.name}/cgroup.events")
-    wait_until("frozen", lambda: "frozen 1" in freezer.read_text() or _ended(underway))
 
 
 def session_states(host: Host, migration: str) -> list[str]:
@@ -257,7 +259,8 @@ def failure_lab() -> Iterator[Lab]:
     """Two hosts with agents; when the tests are over there is nothing left on either, and neither
     journal has an open question."""
     with Lab(["A", "B"]) as lab:
-        lab.start_agents()
+        for host in lab.hosts:
+            lab.start_agent(host.name, env=Brake(host).env)
         yield lab
         for host in lab.hosts:
             wait_clean(host)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from bench.containers import ContainerSpec
+from bench.containers import ContainerSpec, bundle_path
 from bench.lab.lab import Lab
 from tests.lab.migrating import (
     Resident,
@@ -28,11 +29,14 @@ ZERO_PERCENT: Final = 25
 KEEPER: Final = ContainerSpec(
     "mv-keeper",
     "blocker",
-    args=("keeper", str(KEEPER_MIB), str(ZERO_PERCENT)),
+    args=("keeper", str(KEEPER_MIB), str(ZERO_PERCENT), "1"),
     address="10.77.0.87/24",
     address6="fd77::87/112",
 )
 SLOW: Final = "400mbit"
+MAPPED_MIB: Final = 128
+DIRECTORIES: Final = 20
+FILES: Final = 500
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,20 @@ def test_files_and_memory_that_are_written_meanwhile(guest: Resident) -> None:
     migrate(lab.host("B"), guest.name, "A").done  # noqa: B018
     check_files(guest)
     assert guest.stop_probe().clean
+
+
+def test_a_large_mapped_file_beside_many_others(agents: Lab, keeper: Path) -> None:
+    """The last look at all files and the one at mapped files do not get in each other's way."""
+    spec = replace(KEEPER, args=("keeper", "1", "0", str(MAPPED_MIB)))
+    with resident(agents, spec, program=keeper) as guest:
+        for number in range(DIRECTORIES):
+            directory = guest.lab.host("A").path(f"{bundle_path(spec.name)}/rootfs/a/{number}")
+            directory.mkdir(parents=True)
+            for other in range(FILES):
+                (directory / str(other)).touch()
+        migrate(agents.host("A"), guest.name, "B").done  # noqa: B018
+        check_files(guest)
+        assert guest.stop_probe().clean
 
 
 def test_rounds_over_a_slow_link(new_lab: Callable[..., Lab]) -> None:

@@ -195,6 +195,7 @@ def test_mappings(name: str, code: str) -> None:
         (SocketView(1, socket.AF_INET, 1, 6, upper_protocol="tls"), "socket-ulp"),
         (SocketView(1, socket.AF_INET, 2, 17, is_corked=True), "udp-cork"),
         (SocketView(1, socket.AF_UNIX, 1, 0, peer=9), "external-unix-socket"),
+        (SocketView(1, socket.AF_UNIX, 1, 0, is_dangling=True), "external-unix-socket"),
     ],
 )
 def test_sockets(one: SocketView, code: str) -> None:
@@ -251,6 +252,27 @@ def test_what_gets_lost_is_a_caution() -> None:
     assert [caution.code for caution in judge(view(sockets=(one,))).cautions] == ["accept-queue"]
     found = judge(view(is_complete=False))
     assert [caution.code for caution in found.cautions] == ["scan-incomplete"]
+
+
+def test_a_watch_on_an_overlay() -> None:
+    row = "inotify wd:1 ino:2 sdev:32 mask:2 fhandle-bytes:20 fhandle-type:{} f_handle:0"
+    for kind, expected in (("f8", ["inotify-overlay"]), ("fb", ["inotify-overlay"]), ("1", [])):
+        note = "pos:\t0\nino:\t1038\n" + row.format(kind) + "\n"
+        assert codes(of_file(target="anon_inode:inotify", note=note)) == expected
+
+
+def test_a_timer_that_repeats() -> None:
+    for interval, expected in (("(0, 0)", []), ("(3600, 0)", ["timerfd-periodic"])):
+        note = f"clockid: 1\nit_value: (3599, 957696368)\nit_interval: {interval}\n"
+        found = of_file(target="anon_inode:[timerfd]", note=note)
+        assert [one.code for one in found.cautions] == expected
+
+
+def test_tasks_of_other_users_need_a_capability() -> None:
+    other = task(users=frozenset({0, 1000}))
+    assert codes(judge(view(other))) == []
+    assert codes(judge(view(other, may_ask_all=False))) == ["other-user"]
+    assert codes(judge(view(task(), may_ask_all=False))) == []
 
 
 def test_one_kind_does_not_fill_the_screen() -> None:

@@ -1,4 +1,4 @@
-"""What is refused of a container's configuration, on its own host and on the one that it comes to."""
+"""What is refused of a container's configuration, on its own host and on another."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,6 +139,33 @@ async def test_a_failing_daemon_is_reported_with_rsyncs_words(pair: Pair) -> Non
     pair.target.rmdir()
     with pytest.raises(TransferFailed, match=r"rsync of the root file system ended with \d+"):
         await pair.copier.start(gated=False).wait()
+
+
+async def test_an_error_after_the_last_byte_is_heard_of(pair: Pair) -> None:
+    """rsync on the source may end well although the target's could not put a file in place."""
+    (pair.source / "file").write_bytes(os.urandom(1 << 20))
+    (pair.target / "file").write_text("old")
+    subprocess.run(["chattr", "+i", pair.target / "file"], check=True)
+    try:
+        with pytest.raises(TransferFailed, match="ended with 23"):
+            await pair.copier.start(gated=False).wait()
+    finally:
+        subprocess.run(["chattr", "-i", pair.target / "file"], check=True)
+
+
+async def test_a_pass_waits_for_another_one_to_end(pair: Pair) -> None:
+    populate(pair.source)
+    await pair.copier.start(gated=False).wait()
+    first, second = pair.copier.start(gated=True), pair.copier.start(gated=True, files=["log"])
+    second.release_after(first)
+    async with asyncio.timeout(30):
+        await asyncio.gather(first.ready.wait(), second.ready.wait())
+        (pair.source / "log").write_text("of the second pass")
+        (pair.source / "setuid").write_text("of the first pass")
+        first.release()
+        done = [await first.wait(), await second.wait()]
+    assert done[0].ended_us < done[1].ended_us
+    assert tree(pair.target) == tree(pair.source)
 
 
 def test_shared_writable_file_mappings_are_found() -> None:

@@ -65,22 +65,23 @@ def external() -> Any:
 
 
 def deleted(size_bytes: int) -> Any:
-    file = pathlib.Path("/tmp/deleted").open("w+b")
-    file.write(b"x" * size_bytes)
-    file.flush()
-    os.unlink("/tmp/deleted")
-    return file
+    path = pathlib.Path("/tmp/deleted")
+    path.write_bytes(b"x" * size_bytes)
+    fd = os.open(path, os.O_RDWR)
+    path.unlink()
+    return fd
 
 
 def deleted_link() -> Any:
-    file = pathlib.Path("/tmp/first").open("w+b")
-    os.link("/tmp/first", "/tmp/second")
-    os.unlink("/tmp/first")
-    return file
+    path = pathlib.Path("/tmp/first")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.link(path, "/tmp/second")
+    path.unlink()
+    return fd
 
 
 def odd_name() -> Any:
-    return pathlib.Path("/tmp/not (deleted)").open("w+b")
+    return os.open("/tmp/not (deleted)", os.O_RDWR | os.O_CREAT)
 
 
 def traced() -> Any:
@@ -115,6 +116,18 @@ def in_flight() -> Any:
     return pair
 
 
+def watch(path: bytes) -> int:
+    fd = system_call(294, 0)
+    system_call(254, fd, path, 2)
+    return fd
+
+
+def timer() -> int:
+    fd = system_call(283, 1, 0)
+    system_call(286, fd, 0, struct.pack("=QQQQ", 3600, 0, 3600, 0), 0)
+    return fd
+
+
 def zombie() -> Any:
     if os.fork() == 0:
         os._exit(0)
@@ -138,6 +151,7 @@ KINDS: dict[str, Any] = {
     "deadline": deadline,
     "user": lambda: child(0x10000000),
     "net": lambda: child(0x40000000),
+    "overlay_watch": lambda: watch(b"/srv"),
     # what moves
     "raw": lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1),
     "packet": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0x300),
@@ -147,9 +161,8 @@ KINDS: dict[str, Any] = {
     "unix": socket.socketpair,
     "in_flight": in_flight,
     "pidfd": lambda: os.pidfd_open(1),
-    "inotify": lambda: system_call(294, 0),
+    "inotify": lambda: watch(b"/tmp"),
     "fanotify": lambda: system_call(300, 0, 0),
-    "tun": lambda: os.open("/dev/net/tun", os.O_RDWR),
     "terminal": lambda: os.openpty(),
     "deleted": lambda: deleted(1 << 16),
     "odd_name": odd_name,
@@ -160,6 +173,7 @@ KINDS: dict[str, Any] = {
     # what moves, and loses something
     "semaphore": lambda: os.eventfd(3, os.EFD_SEMAPHORE),
     "waiting": waiting,
+    "timer": timer,
 }
 
 

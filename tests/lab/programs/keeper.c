@@ -2,11 +2,11 @@
  * keeper: a server that keeps files of every kind and memory that never changes, while it writes to
  * all of them.
  *
- *     keeper NAME PORT MIB ZERO_PERCENT        NAME is not used
+ *     keeper NAME PORT MIB ZERO_PERCENT MAPPED_MIB        NAME is not used
  *
  *     /data/log       open for appending, grows by records "%015u\n"
  *     /data/deleted   open, has no name any more; pages are rewritten in place
- *     /data/mapped    mapped shared; written through the mapping, never by write(2)
+ *     /data/mapped    MAPPED_MIB, mapped shared; written through the mapping, never by write(2)
  *     /dev/shm/kept   a file on a tmpfs of the container
  *     memory          MIB, every page written all the time with what it holds already; the first
  *                     ZERO_PERCENT are zeros, the rest does not compress
@@ -33,12 +33,12 @@ enum {
 	PAGE_WORDS = PAGE_BYTES / 8,
 	PAGES_PER_MIB = 256,
 	RECORD_BYTES = 16,
-	MAPPED_PAGES = 256,
 	DELETED_PAGES = 512, /* 2 MiB: more than CRIU keeps of a deleted file by itself */
 	KEPT_PAGES = 16,
 	STEP_NS = 1000000,
 	SWEEP_STEPS = 10, /* all of the memory is written every 10 ms */
 	MIB_MAX = 1024,
+	MAPPED_MIB_MAX = 256,
 };
 
 /* A file of pages, and the version that each page must have. */
@@ -47,10 +47,10 @@ struct pages_file {
 	unsigned pages;
 	uint64_t salt;
 	uint64_t *mapped; /* NULL: written by pwrite */
-	uint32_t versions[DELETED_PAGES];
+	uint32_t versions[MAPPED_MIB_MAX * PAGES_PER_MIB];
 };
 
-static struct pages_file mapped = {.pages = MAPPED_PAGES, .salt = 1};
+static struct pages_file mapped = {.salt = 1};
 static struct pages_file deleted = {.pages = DELETED_PAGES, .salt = 2};
 static struct pages_file kept = {.pages = KEPT_PAGES, .salt = 3};
 static int log_fd;
@@ -63,7 +63,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static uint64_t word_of(const struct pages_file *file, unsigned page, int at)
 {
-	return mix(file->salt << 56 ^ (uint64_t)page << 40 ^ (uint64_t)file->versions[page] << 9 ^
+	return mix(file->salt << 60 ^ (uint64_t)page << 41 ^ (uint64_t)file->versions[page] << 9 ^
 	           (uint64_t)at);
 }
 
@@ -230,13 +230,14 @@ int main(int argc, char **argv)
 {
 	pthread_t thread;
 
-	if (argc != 5) {
-		fprintf(stderr, "usage: keeper NAME PORT MIB ZERO_PERCENT\n");
+	if (argc != 6) {
+		fprintf(stderr, "usage: keeper NAME PORT MIB ZERO_PERCENT MAPPED_MIB\n");
 		return 2;
 	}
 	int port = (int)number_argument("PORT", argv[2], 1, 65535);
 	memory_pages = (size_t)number_argument("MIB", argv[3], 1, MIB_MAX) * PAGES_PER_MIB;
 	zero_pages = memory_pages * (size_t)number_argument("ZERO", argv[4], 0, 100) / 100;
+	mapped.pages = (unsigned)number_argument("MAPPED", argv[5], 1, MAPPED_MIB_MAX) * PAGES_PER_MIB;
 	log_fd = open("/data/log", O_RDWR | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0644);
 	if (log_fd < 0)
 		die("/data/log");

@@ -1,0 +1,69 @@
+"""A brake in front of CRIU: stops a dump or a restore at its very beginning, for as long as a test
+wants.
+
+    brake = Brake(lab.host("A"))                         # once for each host
+    lab.start_agent("B", env=Brake(lab.host("B")).env)   # or: begin(..., env=brake.env)
+    with brake.on("dump"):
+        ... brake.wait_reached() ...                     # the container is frozen now
+                                                         # released here
+
+Without it such a moment lasts for a tenth of a second, and a test would have to be lucky.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Final, Literal
+
+from bench.lab.host import Host
+from bench.lab.host_files import PATH_INSIDE
+from tests.lab.waiting import wait_until
+
+DIRECTORY: Final = "/usr/local/brake"
+_KINDS: Final = {"dump": "1", "restore": "2"}
+# criu_req.type is field 1 of the first request on the socket (criu/images/rpc.proto).
+_PROGRAM: Final = f"""\
+#!/usr/bin/python3 -ISE
+import os, socket, sys, time
+if len(sys.argv) > 2 and sys.argv[1] == "swrk":
+    peer = socket.socket(fileno=int(sys.argv[2]))
+    request = peer.recv(2, socket.MSG_PEEK)
+    peer.detach()
+    held = f"{DIRECTORY}/hold-{{request[1]}}"
+    if os.path.exists(held):
+        open(held + ".reached", "w").close()
+    while os.path.exists(held):
+        time.sleep(0.002)
+os.execv("/usr/sbin/criu", ["criu", *sys.argv[1:]])
+"""
+
+
+class Brake:
+    """The brake of one host. `env` belongs to whatever starts the runtime there."""
+
+    env: Final[Mapping[str, str]] = {"PATH": f"{DIRECTORY}:{PATH_INSIDE}"}
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._hold = ""
+        host.write_text(f"{DIRECTORY}/criu", _PROGRAM, 0o755)
+
+    @contextlib.contextmanager
+    def on(self, act: Literal["dump", "restore"]) -> Iterator[None]:
+        """Holds the next CRIU that does `act`, until the end or `release`."""
+        self._hold = f"{DIRECTORY}/hold-{_KINDS[act]}"
+        self._host.write_text(self._hold, "")
+        try:
+            yield
+        finally:
+            self.release()
+            self._host.path(f"{self._hold}.reached").unlink(missing_ok=True)
+
+    def wait_reached(self) -> None:
+        """Returns when a CRIU is held."""
+        wait_until("CRIU is held", lambda: self._host.path(f"{self._hold}.reached").exists())
+
+    def release(self) -> None:
+        """Lets it go. Idempotent."""
+        self._host.path(self._hold).unlink(missing_ok=True)
