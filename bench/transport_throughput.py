@@ -2,9 +2,8 @@
 
 Both measurements have their receiver in a process of its own and go over loopback::
 
-    plain      1 MiB buffer, sendall in a loop  --one TLS stream-->   recv_into in a loop, thrown
-    away transport  PageSender: read, hash, frame    --N TLS streams-->    DataListener: check,
-    pwrite to tmpfs
+    plain      sendall of 1 MiB in a loop    --one TLS stream-->  recv_into in a loop, thrown away
+    transport  PageSender: read, hash, frame --N TLS streams-->   DataListener: check, pwrite, tmpfs
 
 `first_round` writes into an empty sparse file, as a migration's first round does: the kernel has to
 find and clear every page of it. `later_round` sends new content of the same pages. The data are
@@ -12,7 +11,7 @@ random bytes, the worst case: nothing can be left out, nothing compresses. Repet
 alternate, so that what else runs on the machine hits them alike; `ratio` is the median over the
 repetitions of each one's rate to the plain stream's.
 
-Usage: python -m bench.transport_throughput [--mib 256] [--repetitions 5] [--streams 4]
+Usage: python -m bench.transport_throughput [--mib 256] [--repetitions 7] [--streams N]
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ import trustme
 from transport import tls
 from transport.core.frames import PAGE_BYTES
 from transport.receiver import DataListener
-from transport.sender import STREAMS, PageSender
+from transport.sender import PageSender, default_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -265,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mib", type=int, default=256, help="size of the memory in MiB")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--streams", type=int, default=STREAMS)
+    parser.add_argument("--streams", type=int, default=default_streams())
     parser.add_argument(
         "--source", choices=sorted(SOURCES), default="copy", help="how pages are read"
     )

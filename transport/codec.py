@@ -44,8 +44,7 @@ EXPLORE_FRAMES = 32
 SAMPLES_SKIPPED_MAX = 15
 """Frames sent without a sample in a row, in data that does not compress."""
 WINDOW_LOG_MAX = 21
-"""Largest window that a peer may ask for, 2 MiB: levels 1 to 3 use up to that, a frame has 1
-MiB."""
+"""Largest window that a peer may ask for, 2 MiB; what levels 1 to 3 make of 1 MiB needs less."""
 
 _WEIGHT = 0.25
 """Of the newest measurement in the moving averages: most of the change is in after eight frames."""

@@ -40,8 +40,7 @@ class TlsError(TransportError):
 
 
 class PeerNotTrustedError(TlsError):
-    """One side's certificate is missing or was not issued by the authority that the other
-    trusts."""
+    """A certificate is missing or was not issued by the authority that the other side trusts."""
 
 
 class CertificateExpiredError(TlsError):
@@ -53,13 +52,11 @@ class PeerNameMismatchError(TlsError):
 
 
 class StreamBrokenError(TransportError):
-    """The connection of a stream was lost, or stood still beyond its deadline; it may be
-    reopened."""
+    """A stream's connection was lost, or stood still too long; opening another one may help."""
 
 
 class StreamRefusedError(TransportError):
-    """The target answered the stream's greeting with a refusal that will not change by asking
-    again."""
+    """The target refused the stream's greeting, and asking again will not change that."""
 
 
 class StreamBusyError(TransportError):
@@ -79,5 +76,4 @@ class AbortedError(TransportError):
 
 
 class TableFullError(TransportError):
-    """The container's memory spreads over more address space than the source can keep account
-    of."""
+    """The container's memory spreads over more address space than can be kept account of."""

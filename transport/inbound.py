@@ -36,11 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 FRAME_DEADLINE_S = 60.0
-"""For the rest of a frame after its first byte: twice what the sender allows itself for writing
-it."""
+"""For the rest of a frame after its first byte: twice what the sender has for writing it."""
 IDLE_DEADLINE_S = 900.0
-"""Between frames: the source may be waiting for its operator. A dead peer is noticed by TCP long
-before."""
+"""Between frames: the source may wait for its operator. TCP notices a dead peer long before."""
 
 
 class PageSink(Protocol):

@@ -53,11 +53,9 @@ Authorise: TypeAlias = Callable[[Hello, str], PageSink | None]
 STREAMS_TOTAL_MAX = 64
 """Greeted streams of all sessions: four full ones; a stream costs a thread and 3 MiB."""
 GREETING_MAX = 32
-"""Connections that have not proven yet who they are; a flood of them can't push out greeted
-streams."""
+"""Connections that have not proven who they are; a flood of them pushes out no greeted stream."""
 SESSIONS_MAX = 64
-"""Sessions remembered; beyond it the oldest without connections is forgotten and can't be
-resumed."""
+"""Sessions remembered; beyond it the oldest one without connections can't be resumed."""
 END_DEADLINE_S = 10.0
 """For a cut stream's thread to end; longer only if its sink hangs."""
 
@@ -85,8 +83,7 @@ class _Connection:
 
 
 class DataListener:
-    """Listens on (host, port) as soon as it is made; `port` 0 takes a free one. Close it with
-    `stop`."""
+    """Listens on (host, port), at once, until `stop`; `port` 0 takes a free one."""
 
     def __init__(
         self,

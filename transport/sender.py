@@ -20,6 +20,7 @@ of compressed ones: less than 64 MiB for four streams. Knows nothing of how page
 
 from __future__ import annotations
 
+import os
 import queue
 import secrets
 import threading
@@ -44,16 +45,16 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 STREAMS = 4
-"""Enough to keep two to four cores busy and to fill a link with a long round trip."""
+"""Enough to keep four cores busy and to fill a link with a long round trip."""
+STREAMS_MIN = 2
+"""On fewer cores than streams the threads get into each other's way: 5 % slower on two cores."""
 JOIN_DEADLINE_S = 15.0
-"""For a thread to end after its stream was cut; it may be connecting, which has a shorter
-deadline."""
+"""For a thread to end after its stream was cut; connecting, it may take a little less."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundStats:
-    """What one call moved; see `Progress` for the fields. A call with files counts no pages for
-    them."""
+    """What one call moved; see `Progress` for the fields. Files count no pages."""
 
     number: int
     pages: int
@@ -65,12 +66,18 @@ class RoundStats:
     duration_ms: float
 
 
+def default_streams() -> int:
+    """As many as there are cores to run them, STREAMS_MIN to STREAMS."""
+    return min(max(len(os.sched_getaffinity(0)), STREAMS_MIN), STREAMS)
+
+
 class PageSender:
     """Sends memory and files of one session. Calls are made one after another, from any thread.
 
     `open_stream(index)` connects to the target, TLS done (`transport.tls.connect`); the sender
-    greets with `ticket` (32 bytes) itself. `read` is called from all threads (`ReadPages`). After a
-    TransportError the sender is finished: every later call raises.
+    greets with `ticket` (32 bytes) itself. `read` is called from all threads (`ReadPages`).
+    `streams` is `default_streams()` unless given. After a TransportError the sender is finished:
+    every later call raises.
     """
 
     def __init__(
@@ -79,10 +86,11 @@ class PageSender:
         *,
         ticket: bytes,
         read: ReadPages,
-        streams: int = STREAMS,
+        streams: int | None = None,
         table_bytes: int = TABLE_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        streams = default_streams() if streams is None else streams
         if not 1 <= streams <= STREAMS_MAX:
             raise ValueError(f"{streams} streams, 1 to {STREAMS_MAX} are possible")
         self._clock = clock
@@ -124,8 +132,7 @@ class PageSender:
         return sum((worker.progress for worker in self._workers), Progress())
 
     def connect(self) -> None:
-        """Open every stream that is not open: before the first round, and once more before a
-        freeze."""
+        """Open every stream that is not: before the first round, and again before a freeze."""
         with self._calls:
             self._call(_Call(self._number, iter(()), len(self._workers), connect=True))
 
@@ -272,8 +279,7 @@ class PageSender:
 
 
 class _Call:
-    """One call's jobs, and how many threads are still at it (changed under the sender's
-    condition)."""
+    """One call's jobs; `working`, under the sender's condition, is how many threads are at it."""
 
     def __init__(
         self, number: int, jobs: Iterator[Job], threads: int, *, connect: bool = False

@@ -45,11 +45,9 @@ if TYPE_CHECKING:
     from transport.core.frames import Data
 
 STALL_DEADLINE_S = 30.0
-"""For 1 MiB to leave, or an answer to come: slower than 35 kB/s no migration ends, so it has
-stopped."""
+"""For 1 MiB to leave, or an answer to come: at 35 kB/s no migration would ever end."""
 REOPEN_DELAYS_S = (0.0, 0.1, 0.3, 1.0, 2.0)
-"""Pauses before each attempt to reopen a stream; it starts anew when an attempt got frames
-across."""
+"""Pauses before attempts to reopen a stream; starts anew when one got frames across."""
 CONNECTION_BYTES_MAX = 256 << 30
 """One set of AES-GCM keys is good for 2**24.5 records of 16 KiB (RFC 8446, 5.5), 388 GB."""
 JOIN_BYTES = 16 << 10
@@ -71,8 +69,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class OutFrame:
-    """A frame ready to be sent, and sent again. `buffer` is what to give back once it is
-    applied."""
+    """A frame ready to be sent, and sent again; `buffer` is to be given back once it is applied."""
 
     sequence: int
     parts: tuple[Data, ...]
@@ -130,8 +127,7 @@ class OutStream:
         return self._outbox.next_sequence
 
     def send(self, frame: OutFrame) -> float:
-        """Send the frame when the window has room; returns the seconds spent. Raises
-        TransportError."""
+        """Send once the window has room; returns the seconds it took. Raises TransportError."""
         before_s = self._clock()
         while not self._outbox.room_for(frame.kept_bytes):
             self.await_answer()

@@ -26,14 +26,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HANDSHAKE_DEADLINE_S = 10.0
-"""For TCP's three packets or TLS's, each; a host that takes longer won't keep up with pages
-either."""
+"""For TCP's packets, and for TLS's: a host that takes longer won't keep up with pages."""
 
 _KEEPALIVE_IDLE_S = 15
 _KEEPALIVE_INTERVAL_S = 5
 _KEEPALIVE_PROBES = 4
-"""A peer that vanished without a word is noticed after 35 s, also on a stream that waits for
-work."""
+"""A peer that vanished without a word is noticed after 35 s, also by a stream that waits."""
 
 _PART_DEADLINE_S = 2.0
 _PART_READ_BYTES = 256 << 10

@@ -41,9 +41,8 @@ if TYPE_CHECKING:
 
 Runs: TypeAlias = npt.NDArray[np.uint64]
 ReadPages: TypeAlias = Callable[[int, Runs, memoryview], npt.NDArray[np.bool_]]
-"""(task, runs, out) -> mask: page i of the runs is at out[i * PAGE_BYTES:] if mask[i], else it has
-vanished. Called from all of the sender's threads at once. Should release the GIL while it
-copies."""
+"""(task, runs, out) -> mask: page i of the runs is at out[i * PAGE_BYTES:], unless mask[i] is False
+since it has vanished. All of a sender's threads call it at once: it should copy without the GIL."""
 
 BUFFERS_MAX = WINDOW_BYTES // (PREFIX_BYTES_MAX + FRAME_RAW_BYTES_MAX) + 1
 """A window full of uncompressed frames, and the one being filled."""
@@ -117,8 +116,7 @@ class Ledger:
 
 
 class FrameBuffer:
-    """Room for the largest frame: prefix and body side by side, so that an uncompressed frame is
-    one write."""
+    """Room for the largest frame, prefix beside body: uncompressed, it is one write."""
 
     def __init__(self) -> None:
         # Private and page-aligned, and the kernel takes it back when it is dropped.
@@ -147,8 +145,7 @@ class FrameBuffer:
 
 
 class Worker:
-    """One thread's part of a sender. Only `progress` and `stream.cut` may be called by other
-    threads."""
+    """One thread's part of a sender. Others may call `progress` and `stream.cut` only."""
 
     def __init__(
         self,

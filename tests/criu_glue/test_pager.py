@@ -25,7 +25,7 @@ import pytest
 from criu_glue import pager
 from criu_glue.core.fill_journal import RECORD_BYTES
 from criu_glue.core.pagemap import PAGE_BYTES, PE_LAZY, PE_PARENT
-from criu_glue.kernel import pidfd_getfd
+from criu_glue.kernel import UFFD_MSG_BYTES, pidfd_getfd
 from criu_glue.lazy_pages_socket import RESTORE_FINISHED, SOCKET_NAME
 from criu_glue.page_store import PageStore
 from tests.criu_glue.checkpoint_images import write_task
@@ -165,10 +165,15 @@ class Restore:
 
     def announce(self, number: int, address: int = BASE, pages: int = 256) -> Task:
         """A task gets as far as to send its userfaultfd."""
-        task = Task(address, pages)
-        self.tasks.append(task)
+        task = self.make_task(address, pages)
         self.send_task(number, task.uffd)
         os.close(task.uffd)
+        return task
+
+    def make_task(self, address: int = BASE, pages: int = 256) -> Task:
+        """A task whose userfaultfd nobody has but the test."""
+        task = Task(address, pages)
+        self.tasks.append(task)
         return task
 
     def send_task(self, number: int, descriptor: int) -> None:
@@ -622,6 +627,25 @@ def test_another_worker_goes_on(restore: Restore) -> None:
     done = restore.wait_until_done()
     assert done["tasks"] == 1
     assert task.do(["wrong", BASE, 512, BASE_PAGE]) == [[]]
+
+
+def test_another_worker_wakes_whom_the_first_had_heard(restore: Restore) -> None:
+    """A page fault is told once; its thread must ask again."""
+    restore.has_task(5, [(BASE_PAGE, 256)])
+    restore.start_pager()
+    restore.connect()
+    task = restore.make_task()
+    restore.send_task(5, task.uffd)
+    restore.wait_for("tasks")
+    os.kill(restore.worker_pid(), signal.SIGSTOP)
+    task.start(["wrong", BASE, 1, BASE_PAGE])
+    wait_until(task.is_waiting)
+    assert len(os.read(task.uffd, 4096)) == UFFD_MSG_BYTES
+    os.close(task.uffd)
+    restore.kill_worker()
+    assert task.results() == [[]]
+    restore.finish()
+    restore.wait_until_done()
 
 
 def test_another_worker_knows_what_was_moved_dropped_and_forked(restore: Restore) -> None:

@@ -1,5 +1,4 @@
-"""What a listener does with peers that break the rules: one line in the log, and it goes on
-serving."""
+"""What a listener does with peers that break the rules: one line in the log, and it serves on."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Whole transfers over TLS on loopback: what arrives is what was there, whatever happens
-between."""
+"""Whole transfers over TLS on loopback: what arrives is what was there, whatever happens."""
 
 from __future__ import annotations
 

@@ -24,8 +24,7 @@ _PAGE = np.uint64(PAGE_BYTES)
 
 
 def checked_runs(runs: Runs) -> Runs:
-    """`runs` as uint64, or ValueError: runs out of order would break the order of one page's
-    versions."""
+    """`runs` as uint64. ValueError when out of order: then versions of a page could be, too."""
     runs = np.asarray(runs, dtype=np.uint64)
     if runs.ndim != 2 or runs.shape[1] != 2:
         raise ValueError(f"page runs of shape {runs.shape} instead of (n, 2)")

@@ -29,8 +29,7 @@ from transport.errors import FrameOutOfOrderError
 WINDOW_BYTES = 8 * (PREFIX_BYTES_MAX + FRAME_RAW_BYTES_MAX)
 """Unacknowledged bytes of one stream: what it can have in flight, and the memory that costs."""
 WINDOW_FRAMES = 64
-"""Unacknowledged frames of one stream: their answers must fit in socket buffers whoever reads
-them."""
+"""Unacknowledged frames of one stream: their answers must fit into socket buffers unread."""
 
 
 class Numbered(Protocol):

@@ -93,8 +93,7 @@ class PageHashes:
         self._zero_digest = _never_zero(xxhash.xxh3_64_intdigest(bytes(PAGE_BYTES), seed))
 
     def digest(self, pages: Iterable[memoryview], count: int) -> Digests:
-        """The digests of `count` pages, each a buffer of PAGE_BYTES. Touches no table: needs no
-        lock."""
+        """The digests of `count` pages of PAGE_BYTES each. Touches no table: needs no lock."""
         found = np.fromiter(
             map(xxhash.xxh3_64_intdigest, pages, repeat(self._seed, count)),
             dtype=np.uint64,
@@ -151,8 +150,7 @@ class PageHashes:
         return np.concatenate(missing)
 
     def forget(self, task: int) -> None:
-        """The task is gone, or what the target holds of it is: all of its pages count as never
-        delivered."""
+        """The task is gone, or the target's copy is: its pages count as never delivered."""
         for slot in self._slots.pop(task, {}).values():
             self._delivered[slot] = 0
             self._digests[slot * CHUNK_PAGES : (slot + 1) * CHUNK_PAGES] = 0

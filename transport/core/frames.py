@@ -266,8 +266,7 @@ def parse_header(data: Data) -> FrameHeader:
 
 
 def verify(header: FrameHeader, header_data: Data, table: Data, body: Data) -> None:
-    """Raise FrameCorruptError unless the checksum matches; `body` as it travelled, still
-    encoded."""
+    """Raise FrameCorruptError unless the checksum matches; `body` is still encoded."""
     found = _frame_checksum(memoryview(header_data)[: -_CHECKSUM.size], table, body)
     if found != header.checksum:
         raise FrameCorruptError(

@@ -44,8 +44,7 @@ class RunKind(enum.IntEnum):
 
 
 def parse_runs(header: FrameHeader, table: Data) -> npt.NDArray[np.void]:
-    """The runs of a PAGES frame: array of RUN_DTYPE, ascending, disjoint, their sums as
-    declared."""
+    """The runs of a PAGES frame: RUN_DTYPE, ascending, disjoint, adding up to the body."""
     exactly(table, header.table_bytes, "run table")
     runs = np.frombuffer(table, dtype=RUN_DTYPE)
     address, pages, kind = runs["address"], runs["pages"].astype(np.uint64), runs["kind"]
@@ -99,8 +98,7 @@ def parse_file(header: FrameHeader, table: Data) -> tuple[str, int]:
 
 
 def encode_file(name: str, offset: int) -> bytes:
-    """The table of a FILE frame. Raises FrameMalformedError for a name that no target would
-    take."""
+    """The table of a FILE frame. Raises FrameMalformedError for a name that may not travel."""
     encoded = name.encode("utf-8", "replace")
     if _NAME.fullmatch(encoded) is None:
         raise FrameMalformedError(
