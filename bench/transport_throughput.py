@@ -153,8 +153,7 @@ class NumpyMemory:
 
 
 class ProcessMemory:
-    """The same source, read as another process's memory is: process_vm_readv(2), of this
-    process."""
+    """The same source, read by process_vm_readv(2) as if it were another process's memory."""
 
     def __init__(self, memory: npt.NDArray[np.uint8]) -> None:
         self._base = memory.ctypes.data

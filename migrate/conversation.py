@@ -34,7 +34,9 @@ class Conversation:
     ) -> None:
         self.link = link
         self.marks: dict[str, int] = {}
-        self.fill: asyncio.Queue[messages.FillDone | None] = asyncio.Queue()
+        self.fill: asyncio.Future[messages.FillDone | None] = (
+            asyncio.get_running_loop().create_future()
+        )
         self._post = post
         self._note = note
         self._listening: asyncio.Task[None] | None = None
@@ -102,15 +104,19 @@ class Conversation:
 
     async def _lost(self, why: str) -> None:
         self._note(Unreachable(why, host=self.link.host))
-        self.fill.put_nowait(None)
+        self._filled(None)
         await self._post(E.LINK_LOST)
+
+    def _filled(self, fill: messages.FillDone | None) -> None:
+        if not self.fill.done():
+            self.fill.set_result(fill)
 
     async def _hear(self, message: TargetMessage) -> None:
         match message:
             case messages.Held(marks=marks) | messages.Running(marks=marks):
                 self.marks |= marks
             case messages.FillDone():
-                self.fill.put_nowait(message)
+                self._filled(message)
             case messages.Failed(error=error):
                 where = self.link.host
                 self._note(

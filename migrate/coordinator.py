@@ -441,7 +441,7 @@ class Coordinator:
         assert so_far.downtime_ms is not None
         self._observer.tell(progress.Moved(so_far.downtime_ms, so_far.predicted_downtime_ms))
         async with asyncio.timeout(config.FILL_DEADLINE_S):
-            fill = await self._target.fill.get()
+            fill = await self._target.fill
         if fill is None:
             self._warn(f"the fill on {self.options.target} was not heard of: the link was lost")
         else:

@@ -164,15 +164,19 @@ class RootfsPassRun:
     async def _receive(
         self, writer: asyncio.StreamWriter, channel: aiohttp.ClientWebSocketResponse
     ) -> None:
-        held = self._gated
+        greeting: bytes | None = b"" if self._gated else None
         while (message := await channel.receive()).type is aiohttp.WSMsgType.BINARY:
             data: bytes = message.data
-            if held and _MODULE_OPEN in data:
-                greeting, opened, rest = data.partition(_MODULE_OPEN)
-                writer.write(greeting)
-                self.ready.set()
-                await self._gate.wait()
-                data, held = opened + rest, False
+            if greeting is not None:
+                # The greeting is lines of text; what comes behind the daemon's "OK" is not.
+                lines, newline, unfinished = (greeting + data).rpartition(b"\n")
+                data, greeting = lines + newline, unfinished
+                if _MODULE_OPEN in data:
+                    before, opened, rest = (data + unfinished).partition(_MODULE_OPEN)
+                    writer.write(before)
+                    self.ready.set()
+                    await self._gate.wait()
+                    data, greeting = opened + rest, None
             writer.write(data)
             await writer.drain()
         if message.type is aiohttp.WSMsgType.CLOSE and message.data >= _CLOSED_WITH_STATUS:

@@ -49,7 +49,7 @@ class TargetLink:
         self._http: aiohttp.ClientSession | None = None
         self._control: aiohttp.ClientWebSocketResponse | None = None
         self.opened: messages.SessionOpened | None = None
-        self._pongs: asyncio.Queue[messages.Pong] = asyncio.Queue()
+        self._pongs: asyncio.Queue[messages.Pong] = asyncio.Queue(PINGS)
 
     async def open_session(self, request: OpenSession) -> messages.SessionOpened:
         """Ask for a session. Raises SessionRefused, Unreachable, ProtocolError."""
@@ -103,7 +103,9 @@ class TargetLink:
                 continue
             message = messages.decode_from_target(frame.data)
             if isinstance(message, messages.Pong):
-                self._pongs.put_nowait(message)
+                # More than were asked for are worth nothing.
+                with contextlib.suppress(asyncio.QueueFull):
+                    self._pongs.put_nowait(message)
             else:
                 yield message
 

@@ -2,9 +2,8 @@
 
 ::
 
-    accept -> TLS handshake -> greeting -> authorise -> former connection of the stream ends ->
-    frames `------'  `------------------- in the stream's own thread
-    ----------------------------------------'
+    accept -> TLS handshake -> greeting -> authorise -> end the former connection -> frames
+    `----'    `--------------------- in the stream's own thread --------------------------'
 
 A greeting names a session by its ticket; `authorise` says which sink it belongs to, knowing who
 asks by the verified certificate. What a session's streams have applied is kept here until `revoke`,

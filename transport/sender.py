@@ -1,5 +1,4 @@
-"""The sending side of a transfer: rounds of pages and files over several streams, each
-acknowledged.
+"""The sending side of a transfer: rounds of pages, and files, over several streams.
 
 ::
 
@@ -49,7 +48,7 @@ STREAMS = 4
 STREAMS_MIN = 2
 """On fewer cores than streams the threads get into each other's way: 5 % slower on two cores."""
 JOIN_DEADLINE_S = 15.0
-"""For a thread to end after its stream was cut; connecting, it may take a little less."""
+"""For a thread to end after its stream was cut: a bit more than connecting may take."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,4 @@
-"""The sending end of one stream: a connection that is reopened when it breaks, and nothing gets
-lost.
+"""The sending end of one stream: its connection is reopened when it breaks, and nothing gets lost.
 
 Knows TLS sockets, greetings and answers; does not know pages, files or compression. One thread uses
 a stream, only `cut` may be called from any. Frames are written with blocking calls and answers are
