@@ -157,7 +157,8 @@ def migrate(source: Host, target: str, options: Sequence[str]) -> dict[str, Any]
 
 def show(outcome: Outcome, workload: Workload, console: Console) -> None:
     """The short table at the end."""
-    table = Table(title="What the client and the container noticed", title_justify="left")
+    console.print("\nWhat the client and the container noticed")
+    table = Table()
     table.add_column("")
     for report in outcome.migrations:
         table.add_column(f"{report['source']} → {report['target']}", justify="right")

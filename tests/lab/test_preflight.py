@@ -96,6 +96,7 @@ def holder(host: Host) -> Iterator[Callable[..., None]]:
     yield hold
     inside(host, 'from migrate.runtimes.runc import Runc\nRunc().delete("pf1")')
     host.run(["umount", "-l", ROOTFS])
+    host.run(["rm", "-rf", ROOTFS, "/srv/holder.py", "/run/pf1.log"])
 
 
 def said(host: Host) -> str:
