@@ -123,6 +123,8 @@ class Pager:
             self._listener = listener
             self._epoll.register(listener, select.EPOLLIN)
             self._progress.report("listening")
+        elif not found.finished:
+            raise RestoreFailedError("CRIU has closed the connection before the restore ended")
         if found.finished:
             self._finish_restore()
 
@@ -188,6 +190,8 @@ class Pager:
         what is missing into zeros, and a task that waits for ever is better than that."""
         self._broken += self._memories.values()
         self._memories.clear()
+        if self.has_tasks:
+            self._progress.report("holding", count=len(self._broken) + len(self._left))
         while self._broken or self._left:
             self._broken = [memory for memory in self._broken if not memory.is_gone()]
             self._left = [held for held in self._left if not is_gone(held.fd)]
@@ -214,7 +218,7 @@ class Pager:
     def _wait_s(self, wait_s: float) -> float:
         if self._waiting:
             wait_s = min(wait_s, self._waiting_s)
-        if self._filling and self._memories:
+        if self._filling and any(memory.missing for memory in self._memories.values()):
             wait_s = min(wait_s, max(self._resting_until_s - time.monotonic(), 0.0))
         return wait_s
 

@@ -5,7 +5,10 @@
     {"event": "restored"}                                    tasks are about to run, fill begins
     {"event": "fault_stats", "faults": n, "filled_bytes": n, "missing_bytes": n}   twice a second
     {"event": "done", "faults": n, "filled_bytes": n, "fill_ms": x, ...}           last line
-    {"event": "error", "reason": "..."}
+    {"event": "error", "reason": "..."}                      of one task, or of the pager
+    {"event": "holding", "count": n}                         failed; stays until n tasks are gone
+    {"event": "restarted", "count": n}                       a worker died, here is another one
+    {"event": "unkept", "task": n}                           the keeper has no copy of this one
 
 The pager outlives the agent: a reader that is gone or does not read must never stop or slow it.
 """

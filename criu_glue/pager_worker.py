@@ -19,7 +19,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Final
 
@@ -28,8 +27,9 @@ from criu_glue.pager_journal import FAILED_EXIT, Keeper
 from criu_glue.pager_loop import Pager
 from criu_glue.pager_progress import Progress
 
-# An agent that died before it started CRIU leaves a pager that nobody needs.
-ACCEPT_DEADLINE_S: Final = 900.0
+# An agent that died before it started CRIU leaves a pager that nobody needs. The next agent ends
+# it; this is for a host that never has one again. Pre-copy of a large container takes hours.
+ACCEPT_DEADLINE_S: Final = 24 * 3600.0
 _WAIT_S: Final = 0.5
 # How long the last line may wait for an agent that is busy.
 _LAST_FLUSH_S: Final = 2.0
@@ -88,10 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
         gc.disable()
         _run(pager, signals)
         pager.finish()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the memory must not become zeros
-        if not isinstance(error, (CriuGlueError, OSError)):
-            traceback.print_exc()
-        progress.report("error", reason=str(error) or type(error).__name__)
+    except (CriuGlueError, OSError) as error:
+        # Anything else is a mistake in here, and another worker may get around it.
+        progress.report("error", reason=str(error))
         pager.hold()
         code = FAILED_EXIT
     last_s = time.monotonic() + _LAST_FLUSH_S

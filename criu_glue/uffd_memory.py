@@ -14,6 +14,8 @@ Rules that keep content right, all from fs/userfaultfd.c and mm/userfaultfd.c:
 - Events are applied before the page faults that were read with them: a fault may already be at
   the place that a page was moved to.
 - What was removed or unmapped leaves the map: it reads as zeros from then on, also if mapped again.
+- mremap tells the end of the old place only when its move has been read (mm/mremap.c), and another
+  thread may have moved something there in between: that late note is left out.
 - A page that exists is never overwritten (EEXIST).
 """
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -58,6 +61,8 @@ ZERO_AROUND_PAGES: Final = 64
 # Messages read at once. A task with more threads has its other faults read in the next turn.
 _MESSAGES: Final = 64
 
+# Threads that move memory at the same time; each waits for its own notes to be read.
+_LATE_UNMAPS_MAX: Final = 16
 # Ranges of userfaultfd's ioctls are within vm.mmap_min_addr and the end of user space.
 _LOWEST_ADDRESS: Final = 1 << 16
 _ADDRESS_END: Final = 0x7FFF_FFFF_F000
@@ -131,6 +136,8 @@ class UffdMemory:
         self.number = journal.opened(task) if number is None else number
         # Where the background fill goes on: behind the last page fault.
         self.cursor = 0
+        # Moved away, and not yet told to be unmapped; never told with MREMAP_DONTUNMAP.
+        self._late_unmaps: deque[tuple[int, int]] = deque(maxlen=_LATE_UNMAPS_MAX)
         store.users.append(self)
 
     def close(self) -> None:
@@ -152,12 +159,15 @@ class UffdMemory:
             first, second, third = _ARGUMENTS.unpack_from(data, offset + 8)
             if event == UFFD_EVENT_PAGEFAULT:
                 found.faults.append(second & -PAGE_BYTES)
+            elif event == UFFD_EVENT_UNMAP and (first, second) in self._late_unmaps:
+                self._late_unmaps.remove((first, second))
             elif event in (UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP):
                 self.journal.removed(self.number, first, second)
                 self.missing.remove(first, second)
             elif event == UFFD_EVENT_REMAP:
                 self.journal.moved(self.number, first, second, third)
                 self.missing.move(first, second, third)
+                self._late_unmaps.append((first, first + third))
             elif event == UFFD_EVENT_FORK:
                 found.children.append(self._forked(first & 0xFFFF_FFFF))
             else:

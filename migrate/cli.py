@@ -102,7 +102,11 @@ def cli() -> None:
     show_default=True,
     help="What to do when memory is written faster than it travels.",
 )
-@click.option("--streams", type=click.IntRange(1, 16), default=config.STREAMS, show_default=True)
+@click.option(
+    "--streams",
+    type=click.IntRange(1, 16),
+    help="Connections that carry memory; by default as many as there are cores, 2 to 4.",
+)
 @click.option(
     "--shared",
     multiple=True,

@@ -11,10 +11,6 @@ from pathlib import Path
 CONTROL_PORT = 7337
 DATA_PORT = 7338
 
-# Connections that carry pages. Each is a thread on both sides; more than the cores of a small host
-# gain nothing, and TLS of one core carries about a gigabyte a second.
-STREAMS = 4
-
 DOWNTIME_MS_MAX_DEFAULT = 300
 ROUNDS_MAX_DEFAULT = 30
 

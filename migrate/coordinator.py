@@ -50,6 +50,7 @@ from migrate.report import ReportBuilder
 from migrate.standstill import Standstill
 from migrate.target_link import TargetLink
 from transport.errors import TransportError
+from transport.sender import default_streams
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -238,7 +239,7 @@ class Coordinator:
             migration_id=self.migration_id,
             attempt=self._attempt,
             host=self._host,
-            streams=self.options.streams,
+            streams=self.options.streams or default_streams(),
             restore=self.options.restore,
             dry_run=False,
         )

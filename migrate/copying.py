@@ -23,7 +23,7 @@ from migrate.errors import MigrateError
 from migrate.precopy import MemorySource
 from migrate.rootfs import RootfsPassRun, RootfsSource
 from transport import tls
-from transport.sender import PageSender
+from transport.sender import PageSender, default_streams
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,7 +133,7 @@ class Copying:
             lambda _: tls.connect(target, opened.data_port, context, server_name=opened.host),
             ticket=bytes.fromhex(opened.ticket),
             read=read,
-            streams=self._options.streams,
+            streams=self._options.streams or default_streams(),
         )
 
     async def _watched_round(self) -> RoundStats:

@@ -13,6 +13,7 @@ from migrate.copying import tracker_for
 from migrate.core import convergence
 from migrate.progress import mib
 from migrate.target_link import TargetLink
+from transport.sender import default_streams
 
 if TYPE_CHECKING:
     from migrate.config import HostPaths
@@ -79,7 +80,7 @@ async def dry_run(
                 migration_id=migration_id,
                 attempt=_ATTEMPT,
                 host=host,
-                streams=options.streams,
+                streams=options.streams or default_streams(),
                 restore=options.restore,
                 dry_run=True,
             )

@@ -20,5 +20,5 @@ class Options:
     max_downtime_ms: float = config.DOWNTIME_MS_MAX_DEFAULT
     rounds_max: int = config.ROUNDS_MAX_DEFAULT
     on_stall: Literal["freeze", "abort"] = "freeze"
-    streams: int = config.STREAMS
+    streams: int | None = None
     shared: tuple[str, ...] = ()

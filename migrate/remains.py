@@ -13,6 +13,7 @@ together can decide it. It is returned, to be told to the operator.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
@@ -143,14 +144,26 @@ def end_held(migration: Migration, runtime: Runtime, paths: HostPaths) -> None:
 
 def _discard(migration: Migration, runtime: Runtime, paths: HostPaths) -> None:
     session = paths.session(migration.migration_id, "target")
-    for process in _uses(session):
-        process.kill()
+    _end_restore(session)
     runtime.delete(migration.container)
     if "network" in migration.facts:
         network.destroy(msgspec.convert(migration.facts["network"], network.NetworkHandle))
     _wipe(session)
     if migration.facts.get("made_bundle"):
         shutil.rmtree(paths.containers / migration.container, ignore_errors=True)
+
+
+def _end_restore(session: Path) -> None:
+    """Let a restore undo itself: a CRIU that is killed leaves its mounts behind."""
+    limit_s = time.monotonic() + HOLD_END_DEADLINE_S
+    while any("restore" in process.info["cmdline"] for process in _uses(session)):
+        if time.monotonic() > limit_s:
+            break
+        abort_from_outside(session / "work" / "hold")
+        time.sleep(_STEP_S)
+    for process in _uses(session):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _uses(session: Path) -> list[psutil.Process]:

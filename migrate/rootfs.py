@@ -294,10 +294,9 @@ async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) 
 
     `work` is an existing directory of ours for its configuration and log.
     """
-    conf = work / "rsyncd.conf"
-    conf.write_text(
-        _DAEMON_CONF.format(path=rootfs, log=work / "rsyncd.log", lock=work / "rsyncd.lock")
-    )
+    conf, log = work / "rsyncd.conf", work / "rsyncd.log"
+    if not conf.exists():  # the daemon of another pass may be reading it
+        conf.write_text(_DAEMON_CONF.format(path=rootfs, log=log, lock=work / "rsyncd.lock"))
     ours, theirs = socket.socketpair()
     try:
         process = await asyncio.create_subprocess_exec(
@@ -319,7 +318,7 @@ async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) 
         while data := await reader.read(CHUNK_BYTES):
             await channel.send_bytes(data)
         status = await _end(process)
-        words = b"" if status in _RSYNC_DONE else _last_words(work / "rsyncd.log")
+        words = b"" if status in _RSYNC_DONE else _last_words(log)
         await channel.close(code=_CLOSED_WITH_STATUS + status, message=words)
 
     answering = asyncio.create_task(answers())

@@ -19,6 +19,7 @@ from criu_glue import images
 from criu_glue.mappings import cgroup_pids
 from migrate import config
 from migrate.core import messages
+from migrate.errors import DumpFailed
 from migrate.rootfs import shared_file_mappings
 from migrate.runtimes.runc import DESCRIPTORS_NAME
 
@@ -47,6 +48,7 @@ class Standstill:
         final_rootfs = self._copying.final_rootfs
         assert final_rootfs is not None
         self.marks |= await self._freezing.freeze()
+        await asyncio.to_thread(self._check_tree)
         final_rootfs.release()
         delta = await asyncio.to_thread(memory.final_delta)
         if delta.code:
@@ -82,6 +84,23 @@ class Standstill:
             files=tuple(messages.ImageFile(one.name, one.bytes) for one in files),
             lazy_pages=sum(int(runs[:, 1].sum()) for runs in lazy.values()),
         )
+
+    def _check_tree(self) -> None:
+        """CRIU dumps the children of the init and silently loses other tasks of the cgroup: those
+        of `runc exec`, whose parent is outside. Preflight has refused the ones that it saw."""
+        container = self._copying.facts.container
+        pids = set(cgroup_pids(container.cgroup))
+        for pid in pids - {container.pid}:
+            try:
+                status = Path(f"/proc/{pid}/status").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(status.partition("PPid:")[2].split()[0]) not in pids:
+                raise DumpFailed(
+                    f"task {pid} of {container.name} was started from outside (runc exec),"
+                    " and would be lost",
+                    remedy="wait for it, or end it, and try again",
+                )
 
     def _recheck_mapped_files(self, *, after: RootfsPassRun) -> list[RootfsPassRun]:
         """A pass over files that are written through mappings: compared by content.

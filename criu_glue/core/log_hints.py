@@ -34,7 +34,7 @@ _HARMLESS: Final = re.compile(r"rlimit: Can't setup RLIMIT_NOFILE")
 _CONSEQUENCE: Final = re.compile(
     r"Dumping FAILED|Restoring FAILED|Pre-dumping FAILED|Can't dump core|Dump .* failed with"
     r"|exited, status=|Killing processes because|post-restore script ret code"
-    r"|Can't read from socket|Lazy pages transfer FAILED"
+    r"|Can't read from socket|Lazy pages transfer FAILED|cgroupd: recv req error"
 )
 
 # Pattern, then remedy. The first error that fits any wins; of those that fit it, the first.

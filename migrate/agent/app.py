@@ -169,6 +169,7 @@ class Agent:
             host=self._host,
             versions=await asyncio.to_thread(host_versions, runtime),
             free_memory_bytes=free_memory_bytes(),
+            cautions=tuple(messages.Caution(*one) for one in preflight.target_cautions(message)),
         )
         if message.dry_run:
             return opened

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from criu_glue import pager
 from migrate import config
 from migrate.errors import RestoreFailed
+from migrate.processes import kill_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +95,7 @@ class PagerProcess:
                 async with asyncio.timeout(END_DEADLINE_S):
                     await self._process.wait()
             except TimeoutError:
-                self._process.kill()
+                kill_tree(self._process.pid)
                 await self._process.wait()
         self._transport.close()
 

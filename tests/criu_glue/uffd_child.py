@@ -66,6 +66,9 @@ def _page(address: int) -> bytes:
 class Operations:
     """What the tester can ask for; addresses are virtual, `page` a page number of the store."""
 
+    def __init__(self) -> None:
+        self._movers: list[threading.Thread] = []
+
     def wrong(self, address: int, pages: int, page: int | None) -> list[int]:
         """Offsets in pages of those pages that do not hold store pages `page` on, or zeros."""
         return [
@@ -99,6 +102,17 @@ class Operations:
         """mremap to a fixed place; `keep_old` leaves the old mapping there, empty."""
         flags = MREMAP_MAYMOVE | MREMAP_FIXED | (MREMAP_DONTUNMAP if keep_old else 0)
         _check(libc.mremap(address, pages * PAGE_BYTES, new_pages * PAGE_BYTES, flags, to))
+
+    def move_in_thread(self, address: int, pages: int, to: int) -> None:
+        """Begin a move that waits until the pager has heard of it."""
+        mover = threading.Thread(target=self.move, args=(address, pages, to, pages, False))
+        mover.start()
+        self._movers.append(mover)
+
+    def join(self) -> None:
+        """Wait for the moves."""
+        while self._movers:
+            self._movers.pop().join()
 
     def grow(self, address: int, pages: int, new_pages: int) -> None:
         """mremap in place."""

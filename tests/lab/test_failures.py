@@ -12,22 +12,26 @@ import pytest
 from bench.lab.lab import Lab
 from tests.lab.brake import Brake
 from tests.lab.invariants import (
+    AGENT_LOG,
     SLOW,
     assert_moves,
+    assert_runs_once,
     assert_undone,
     attempt,
     explained,
     failure_lab,
+    is_held,
     migration_id,
     threatened,
     wait_round,
     wait_session,
 )
 from tests.lab.migrating import migrate
+from tests.lab.waiting import wait_until
 
 # $1 a session's directory, $2 a bundle: what may go wrong with the files of a restore.
 SPOIL_IMAGE: Final = "dd if=/dev/zero of=$1/img/pstree.img bs=8 count=1 conv=notrunc status=none"
-LOSE_IMAGE: Final = "rm $1/img/files.img"
+LOSE_IMAGE: Final = "rm $1/img/core-1.img"
 GROW_PROGRAM: Final = "echo >>$2/rootfs/bin/memory"
 LOSE_PROGRAM: Final = "rm $2/rootfs/bin/memory"
 
@@ -91,9 +95,15 @@ def test_the_agent_dies_in_the_restore(lab: Lab) -> None:
             brake.wait_reached()
             lab.kill_agent("B")
             told = explained(underway.finish())
-        assert (told.host, told.phase, told.container) == ("B", "restoring", "runs on A")
+            assert (told.host, told.phase, told.container) == ("B", "restoring", "runs on A")
+            brake.release()
+            wait_until("the copy is held", lambda: is_held(lab.host("B"), under.name))
+        # The next agent can't know what the source has decided: the copy stays held.
         lab.start_agent("B", env=Brake.env)
-        assert_undone(under)
+        assert "held since before this start" in lab.host("B").read_text(AGENT_LOG)
+        assert is_held(lab.host("B"), under.name)
+        assert_runs_once(under)
+        # The source's next attempt is its word that it has kept the container.
         assert_moves(under)
 
 
@@ -128,7 +138,7 @@ def test_the_restore_fails(lab: Lab) -> None:
     ("accident", "word"),
     [
         (SPOIL_IMAGE, "magic"),
-        (LOSE_IMAGE, "files.img"),
+        (LOSE_IMAGE, "core-1.img"),
         (GROW_PROGRAM, "bin/memory"),
         (LOSE_PROGRAM, "bin/memory"),
     ],
@@ -145,7 +155,7 @@ def test_files_of_the_restore_are_not_what_they_were(lab: Lab, accident: str, wo
             brake.release()
             told = explained(underway.finish())
         assert (told.host, told.phase, told.container) == ("B", "restore", "runs on A")
-        assert word in told.error
+        assert word in told.error, told
         assert_undone(under)
         assert_moves(under)
 

@@ -158,6 +158,24 @@ def sorted_parts(identity: dict[str, Any]) -> dict[str, Any]:
     return identity | {"interfaces": interfaces, "routes": routes}
 
 
+def test_ipv6_addresses_are_usable_without_probing_for_duplicates(
+    source: Host, target: Host
+) -> None:
+    """A probe would take a second after the plug, and could find the source's."""
+    script = f"""{RECREATE}
+import subprocess
+tentative = ["ip", "-n", "net1", "-6", "address", "show", "tentative"]
+answer(subprocess.run(tentative, capture_output=True, check=True, text=True).stdout)
+"""
+    given = {"identity": capture(source)["identity"], "name": "net1"}
+    assert inside(target, script, given) == ""
+    inside(
+        target,
+        "from migrate import network\nnetwork.destroy(network.NetworkHandle("
+        '"/run/netns/net1", (network.Port("eth0", "v-net1", "br0"),)))',
+    )
+
+
 def test_a_container_that_moves_is_reached_at_once(lab: Lab, source: Host, target: Host) -> None:
     """The client's switch and both bridges have learned the MAC on the source's side."""
     identity = capture(source)["identity"]

@@ -124,6 +124,27 @@ def test_the_pager_fills_what_criu_leaves_out(dumped: tuple[Tree, dict[str, Any]
     tree.kill()
 
 
+def test_a_worker_of_the_pager_dies_while_the_tree_runs(lab: Lab, program: Path) -> None:
+    host = lab.host("A")
+    shutil.copy(program, host.path(f"/run/{PROGRAM}"))
+    tree = Tree(host, [])
+    tree.start()
+    work = f"{WORK}-worker"
+    host.run([*INSIDE, "dump", tree.pids[0], work], env=PYTHON_INSIDE)
+    command = [*INSIDE, "restore", work, "lazy"]
+    try:
+        with host.popen(command, env=PYTHON_INSIDE, stdout=subprocess.PIPE) as restore:
+            assert restore.stdout
+            restore.stdout.readline()
+            worker = host.run(["pgrep", "-n", "-f", "criu_glue.pager_worker"]).stdout.strip()
+            host.run(["kill", "-KILL", worker])
+            assert tree.proves(signal.SIGUSR2) == ["ok", "ok"]
+            assert json.loads(restore.stdout.readline())["event"] == "done"
+    finally:
+        tree.kill()
+        host.run(["rm", "-r", work])
+
+
 def test_a_lazy_restore_that_is_looked_at_later(lab: Lab, program: Path) -> None:
     """Nobody touches anything until all is filled; then all of it is right, and only once in
     memory."""

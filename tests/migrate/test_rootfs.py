@@ -62,12 +62,12 @@ def tree(top: Path) -> dict[str, tuple[object, ...]]:
         status = path.lstat()
         content: object = None
         if path.is_symlink():
-            content = os.readlink(path)
+            content = path.readlink()
         elif path.is_file():
             content = path.read_bytes()
         xattrs = () if path.is_symlink() else tuple(sorted(os.listxattr(path)))
-        # rsync keeps the times of files only: those of devices, and of directories that it makes hard
-        # links in, become the present.
+        # rsync keeps the times of files only: those of devices, and of directories that it makes
+        # hard links in, become the present.
         mtime_ns = status.st_mtime_ns if path.is_file() and not path.is_symlink() else 0
         key = str(path.relative_to(top))
         facts = (status.st_mode, status.st_uid, status.st_gid, status.st_nlink, mtime_ns)
@@ -141,16 +141,21 @@ async def test_a_failing_daemon_is_reported_with_rsyncs_words(pair: Pair) -> Non
         await pair.copier.start(gated=False).wait()
 
 
+def set_attribute(change: str, path: Path) -> None:
+    """chattr(1); an immutable file can't be replaced."""
+    subprocess.run(["chattr", change, path], check=True)
+
+
 async def test_an_error_after_the_last_byte_is_heard_of(pair: Pair) -> None:
     """rsync on the source may end well although the target's could not put a file in place."""
     (pair.source / "file").write_bytes(os.urandom(1 << 20))
     (pair.target / "file").write_text("old")
-    subprocess.run(["chattr", "+i", pair.target / "file"], check=True)
+    set_attribute("+i", pair.target / "file")
     try:
         with pytest.raises(TransferFailed, match="ended with 23"):
             await pair.copier.start(gated=False).wait()
     finally:
-        subprocess.run(["chattr", "-i", pair.target / "file"], check=True)
+        set_attribute("-i", pair.target / "file")
 
 
 async def test_a_pass_waits_for_another_one_to_end(pair: Pair) -> None:
@@ -159,7 +164,7 @@ async def test_a_pass_waits_for_another_one_to_end(pair: Pair) -> None:
     first, second = pair.copier.start(gated=True), pair.copier.start(gated=True, files=["log"])
     second.release_after(first)
     async with asyncio.timeout(30):
-        await asyncio.gather(first.ready.wait(), second.ready.wait())
+        await asyncio.gather(first.wait_ready(), second.wait_ready())
         (pair.source / "log").write_text("of the second pass")
         (pair.source / "setuid").write_text("of the first pass")
         first.release()

@@ -34,6 +34,8 @@ def child(unshared: int = 0) -> int:
     if pid == 0:
         if unshared and libc.unshare(unshared) != 0:
             os._exit(1)
+        # Of the child's own mount namespace, if it has one.
+        kept.append(os.open("/etc/passwd", os.O_RDONLY))
         signal.pause()
     return pid
 
@@ -104,6 +106,21 @@ def waiting() -> Any:
     return listener, socket.create_connection(listener.getsockname())
 
 
+def unix_waiting() -> Any:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("/tmp/listener")
+    listener.listen()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect("/tmp/listener")
+    return listener, client
+
+
+def half_closed() -> Any:
+    pair = socket.socketpair()
+    pair[0].close()
+    return pair[1]
+
+
 def link_events() -> Any:
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
     events.bind((0, 1))
@@ -159,6 +176,8 @@ KINDS: dict[str, Any] = {
     "link_events": link_events,
     "tcp": connected,
     "unix": socket.socketpair,
+    "unix_waiting": unix_waiting,
+    "half_closed": half_closed,
     "in_flight": in_flight,
     "pidfd": lambda: os.pidfd_open(1),
     "inotify": lambda: watch(b"/tmp"),
