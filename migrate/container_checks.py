@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrate.refusals import Refusal
+from migrate.runtimes.oci import part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -54,7 +55,7 @@ def judge_container(container: Container, shared: Sequence[str]) -> list[Refusal
 def judge_spec(spec: dict[str, Any], mounts: Iterable[Mount]) -> list[Refusal]:
     """What of a configuration can't move, whichever host it is on."""
     refusals = [*_of_namespaces(spec), *_of_mounts(mounts), *_of_devices(spec)]
-    if _part(spec, "process").get("terminal") is True:
+    if part(spec, "process").get("terminal") is True:
         refusals.append(
             Refusal(
                 "terminal",
@@ -62,7 +63,7 @@ def judge_spec(spec: dict[str, Any], mounts: Iterable[Mount]) -> list[Refusal]:
                 "start it detached, with `terminal: false` in config.json",
             )
         )
-    if any(_part(spec, "hooks").values()):
+    if any(part(spec, "hooks").values()):
         refusals.append(
             Refusal(
                 "hooks",
@@ -118,7 +119,7 @@ def _of_namespaces(spec: dict[str, Any]) -> Iterator[Refusal]:
                 f"the container shares its {kind} namespace by the path {path}",
                 "containers of one group can't move one by one: give it its own",
             )
-    if "user" in namespaces or _part(spec, "linux").get("uidMappings"):
+    if "user" in namespaces or part(spec, "linux").get("uidMappings"):
         yield Refusal(
             "user-namespace",
             "the container is in a user namespace",
@@ -137,7 +138,7 @@ def _of_mounts(mounts: Iterable[Mount]) -> Iterator[Refusal]:
 
 
 def _of_devices(spec: dict[str, Any]) -> Iterator[Refusal]:
-    for device in _part(spec, "linux").get("devices") or ():
+    for device in part(spec, "linux").get("devices") or ():
         path = str(device.get("path", "")) if isinstance(device, dict) else ""
         if path not in DEFAULT_DEVICES:
             yield Refusal(
@@ -151,11 +152,6 @@ def _namespaces(spec: dict[str, Any]) -> dict[str, str]:
     """Kind to path, "" for one that the runtime makes."""
     return {
         str(one.get("type", "")): str(one.get("path") or "")
-        for one in _part(spec, "linux").get("namespaces") or ()
+        for one in part(spec, "linux").get("namespaces") or ()
         if isinstance(one, dict)
     }
-
-
-def _part(spec: dict[str, Any], key: str) -> dict[str, Any]:
-    value = spec.get(key)
-    return value if isinstance(value, dict) else {}

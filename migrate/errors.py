@@ -20,7 +20,7 @@ EXIT_FAILED: Final = 1
 EXIT_REFUSED: Final = 2
 """Refused before anything was touched: wrong usage, or preflight found a blocker."""
 EXIT_IN_DOUBT: Final = 3
-"""The container is held and this process cannot decide alone: `migrate recover`."""
+"""The container is held and this process cannot decide alone: its operator has to."""
 
 
 def runs_on(host: str) -> str:

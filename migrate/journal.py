@@ -224,7 +224,7 @@ class Journal:
                 raise JournalError(
                     f"{state} cannot follow {last or 'nothing'} in the journal of {migration_id}",
                     phase=last or "",
-                    remedy="another process has decided this migration; see `migrate recover`",
+                    remedy="another process has decided this migration: see what its journal says",
                 )
             key = (migration_id, role, len(records), str(state), str(event), float(at_wall_s), text)
             self._connection.execute(

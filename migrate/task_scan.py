@@ -131,7 +131,7 @@ def scan(cgroup: Path, init: int) -> ContainerView:
         tasks=tuple(tasks),
         sockets=tuple(socket_views(found, proc / "ns/net")),
         queues=tuple(_queues(proc, mounts.values())),
-        strangers=tuple(_strangers(proc, set(pids))),
+        strangers=tuple(_strangers(proc, cgroup)),
         may_ask_all=bool(int(_status(Path("/proc/self"))["CapEff"], 16) & _CAP_SYS_RESOURCE),
         is_complete=descriptors.left >= 0 and threads.left >= 0,
     )
@@ -273,12 +273,21 @@ def _queues(proc: Path, mounts: Any) -> Iterator[str]:
                 yield from _names(proc / "root" / mounted.point.lstrip("/"))
 
 
-def _strangers(proc: Path, own: set[int]) -> Iterator[int]:
-    """Processes that are in the container's network namespace and not in its cgroup."""
+def _strangers(proc: Path, cgroup: Path) -> Iterator[int]:
+    """Processes that are in the container's network namespace and not in its cgroup.
+
+    Those of the container come and go meanwhile: who is there before and after a look at its cgroup
+    was there during it.
+    """
+    with contextlib.suppress(OSError, CriuGlueError):
+        network = (proc / "ns/net").stat().st_ino
+        numbers = [int(name) for name in _names(Path("/proc")) if name.isdecimal()]
+        inside = {pid for pid in numbers if _network_of(pid) == network}
+        inside -= set(cgroup_pids(cgroup))
+        yield from (pid for pid in sorted(inside) if _network_of(pid) == network)
+
+
+def _network_of(pid: int) -> int | None:
     with contextlib.suppress(OSError):
-        wanted = (proc / "ns/net").stat().st_ino
-        for name in _names(Path("/proc")):
-            if name.isdecimal() and int(name) not in own:
-                with contextlib.suppress(OSError):
-                    if os.stat(f"/proc/{name}/ns/net").st_ino == wanted:  # noqa: PTH116 - fast
-                        yield int(name)
+        return os.stat(f"/proc/{pid}/ns/net").st_ino  # noqa: PTH116 - fast
+    return None

@@ -28,8 +28,8 @@ ABORTING      -> ABORTED       discarded
 
 RESUME comes with a recorded COMMIT and with nothing else. A copy that is held is killed by the
 source's word alone (ABORT_RECEIVED, SOURCE_SAYS_ABORTED); COPY_LOST means that it is dead already
-and has executed nothing. Otherwise it waits, and asks. `migrate recover` gives the operator's word
-as the source's (SOURCE_SAYS_COMMITTED, SOURCE_SAYS_ABORTED).
+and has executed nothing. Otherwise it waits, and asks. An operator's word is
+given as the source's (SOURCE_SAYS_COMMITTED, SOURCE_SAYS_ABORTED).
 
 What the journal must hold (`RECORDED`, and COMMITTED by its own action): before the actions that
 come with a state in `RECORDED` are carried out, the state is appended and synced. HELD needs no

@@ -34,12 +34,12 @@ from migrate.runtimes.base import (
     Container,
     ContainerNotFoundError,
     Descriptors,
-    Mount,
     RuntimeDriverError,
     Status,
     validate_name,
     validate_path,
 )
+from migrate.runtimes.oci import mounts_of, namespace_path, part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,7 +95,7 @@ class Runc:
         bundle = Path(_text(state, "bundle"))
         spec = _read_json(bundle / "config.json")
         kept = _read_json(self._root / name / "state.json")
-        process = _dict(spec, "process")
+        process = part(spec, "process")
         return Container(
             name=name,
             runtime=self.name,
@@ -226,34 +226,13 @@ def descriptors_json(descriptors: Descriptors) -> bytes:
     return json.dumps(list(descriptors), separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def namespace_path(spec: dict[str, Any], kind: str) -> Path | None:
-    """The path of the namespace `kind` in config.json, None when it has none."""
-    for namespace in _dict(spec, "linux").get("namespaces") or ():
-        if namespace.get("type") == kind and namespace.get("path"):
-            return Path(namespace["path"])
-    return None
-
-
-def mounts_of(spec: dict[str, Any]) -> tuple[Mount, ...]:
-    """The mounts of config.json, in its order."""
-    return tuple(
-        Mount(
-            destination=str(mount.get("destination", "")),
-            kind=str(mount.get("type") or ""),
-            source=str(mount.get("source") or ""),
-            options=tuple(str(option) for option in mount.get("options") or ()),
-        )
-        for mount in spec.get("mounts") or ()
-    )
-
-
 def cgroup_for(spec: dict[str, Any], name: str, *, own_cgroup: str) -> Path:
     """Where runc will put a container that it makes from `spec`.
 
     `own_cgroup` is the path in `/proc/self/cgroup` of the process that starts runc: a relative
     `cgroupsPath` is beside it (`libcontainer/cgroups/fs2/defaultpath.go`).
     """
-    given = str(_dict(spec, "linux").get("cgroupsPath") or "")
+    given = str(part(spec, "linux").get("cgroupsPath") or "")
     if given.startswith("/"):
         inner = os.path.normpath(given).lstrip("/")
     else:
@@ -348,11 +327,6 @@ def _object(data: str | bytes, what: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise RuntimeDriverError(f"{what} is not a JSON object")
     return parsed
-
-
-def _dict(parent: dict[str, Any], key: str) -> dict[str, Any]:
-    value = parent.get(key)
-    return value if isinstance(value, dict) else {}
 
 
 def _text(parent: dict[str, Any], key: str) -> str:

@@ -2,8 +2,10 @@
 memory going through the page store.
 
     python3 -m tests.lab.bare_restore dump PID WORK             one line: {"tasks": [...], ...}
-    python3 -m tests.lab.bare_restore restore WORK eager|lazy   one line: {"restore_ms": x, ...}
-                                                 lazy: then a second one, the pager's last event
+    python3 -m tests.lab.bare_restore restore WORK eager        one line: {"restore_ms": x, ...}
+    python3 -m tests.lab.bare_restore restore WORK lazy         that, then the pager's last event
+    python3 -m tests.lab.bare_restore restore WORK lazy-killed  the same, and the pager's worker is
+                                                                killed as soon as the tasks run
 
 WORK is on a tmpfs: img/ mem/ work/ as on a target. The dump is held at post-dump while the frozen
 tasks' memory is read; then CRIU kills them.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -93,10 +96,11 @@ def restore(work: Path, way: str) -> None:
     command = [*CRIU, "restore", "--restore-detached", "--images-dir", str(img)]
     command += ["--work-dir", str(criu_work), "--log-file", "restore.log"]
     lines = None
-    if way == "lazy":
+    keeper = None
+    if way != "eager":
         command.append("--lazy-pages")
         ours, theirs = os.pipe()
-        subprocess.Popen(
+        keeper = subprocess.Popen(
             pager.command(work=criu_work, images=img, store=work / "mem", progress_fd=theirs),
             pass_fds=[theirs],
         )
@@ -109,6 +113,9 @@ def restore(work: Path, way: str) -> None:
     if code:
         log = (criu_work / "restore.log").read_text(errors="replace")
         raise SystemExit("\n".join(log.splitlines()[-60:]))
+    if keeper and way == "lazy-killed":
+        children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text()
+        os.kill(int(children.split()[0]), signal.SIGKILL)
     stats = decode_restore_stats((criu_work / "stats-restore").read_bytes())
     print(json.dumps({"restore_ms": round(taken_ms, 1), "criu_us": stats.restore_us}), flush=True)
     if lines:

@@ -10,7 +10,7 @@ import pytest
 
 from migrate.container_checks import is_below, judge_binds, judge_container, judge_spec
 from migrate.runtimes.base import Container, Mount
-from migrate.runtimes.runc import mounts_of, namespace_path
+from migrate.runtimes.oci import mounts_of, namespace_path
 
 SPEC: dict[str, Any] = {
     "process": {"terminal": False},

@@ -19,7 +19,8 @@ from migrate.runtimes.base import (
     validate_name,
     validate_path,
 )
-from migrate.runtimes.runc import Runc, cgroup_for, descriptors_json, mounts_of, namespace_path
+from migrate.runtimes.oci import mounts_of, namespace_path
+from migrate.runtimes.runc import Runc, cgroup_for, descriptors_json
 
 SPEC: dict[str, Any] = {
     "process": {"terminal": False},
