@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from criu_glue.core import timers
 from criu_glue.core.image_names import is_image_name, task_of_pagemap
 from criu_glue.core.pagemap import (
     PAGE_BYTES,
@@ -34,6 +35,7 @@ from criu_glue.core.pagemap import (
     encode_pagemap,
     whole_space_pagemap,
 )
+from criu_glue.core.timers import FILES_BYTES_MAX
 from criu_glue.core.vmas import MM_BYTES_MAX, Mappings, decode_mappings
 from criu_glue.errors import CriuGlueError, LimitExceededError
 
@@ -132,6 +134,16 @@ def attach_page_store(directory: Path, store: PageStore) -> dict[int, PageRuns]:
         lazy[task] = rewritten.runs(having=PE_LAZY, lacking=PE_PRESENT)
     _link_parent(directory, store.directory)
     return lazy
+
+
+def rearm_timers(directory: Path) -> None:
+    """Let periodic timers that CRIU would restore as off go on (core/timers.py), on the target,
+    before the restore. Idempotent. Raises ImagesError, ImageFormatError."""
+    path = directory / "files.img"
+    data = _read(path, FILES_BYTES_MAX)
+    armed = timers.rearm_timers(data, str(path))
+    if armed != data:
+        _replace(path, armed)
 
 
 def _rewrite(pagemap: Pagemap, mappings: Mappings) -> Pagemap:

@@ -88,7 +88,6 @@ _TERMINAL_MAJORS = (4, 5, *range(136, 144))
 # A watch whose file handle is overlayfs' own (linux/exportfs.h: OVL_FILEID_V0, OVL_FILEID_V1).
 _OVERLAY_WATCH = re.compile(r"^inotify wd:.* fhandle-type:f[8b] ", re.MULTILINE)
 # fdinfo of a timer that goes off again and again (proc(5)).
-_PERIODIC = re.compile(r"^it_interval: \((?!0, 0\))", re.MULTILINE)
 # Names below /dev that are memory and no device.
 _MAPPED_DEVICES_DUMPED = ("/dev/zero", "/dev/shm/", "/dev/mqueue/", "/dev/hugepages/")  # noqa: S108
 
@@ -314,13 +313,6 @@ def _losses(task: TaskView) -> Iterator[Caution]:
                 "eventfd-semaphore",
                 f"{who(task)} has an eventfd that counts like a semaphore, CRIU forgets that",
                 "check that the program bears an ordinary one",
-            )
-        # criu/timerfd.c restores one that has gone off and was not read as one that is off.
-        if opened.target == "anon_inode:[timerfd]" and _PERIODIC.search(opened.note):
-            yield Caution(
-                "timerfd-periodic",
-                f"{who(task)} has a periodic timerfd, which stops if it goes off while frozen",
-                "check that the program arms its timers again",
             )
 
 

@@ -17,7 +17,9 @@ def kill_tree(pid: int) -> None:
     """Kill a process that we started and what it started."""
     try:
         top = psutil.Process(pid)
-        tree = [*top.children(recursive=True), top]
+        # Stopped, it starts nothing that would not be in the list.
+        top.suspend()
+        tree = [top, *top.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
     for process in tree:

@@ -30,6 +30,7 @@ from migrate.core.states import SourceState, TargetState
 from migrate.errors import MigrateError
 from migrate.guard import GuardPlan, give_back
 from migrate.mounts import unmount
+from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -144,8 +145,11 @@ def end_held(migration: Migration, runtime: Runtime, paths: HostPaths) -> None:
 
 def _discard(migration: Migration, runtime: Runtime, paths: HostPaths) -> None:
     session = paths.session(migration.migration_id, "target")
+    was_prepared = (session / "work" / "hold").exists()
     _end_restore(session)
-    runtime.delete(migration.container)
+    if was_prepared:
+        cgroup = bundle_cgroup(paths.containers / migration.container, migration.container)
+        runtime.delete(migration.container, cgroup=cgroup)
     if "network" in migration.facts:
         network.destroy(msgspec.convert(migration.facts["network"], network.NetworkHandle))
     _wipe(session)

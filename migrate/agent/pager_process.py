@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 # A line of the pager's progress has a handful of numbers.
 LINE_BYTES_MAX = 64 * 1024
 SOURCE = Path(__file__).resolve().parents[2]
-# For a pager that holds nothing to end when told to.
-END_DEADLINE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +88,9 @@ class PagerProcess:
     async def end(self) -> None:
         """End a pager whose tasks are dead, or never came. Idempotent."""
         if self._process.returncode is None:
-            self._process.terminate()
-            try:
-                async with asyncio.timeout(END_DEADLINE_S):
-                    await self._process.wait()
-            except TimeoutError:
-                kill_tree(self._process.pid)
-                await self._process.wait()
+            # Its worker ends by itself only when all is filled, or before any task came.
+            kill_tree(self._process.pid)
+            await self._process.wait()
         self._transport.close()
 
     async def _until(

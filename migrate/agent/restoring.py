@@ -23,7 +23,7 @@ from migrate import config, output_keeper
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
 from migrate.processes import kill_tree, last_message, tail
-from migrate.runtimes.runc import DESCRIPTORS_NAME, LOG_NAME, descriptors_json
+from migrate.runtimes.runc import DESCRIPTORS_NAME, LOG_NAME, bundle_cgroup, descriptors_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,11 +136,15 @@ class Restoring:
         """Restore from the complete images; returns the marks (µs) of gate and hold."""
         assert self._hold is not None
         plan = self.plan
-        await asyncio.to_thread(images.attach_page_store, plan.image_dir, self._store)
+        await asyncio.to_thread(self._complete_images)
         deadline_s = config.RESTORE_DEADLINE_S if plan.lazy else config.EAGER_RESTORE_DEADLINE_S
         marks = {"restore": self._hold.open_gate()}
         marks["held"] = await self._until("post-restore", deadline_s)
         return marks
+
+    def _complete_images(self) -> None:
+        images.attach_page_store(self.plan.image_dir, self._store)
+        images.rearm_timers(self.plan.image_dir)
 
     async def commit(self) -> dict[str, int]:
         """Let the container run; returns the marks (µs) of the release and of the first run."""
@@ -172,8 +176,14 @@ class Restoring:
                 await self._process.wait()
         if self._pager is not None:
             await self._pager.end()
-        await asyncio.to_thread(self._runtime.delete, self.plan.container)
+        if self._process is not None:
+            await asyncio.to_thread(self._delete)
         self.close()
+
+    def _delete(self) -> None:
+        """Blocking. A restore that failed leaves a cgroup that the runtime may know nothing of."""
+        cgroup = bundle_cgroup(self.plan.bundle, self.plan.container)
+        self._runtime.delete(self.plan.container, cgroup=cgroup)
 
     def close(self) -> None:
         """Give up the observation of the hooks."""

@@ -1,4 +1,4 @@
-"""Reading OCI's config.json, which every runtime's bundle has. Pure; of any shape without a crash."""
+"""Reading OCI's config.json, which every runtime's bundle has. Pure; no shape of it is a crash."""
 
 from __future__ import annotations
 

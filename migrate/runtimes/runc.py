@@ -241,6 +241,16 @@ def cgroup_for(spec: dict[str, Any], name: str, *, own_cgroup: str) -> Path:
     return CGROUP_MOUNT / inner
 
 
+def bundle_cgroup(bundle: Path, name: str) -> Path | None:
+    """`cgroup_for` of a bundle on this host, when this process starts runc; None without one."""
+    path = bundle / "config.json"
+    if not path.exists():
+        return None
+    own = Path("/proc/self/cgroup").read_text().splitlines()
+    # The line of cgroup v2 is the last one (cgroups(7)).
+    return cgroup_for(_read_json(path), name, own_cgroup=own[-1].partition("::")[2])
+
+
 def _directories(image_dir: Path, work_dir: Path) -> list[str]:
     return ["--image-path", validate_path(image_dir), "--work-path", validate_path(work_dir)]
 

@@ -4,7 +4,7 @@ wants.
     brake = Brake(lab.host("A"))                         # once for each host
     lab.start_agent("B", env=Brake(lab.host("B")).env)   # or: begin(..., env=brake.env)
     with brake.on("dump"):
-        ... brake.wait_reached() ...                     # the container is frozen now
+        ... brake.wait_reached(underway) ...                     # the container is frozen now
                                                          # released here
 
 Without it such a moment lasts for a tenth of a second, and a test would have to be lucky.
@@ -18,6 +18,7 @@ from typing import Final, Literal
 
 from bench.lab.host import Host
 from bench.lab.host_files import PATH_INSIDE
+from tests.lab.migrating import Underway
 from tests.lab.waiting import wait_until
 
 DIRECTORY: Final = "/usr/local/brake"
@@ -60,9 +61,17 @@ class Brake:
             self.release()
             self._host.path(f"{self._hold}.reached").unlink(missing_ok=True)
 
-    def wait_reached(self) -> None:
-        """Returns when a CRIU is held."""
-        wait_until("CRIU is held", lambda: self._host.path(f"{self._hold}.reached").exists())
+    def wait_reached(self, underway: Underway) -> None:
+        """Returns when CRIU is held; fails when the migration has ended without."""
+
+        def reached() -> bool:
+            ended = underway.process.poll() is not None
+            if self._host.path(f"{self._hold}.reached").exists():
+                return True
+            assert not ended, f"ended: {underway.stdout[-2000:]} {underway.stderr}"
+            return False
+
+        wait_until("CRIU is held", reached)
 
     def release(self) -> None:
         """Lets it go. Idempotent."""

@@ -162,6 +162,16 @@ def assert_undone(under: Threatened) -> None:
     under.guest.verify()
 
 
+def assert_gave_back(under: Threatened) -> None:
+    """It runs on A as before, whatever the target has not given up yet.
+
+    A coordinator that was killed cleans up nothing: its directory goes with the next migration.
+    """
+    wait_until("it is as before", lambda: picture(under.lab.host("A"), under.name) == under.before)
+    assert_runs_once(under)
+    under.guest.verify()
+
+
 def assert_moves(under: Threatened, *options: str) -> None:
     """A migration of the same container to the same host succeeds, and is complete."""
     lab, name = under.lab, under.name

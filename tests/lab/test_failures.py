@@ -78,7 +78,7 @@ def test_the_agent_dies_while_the_container_is_frozen(lab: Lab) -> None:
     brake = Brake(lab.host("A"))
     with threatened(lab, "f-frozen") as under:
         with brake.on("dump"), attempt(under, env=brake.env) as underway:
-            brake.wait_reached()
+            brake.wait_reached(underway)
             lab.kill_agent("B")
             brake.release()
             told = explained(underway.finish())
@@ -92,7 +92,7 @@ def test_the_agent_dies_in_the_restore(lab: Lab) -> None:
     brake = Brake(lab.host("B"))
     with threatened(lab, "f-in-restore") as under:
         with brake.on("restore"), attempt(under) as underway:
-            brake.wait_reached()
+            brake.wait_reached(underway)
             lab.kill_agent("B")
             told = explained(underway.finish())
             assert (told.host, told.phase, told.container) == ("B", "restoring", "runs on A")
@@ -138,17 +138,18 @@ def test_the_restore_fails(lab: Lab) -> None:
     ("accident", "word"),
     [
         (SPOIL_IMAGE, "magic"),
-        (LOSE_IMAGE, "core-1.img"),
+        (LOSE_IMAGE, "image"),
         (GROW_PROGRAM, "bin/memory"),
         (LOSE_PROGRAM, "bin/memory"),
     ],
+    ids=["image-spoilt", "image-lost", "program-grown", "program-lost"],
 )
 def test_files_of_the_restore_are_not_what_they_were(lab: Lab, accident: str, word: str) -> None:
     """After everything has arrived, before CRIU looks at it."""
     brake, target = Brake(lab.host("B")), lab.host("B")
-    with threatened(lab, "f-files") as under:
+    with threatened(lab, f"f-{len(accident)}") as under:
         with brake.on("restore"), attempt(under) as underway:
-            brake.wait_reached()
+            brake.wait_reached(underway)
             session = f"/run/migrate/sessions/{migration_id(underway)}.target"
             bundle = f"/var/lib/migrate/containers/{under.name}"
             target.run(["sh", "-c", accident, "accident", session, bundle])
@@ -181,7 +182,7 @@ def test_a_signal_while_the_container_is_frozen(lab: Lab, number: signal.Signals
     brake = Brake(lab.host("A"))
     with threatened(lab, f"f-{number.name.lower()}") as under:
         with brake.on("dump"), attempt(under, env=brake.env) as underway:
-            brake.wait_reached()
+            brake.wait_reached(underway)
             underway.interrupt(number)
             brake.release()
             told = explained(underway.finish())
@@ -195,7 +196,7 @@ def test_a_signal_in_the_restore(lab: Lab) -> None:
     brake = Brake(lab.host("B"))
     with threatened(lab, "f-int-restore") as under:
         with brake.on("restore"), attempt(under) as underway:
-            brake.wait_reached()
+            brake.wait_reached(underway)
             underway.interrupt()
             brake.release()
             told = explained(underway.finish())

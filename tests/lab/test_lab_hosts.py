@@ -55,7 +55,7 @@ def container(host: Host) -> Iterator[str]:
     assert started.returncode == 0, host.read_text(f"/run/{name}.log")
     yield name
     host.run(["runc", "delete", "--force", name])
-    host.run(["rm", "-r", bundle])
+    host.run(["rm", "-r", bundle, f"/run/{name}.log"])
 
 
 def test_a_container_runs_in_a_cgroup_below_the_hosts(host: Host, container: str) -> None:

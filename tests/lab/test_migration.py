@@ -156,6 +156,9 @@ def test_what_criu_loses_without_a_word(agents: Lab) -> None:
     )
     with resident(agents, spec) as guest:
         assert tree_faults(guest) == {}
-        migrate(agents.host("A"), guest.name, "B").done  # noqa: B018
-        assert tree_faults(guest).keys() == {"timerfd_periodic", "eventfd_semaphore"}
+        report = migrate(agents.host("A"), guest.name, "B").done
+        # CRIU alone also loses periodic timers; criu_glue/core/timers.py mends that.
+        assert tree_faults(guest).keys() == {"eventfd_semaphore"}
+        (warning,) = report["warnings"]
+        assert "eventfd" in warning
         assert guest.stop_probe().clean

@@ -95,9 +95,8 @@ def check_what_travelled(report: dict[str, Any]) -> None:
     assert first["pages"] >= pages - zeros
     # A mark a run of pages, not a page: the content that travelled is all that there is.
     assert first["bytes_sent"] < (first["pages"] + zeros // 2) * PAGE_BYTES
-    # Every page of the memory was written again before each of these rounds.
-    for one in later[:-1]:
-        assert one["unchanged_pages"] >= pages - zeros
+    # Every page of the memory has been written again since, with what it held.
+    assert sum(one["unchanged_pages"] for one in later) >= pages - zeros
     assert sum(one["pages"] for one in later) < pages // 4
     assert sum(one["bytes_sent"] for one in later) < pages // 4 * PAGE_BYTES
 

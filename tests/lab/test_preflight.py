@@ -149,10 +149,10 @@ def test_what_moves_is_not_refused(host: Host, holder: Callable[..., None]) -> N
 
 
 def test_what_is_lost_or_may_fail_is_said(host: Host, holder: Callable[..., None]) -> None:
-    holder("semaphore", "waiting", "timer")
+    holder("semaphore", "waiting")
     answer = check_source(host)
     assert answer["refusals"] == []
-    said_of = {"eventfd-semaphore", "accept-queue", "timerfd-periodic"}
+    said_of = {"eventfd-semaphore", "accept-queue"}
     assert said_of <= codes(answer["cautions"])
 
 

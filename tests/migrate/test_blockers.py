@@ -261,13 +261,6 @@ def test_a_watch_on_an_overlay() -> None:
         assert codes(of_file(target="anon_inode:inotify", note=note)) == expected
 
 
-def test_a_timer_that_repeats() -> None:
-    for interval, expected in (("(0, 0)", []), ("(3600, 0)", ["timerfd-periodic"])):
-        note = f"clockid: 1\nit_value: (3599, 957696368)\nit_interval: {interval}\n"
-        found = of_file(target="anon_inode:[timerfd]", note=note)
-        assert [one.code for one in found.cautions] == expected
-
-
 def test_tasks_of_other_users_need_a_capability() -> None:
     other = task(users=frozenset({0, 1000}))
     assert codes(judge(view(other))) == []

@@ -1,0 +1,105 @@
+"""The coordinator is killed: whoever has the container keeps it, and nobody runs it twice."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from bench.lab.lab import Lab
+from tests.lab.brake import Brake
+from tests.lab.invariants import (
+    AGENT_LOG,
+    SLOW,
+    assert_gave_back,
+    assert_moves,
+    assert_runs_once,
+    attempt,
+    failure_lab,
+    is_held,
+    migration_id,
+    threatened,
+    wait_round,
+    wait_session,
+)
+from tests.lab.migrating import running_on, wait_clean
+from tests.lab.waiting import wait_until
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with failure_lab() as lab:
+        yield lab
+
+
+def test_killed_while_memory_is_copied(lab: Lab) -> None:
+    with threatened(lab, "c-copy") as under:
+        lab.set_rate("A", SLOW)
+        with attempt(under) as underway:
+            wait_round(underway)
+            underway.kill()
+        assert_gave_back(under)
+        wait_clean(lab.host("B"))
+        assert_moves(under)
+
+
+def test_killed_when_both_sides_are_prepared(lab: Lab) -> None:
+    with threatened(lab, "c-prep", args=("50",)) as under:
+        with attempt(under) as underway:
+            underway.wait_phase("prepare")
+            # The last round is long then.
+            lab.set_rate("A", SLOW)
+            wait_session(lab.host("B"), migration_id(underway), "prepared")
+            underway.kill()
+        assert_gave_back(under)
+        wait_clean(lab.host("B"))
+        assert_moves(under)
+
+
+def test_killed_while_the_container_is_frozen(lab: Lab) -> None:
+    """The guard gives the container back."""
+    brake = Brake(lab.host("A"))
+    with threatened(lab, "c-frozen") as under:
+        with brake.on("dump"), attempt(under, env=brake.env) as underway:
+            brake.wait_reached(underway)
+            underway.kill()
+            assert running_on(lab, under.name) == []
+        assert_gave_back(under)
+        wait_clean(lab.host("B"))
+        assert_moves(under)
+
+
+def test_killed_in_the_restore(lab: Lab) -> None:
+    """The target has not told that it holds a copy, so it gives up by itself."""
+    brake = Brake(lab.host("B"))
+    with threatened(lab, "c-restore") as under:
+        with brake.on("restore"), attempt(under) as underway:
+            brake.wait_reached(underway)
+            underway.kill()
+            assert_gave_back(under)
+        wait_clean(lab.host("B"))
+        assert_moves(under)
+
+
+def test_killed_before_it_has_committed_what_the_target_holds(lab: Lab) -> None:
+    """The target can't know whether it has: it holds the copy, says so, and asks."""
+    brake, target = Brake(lab.host("B")), lab.host("B")
+    with threatened(lab, "c-held") as under:
+        with brake.on("restore"), attempt(under) as underway:
+            brake.wait_reached(underway)
+            session = migration_id(underway)
+            # It hears nothing of what the target tells from here on.
+            underway.interrupt(signal.SIGSTOP)
+            brake.release()
+            wait_session(target, session, "held")
+            underway.kill()
+        assert_gave_back(under)
+        wait_session(target, session, "in_doubt")
+        assert is_held(target, under.name)
+        assert_runs_once(under)
+        told = f"the container is held and waits for its source' migration='{session}'"
+        wait_until("it says so", lambda: told in target.read_text(AGENT_LOG))
+        # The source's next attempt is its word that it has kept the container.
+        assert_moves(under)
+        assert running_on(lab, under.name) == ["B"]
