@@ -21,6 +21,10 @@ SESSION_RESERVE_BYTES = 256 << 20
 # Each deadline ends a wait for somebody else; all are far above what was ever measured, and far
 # below what a person waits before they reach for the power switch.
 CONNECT_DEADLINE_S = 10.0
+# The target looks at its host (`criu check`, 20 s at most) and may have to end a former session.
+OPEN_DEADLINE_S = 120.0
+# To tell a target that has been lost that all is undone; one that does not hear it finds out.
+LAST_WORD_DEADLINE_S = 3.0
 PREPARE_DEADLINE_S = 30.0
 FREEZE_DEADLINE_S = 5.0
 DUMP_DEADLINE_S = 60.0

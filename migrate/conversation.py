@@ -59,12 +59,13 @@ class Conversation:
 
     async def tell_even_if_lost(self, message: SourceMessage) -> None:
         """Send a message, over a new channel if need be; a target that can't hear is left alone."""
-        with contextlib.suppress(Unreachable):
+        with contextlib.suppress(Unreachable, TimeoutError):
             try:
                 await self.link.tell(message)
             except Unreachable:
-                await self.connect()
-                await self.link.tell(message)
+                async with asyncio.timeout(config.LAST_WORD_DEADLINE_S):
+                    await self.connect()
+                    await self.link.tell(message)
 
     def watch(self) -> None:
         """From now on a target that is silent for too long is a lost link."""

@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from criu_glue.hooks import abort_from_outside
 from migrate import cgroup
 from migrate.journal import Journal
 from migrate.network import plug
+from migrate.processes import is_alive
 
 # CRIU undoes a dump in milliseconds; a runtime that has not ended after this hangs, and a container
 # that runs beside a hung CRIU is still better than one that stays frozen.
@@ -69,12 +69,14 @@ def give_back(plan: GuardPlan) -> None:
     """Undo the freeze: CRIU aborts, the cgroup thaws, the port is plugged in."""
     directory = Path(plan.hold_directory)
     limit_s = time.monotonic() + ABORT_DEADLINE_S
-    while psutil.pid_exists(plan.runtime_pid) and time.monotonic() < limit_s:
+    while is_alive(plan.runtime_pid) and directory.exists() and time.monotonic() < limit_s:
         abort_from_outside(directory)
         select.select([], [], [], _STEP_MS / 1000)
     cgroup.thaw(Path(plan.cgroup))
     for port, bridge in plan.ports:
-        plug(port, bridge)
+        # A container that ended meanwhile may have taken its port with it.
+        if Path("/sys/class/net", port).exists():
+            plug(port, bridge)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, and not just a zombie that nobody has waited for."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def kill_tree(pid: int) -> None:
     """Kill a process that we started and what it started."""
     try:

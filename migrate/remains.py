@@ -30,6 +30,7 @@ from migrate.core.states import SourceState, TargetState
 from migrate.errors import MigrateError
 from migrate.guard import GuardPlan, give_back
 from migrate.mounts import unmount
+from migrate.processes import is_alive
 from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def clean(
 def process_is(pid: int, created_wall_s: float) -> bool:
     """Whether this pid is still the process that was created then."""
     try:
-        return abs(psutil.Process(pid).create_time() - created_wall_s) < 1.0
+        process = psutil.Process(pid)
+        return is_alive(pid) and abs(process.create_time() - created_wall_s) < 1.0
     except psutil.NoSuchProcess:
         return False
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -53,10 +55,13 @@ class TargetLink:
 
     async def open_session(self, request: OpenSession) -> messages.SessionOpened:
         """Ask for a session. Raises SessionRefused, Unreachable, ProtocolError."""
-        with self._errors():
-            async with self._client().post(
-                self._url("/v1/sessions"), data=messages.encode(request)
-            ) as response:
+        with self._errors(is_first=True):
+            async with (
+                asyncio.timeout(config.OPEN_DEADLINE_S),
+                self._client().post(
+                    self._url("/v1/sessions"), data=messages.encode(request)
+                ) as response,
+            ):
                 body = await response.content.read(messages.MAX_MESSAGE_BYTES + 1)
         answer = messages.decode_from_target(body)
         match answer:
@@ -143,12 +148,41 @@ class TargetLink:
         return self._url(f"/v1/sessions/{self.opened.session_id}/{channel}")
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, *, is_first: bool = False) -> Iterator[None]:
         try:
             yield
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unreachable(
-                f"the agent of {self.host} does not answer on port {self._port}: {error}",
-                host=self.host,
-                remedy=f"is `migrate agent` running on {self.host}, and is the port reachable?",
-            ) from error
+            raise unreachable(self.host, self._port, error, is_first=is_first) from error
+
+
+def unreachable(host: str, port: int, error: Exception, *, is_first: bool = False) -> Unreachable:
+    """What an error of the connection means. `is_first`: nothing was heard of the target yet."""
+    message = f"the agent of {host} does not answer on port {port}"
+    remedy = f"is `migrate agent` running on {host}, and is the port reachable?"
+    match error:
+        case aiohttp.ClientConnectorCertificateError():
+            wrong = error.certificate_error
+            reason = getattr(wrong, "verify_message", "") or str(wrong)
+            message = f"the certificate of {host} proves nothing here: {reason}"
+            remedy = "give both hosts certificates of one authority (/etc/migrate/tls)"
+        case aiohttp.ClientConnectorDNSError():
+            message = f"no host is known by the name {host}"
+            remedy = "check the name, or give an address"
+        case _ if is_first and _is_hang_up(error):
+            # A server of asyncio ends a handshake that fails without an alert.
+            message = f"the agent of {host} hung up: it does not accept this host's certificate"
+            remedy = "give both hosts certificates of one authority (/etc/migrate/tls)"
+        case aiohttp.ClientConnectorError() if error.os_error.errno:
+            message += f": {os.strerror(error.os_error.errno)}"
+        case TimeoutError():
+            message += ": it is silent"
+        case _:
+            message += f": {error}"
+    return Unreachable(message, host=host, remedy=remedy)
+
+
+def _is_hang_up(error: Exception) -> bool:
+    """Whether the peer ended the connection, noticed by reading or by writing."""
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return True
+    return isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET)

@@ -191,8 +191,13 @@ class Agent:
                 if session.driver.state is not S.IN_DOUBT:
                     continue
                 await session.driver.post(E.SOURCE_SAYS_ABORTED)
-                async with asyncio.timeout(remains.HOLD_END_DEADLINE_S):
-                    await session.ended.wait()
+                try:
+                    async with asyncio.timeout(remains.HOLD_END_DEADLINE_S):
+                        await session.ended.wait()
+                except TimeoutError as error:
+                    raise MigrateError(
+                        f"the copy of {request.container} that is held here does not end"
+                    ) from error
         for migration in list(self._held):
             if not is_former(migration.container, migration.peer, migration.attempt):
                 continue

@@ -39,8 +39,8 @@ def test_killed_while_memory_is_copied(lab: Lab) -> None:
         with attempt(under) as underway:
             wait_round(underway)
             underway.kill()
-        assert_gave_back(under)
         wait_clean(lab.host("B"))
+        assert_gave_back(under)
         assert_moves(under)
 
 
@@ -52,8 +52,8 @@ def test_killed_when_both_sides_are_prepared(lab: Lab) -> None:
             lab.set_rate("A", SLOW)
             wait_session(lab.host("B"), migration_id(underway), "prepared")
             underway.kill()
-        assert_gave_back(under)
         wait_clean(lab.host("B"))
+        assert_gave_back(under)
         assert_moves(under)
 
 
@@ -65,8 +65,8 @@ def test_killed_while_the_container_is_frozen(lab: Lab) -> None:
             brake.wait_reached(underway)
             underway.kill()
             assert running_on(lab, under.name) == []
-        assert_gave_back(under)
         wait_clean(lab.host("B"))
+        assert_gave_back(under)
         assert_moves(under)
 
 
@@ -77,8 +77,8 @@ def test_killed_in_the_restore(lab: Lab) -> None:
         with brake.on("restore"), attempt(under) as underway:
             brake.wait_reached(underway)
             underway.kill()
-            assert_gave_back(under)
         wait_clean(lab.host("B"))
+        assert_gave_back(under)
         assert_moves(under)
 
 

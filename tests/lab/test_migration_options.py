@@ -67,6 +67,8 @@ def test_a_dry_run_changes_nothing(guest: Resident) -> None:
     before = {host.name: remains(host) for host in lab.hosts}
     answer = away(guest, "--dry-run")
     assert answer.code == 0, answer.stderr
+    assert "nothing stands in the way" in answer.stdout
+    assert answer.report is None
     assert {host.name: remains(host) for host in lab.hosts} == before
     guest.wait_answers()
 

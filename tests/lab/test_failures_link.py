@@ -1,0 +1,119 @@
+"""The network between two hosts fails, or one of them is not who it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bench.lab.host import Host
+from bench.lab.lab import Lab
+from bench.lab.pki import LabAuthority
+from bench.probe_process import PYTHON_INSIDE
+from tests.lab.brake import Brake
+from tests.lab.invariants import (
+    SLOW,
+    assert_moves,
+    assert_undone,
+    attempt,
+    explained,
+    failure_lab,
+    threatened,
+    wait_round,
+)
+from tests.lab.migrating import migrate
+
+TLS = "/etc/migrate/tls"
+# Speaks to the agent's control and data ports in four wrong ways; what it gets, a line each.
+STRANGER = """
+import socket, ssl, sys
+
+def speak(port, wrap, data):
+    try:
+        with socket.create_connection((sys.argv[1], port), 10) as raw, wrap(raw) as connection:
+            connection.sendall(data)
+            answer = connection.recv(4096)
+    except OSError as error:
+        return f"{type(error).__name__} {getattr(error, 'reason', '') or error.errno}"
+    return f"answered {answer[:60]!r}"
+
+anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+old.maximum_version = ssl.TLSVersion.TLSv1_2
+request = b"POST /v1/sessions HTTP/1.1\\r\\nHost: B\\r\\nContent-Length: 2\\r\\n\\r\\n{}"
+for port in 7337, 7338:
+    print(port, "plain", speak(port, lambda raw: raw, request))
+    print(port, "nobody", speak(port, anyone.wrap_socket, request))
+    print(port, "old", speak(port, old.wrap_socket, request))
+"""
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with failure_lab() as lab:
+        yield lab
+
+
+def test_the_link_is_cut_while_memory_is_copied(lab: Lab) -> None:
+    with threatened(lab, "l-copy") as under:
+        lab.set_rate("A", SLOW)
+        with attempt(under) as underway:
+            wait_round(underway)
+            lab.set_isolated(["A", "B"], isolated=True)
+            told = explained(underway.finish())
+        assert (told.host, told.phase, told.container) == ("B", "precopy", "runs on A")
+        assert_undone(under)
+        lab.set_isolated(["A", "B"], isolated=False)
+        assert_moves(under)
+
+
+def test_the_link_is_cut_while_the_container_is_frozen(lab: Lab) -> None:
+    brake = Brake(lab.host("A"))
+    with threatened(lab, "l-frozen") as under:
+        with brake.on("dump"), attempt(under, env=brake.env) as underway:
+            brake.wait_reached(underway)
+            lab.set_isolated(["A", "B"], isolated=True)
+            brake.release()
+            told = explained(underway.finish())
+        assert (told.host, told.container) == ("B", "runs on A")
+        assert_undone(under)
+        lab.set_isolated(["A", "B"], isolated=False)
+        assert_moves(under)
+
+
+def impostor(host: Host) -> dict[str, str]:
+    """The files of an identity of another authority, in the name of that host."""
+    other = LabAuthority("elsewhere")
+    made = other.issue(host.name, [host.address, host.address6])
+    return {"ca.pem": other.certificate, "host.pem": made.certificate, "host.key": made.key}
+
+
+@pytest.mark.parametrize("wrong", [("ca.pem",), ("host.pem", "host.key")], ids=["authority", "own"])
+def test_a_source_of_another_authority_is_refused(lab: Lab, wrong: tuple[str, ...]) -> None:
+    """It does not know the target's authority, or the target does not know its own."""
+    source = lab.host("A")
+    right = {file: source.read_text(f"{TLS}/{file}") for file in wrong}
+    with threatened(lab, f"l-tls-{len(wrong)}") as under:
+        other = impostor(source)
+        for file in wrong:
+            source.write_text(f"{TLS}/{file}", other[file], 0o600)
+        told = explained(migrate(source, under.name, "B", "--json"))
+        for file, text in right.items():
+            source.write_text(f"{TLS}/{file}", text, 0o600)
+        assert (told.host, told.container) == ("B", "runs on A")
+        assert "certificate" in told.error
+        assert_undone(under)
+
+
+def test_strangers_are_not_heard(lab: Lab) -> None:
+    target = lab.host("B")
+    said = lab.client.run(["python3", "-c", STRANGER, target.address], env=PYTHON_INSIDE).stdout
+    lines = said.splitlines()
+    assert len(lines) == 6, said
+    for line in lines:
+        # The end of the connection or an alert, and nothing else.
+        assert "answered b''" in line or "Error" in line, said
+    assert "nobody SSLError TLSV13_ALERT_CERTIFICATE_REQUIRED" in said
+    assert "old SSLError TLSV1_ALERT_PROTOCOL_VERSION" in said
