@@ -52,7 +52,7 @@ class Standstill:
         final_rootfs.release()
         delta = await asyncio.to_thread(memory.final_delta)
         if delta.code:
-            await asyncio.to_thread(memory.send, delta.code)
+            self._report.add_round(await asyncio.to_thread(memory.send, delta.code))
         self._freezing.start_dump()
         self._sending = asyncio.create_task(asyncio.to_thread(memory.send, delta.rest))
         # Heard by `send_final`, unless the dump fails before.
