@@ -34,7 +34,7 @@ import shlex
 import shutil
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from criu_glue.errors import CriuGlueError
 
@@ -100,6 +100,14 @@ fi
 """
 
 
+class Waitable(Protocol):
+    """The runtime's process, as asyncio's or any other."""
+
+    async def wait(self) -> int:
+        """Return when it has ended; may be cancelled."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class HoldPlan:
     """What one CRIU run is to do besides what the runtime asks of it.
@@ -161,9 +169,7 @@ class CriuHold:
             "CRIU_CONFIG_FILE": str(self.directory / "criu.conf"),
         }
 
-    async def wait_or_end(
-        self, action: str, runtime: asyncio.subprocess.Process, deadline_s: float
-    ) -> int | None:
+    async def wait_or_end(self, action: str, runtime: Waitable, deadline_s: float) -> int | None:
         """Wait for an action of CRIU, or for "gate"; returns when it was seen (monotonic, µs).
 
         None when the runtime ended before it came, or the deadline passed.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -21,11 +22,10 @@ import msgspec
 from criu_glue.core.log_hints import explain
 from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
 from migrate import cgroup, config
-from migrate.driver import quietly
 from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan
 from migrate.network import PortSwitch
-from migrate.processes import kill_tree, last_message, tail
+from migrate.processes import Outliving, kill_tree, last_message, tail
 from migrate.runtimes.runc import LOG_NAME
 
 if TYPE_CHECKING:
@@ -58,8 +58,9 @@ class Freezing:
         self._work_dir = session / "work"
         self._host = host
         self._hold: CriuHold | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._guard: asyncio.subprocess.Process | None = None
+        self._process: Outliving | None = None
+        self._guard: Outliving | None = None
+        self._to_guard: asyncio.StreamWriter | None = None
         self._is_frozen = False
 
     async def prepare(self, migration_id: str, journal: Path) -> GuardPlan:
@@ -81,15 +82,7 @@ class Freezing:
             lazy=True,
             page_server=_NO_PAGE_SERVER,
         )
-        self._process = await asyncio.create_subprocess_exec(
-            *command,
-            env=self._hold.environment(os.environ),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            # The hold outlives the coordinator.
-            start_new_session=True,
-        )
+        self._process = Outliving(command, env=self._hold.environment(os.environ))
         plan = await self._start_guard(migration_id, journal)
         await self._until("gate", config.PREPARE_DEADLINE_S)
         return plan
@@ -156,11 +149,12 @@ class Freezing:
             await self._end()
 
     async def _end(self) -> None:
-        if self._guard is not None and self._guard.stdin is not None:
+        if self._guard is not None and self._to_guard is not None:
             with contextlib.suppress(ConnectionError):
-                self._guard.stdin.write(b"disarm\n")
-                await self._guard.stdin.drain()
-            await quietly(self._guard.wait())
+                self._to_guard.write(b"disarm\n")
+                await self._to_guard.drain()
+            await self._guard.wait()
+            self._to_guard.close()
             self._guard = None
         for port in self._ports:
             port.close()
@@ -178,19 +172,18 @@ class Freezing:
             cgroup=str(self.container.cgroup),
             ports=tuple((port.name, port.bridge) for port in self._ports),
         )
-        self._guard = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "migrate.guard",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
-        assert self._guard.stdin is not None
-        assert self._guard.stdout is not None
-        self._guard.stdin.write(msgspec.json.encode(plan) + b"\n")
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._guard = Outliving(
+                [sys.executable, "-m", "migrate.guard"],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=None,
+            )
+        from_guard, self._to_guard = await asyncio.open_connection(sock=ours)
+        self._to_guard.write(msgspec.json.encode(plan) + b"\n")
         async with asyncio.timeout(config.PREPARE_DEADLINE_S):
-            armed = await self._guard.stdout.readline()
+            armed = await from_guard.readline()
         if armed != b"armed\n":
             raise DumpFailed("the guard of the freeze did not start", host=self._host)
         return plan

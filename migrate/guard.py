@@ -20,6 +20,7 @@ import msgspec
 
 from criu_glue.hooks import abort_from_outside
 from migrate import cgroup
+from migrate.errors import JournalError
 from migrate.journal import Journal
 from migrate.network import plug
 from migrate.processes import is_alive
@@ -27,6 +28,7 @@ from migrate.processes import is_alive
 # CRIU undoes a dump in milliseconds; a runtime that has not ended after this hangs, and a container
 # that runs beside a hung CRIU is still better than one that stays frozen.
 ABORT_DEADLINE_S = 60.0
+JOURNAL_PAUSE_S = 1.0
 _STEP_MS = 20
 
 
@@ -49,13 +51,21 @@ def main() -> int:
         return 0
     plan = msgspec.json.decode(line, type=GuardPlan)
     # A coordinator that is dead already does not read it.
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(ConnectionError):
         os.write(1, b"armed\n")
     if sys.stdin.buffer.readline() == b"disarm\n":
         return 0
-    if is_committed(plan):
-        return 0
-    give_back(plan)
+    while True:
+        try:
+            is_theirs = is_committed(plan)
+        except JournalError:
+            # Nobody may thaw what may be another host's; the disk, or whoever is in the way, will
+            # let it be read some time.
+            select.select([], [], [], JOURNAL_PAUSE_S)
+        else:
+            break
+    if not is_theirs:
+        give_back(plan)
     return 0
 
 
@@ -69,8 +79,11 @@ def give_back(plan: GuardPlan) -> None:
     """Undo the freeze: CRIU aborts, the cgroup thaws, the port is plugged in."""
     directory = Path(plan.hold_directory)
     limit_s = time.monotonic() + ABORT_DEADLINE_S
-    while is_alive(plan.runtime_pid) and directory.exists() and time.monotonic() < limit_s:
-        abort_from_outside(directory)
+    while time.monotonic() < limit_s:
+        # CRIU may be held still when its runtime is dead already.
+        told = abort_from_outside(directory)
+        if not told and not (is_alive(plan.runtime_pid) and directory.exists()):
+            break
         select.select([], [], [], _STEP_MS / 1000)
     cgroup.thaw(Path(plan.cgroup))
     for port, bridge in plan.ports:

@@ -2,15 +2,75 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
+import subprocess
 from typing import TYPE_CHECKING
 
 import psutil
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+
+class Outliving:
+    """A process of a session of its own, which may outlive this one: it is never killed by going
+    out of sight.
+
+    One of asyncio's is: its transport kills what still runs when it is closed, which the end of the
+    interpreter does (`asyncio/base_subprocess.py: BaseSubprocessTransport.__del__`). Streams are
+    descriptors or subprocess.DEVNULL. Raises OSError when it can't be started.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.DEVNULL,
+        stderr: int | None = subprocess.DEVNULL,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self._process = subprocess.Popen(
+            command,
+            env=env,
+            cwd=cwd,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended, None while it runs; as subprocess says it."""
+        return self._process.poll()
+
+    async def wait(self) -> int:
+        """Wait for its end. May be cancelled, and called by several at a time."""
+        if self._process.poll() is None:
+            ended = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            # Readable when it has ended (pidfd_open(2)); its number is not given away before poll.
+            pidfd = os.pidfd_open(self._process.pid)
+            try:
+                loop.add_reader(pidfd, ended.set)
+                await ended.wait()
+            finally:
+                loop.remove_reader(pidfd)
+                os.close(pidfd)
+        return self._process.wait()
 
 
 def is_alive(pid: int) -> bool:

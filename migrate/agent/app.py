@@ -145,6 +145,9 @@ class Agent:
                 remedy=f"one of {', '.join(self._runtimes)}",
             )
             return _refused("runtime-unknown", error)
+        if message.migration_id in self._sessions:
+            known = f"{self._host} has a session {message.migration_id} already"
+            return _refused("session-known", MigrateError(known, remedy="try again"))
         if len(self._live()) >= config.SESSIONS_MAX:
             return _refused("busy", MigrateError(f"{self._host} serves {config.SESSIONS_MAX}"))
         try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from criu_glue import pager
 from migrate import config
 from migrate.errors import RestoreFailed
-from migrate.processes import kill_tree
+from migrate.processes import Outliving, kill_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,7 @@ class PagerProcess:
 
     def __init__(
         self,
-        process: asyncio.subprocess.Process,
+        process: Outliving,
         progress: asyncio.StreamReader,
         transport: asyncio.ReadTransport,
     ) -> None:
@@ -56,12 +56,11 @@ class PagerProcess:
         )
         try:
             with (work_dir / "pager.log").open("wb") as log:
-                process = await asyncio.create_subprocess_exec(
-                    *command,
+                process = Outliving(
+                    command,
                     env={**os.environ, "PYTHONPATH": str(SOURCE)},
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
+                    stdout=log.fileno(),
+                    stderr=log.fileno(),
                     pass_fds=(write_fd,),
                 )
         finally:

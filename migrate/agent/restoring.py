@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from criu_glue.hooks import CriuHold, HoldPlan
 from migrate import config, output_keeper
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
-from migrate.processes import kill_tree, last_message, tail
+from migrate.processes import Outliving, kill_tree, last_message, tail
 from migrate.runtimes.runc import DESCRIPTORS_NAME, LOG_NAME, bundle_cgroup, descriptors_json
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Restoring:
         self._host = host
         self._hold: CriuHold | None = None
         self._pager: PagerProcess | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Outliving | None = None
+        self._keeper: Outliving | None = None
 
     async def prepare(self, descriptors: tuple[str, str, str]) -> None:
         """Start the runtime and the pager; returns when CRIU waits at its gate."""
@@ -96,37 +98,25 @@ class Restoring:
         command = self._runtime.restore_command(
             plan.container, plan.bundle, plan.image_dir, plan.work_dir, lazy=plan.lazy
         )
-        output = await self._output(descriptors)
-        self._process = await asyncio.create_subprocess_exec(
-            *command,
-            cwd=plan.bundle,
-            env=self._hold.environment(os.environ),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            # The runtime and the container that it becomes parent of outlive the agent.
-            start_new_session=True,
+        output = self._output(descriptors)
+        environment = self._hold.environment(os.environ)
+        self._process = Outliving(
+            command, cwd=plan.bundle, env=environment, stdout=output, stderr=output
         )
-        if output != asyncio.subprocess.DEVNULL:
+        if output != subprocess.DEVNULL:
             os.close(output)
         await self._until("gate", config.PREPARE_DEADLINE_S)
 
-    async def _output(self, descriptors: tuple[str, str, str]) -> int:
+    def _output(self, descriptors: tuple[str, str, str]) -> int:
         """What the container's output is connected to here: the runtime puts its own streams in the
         place of pipes. The keeper ends with the container."""
         if not any(descriptor.startswith("pipe:") for descriptor in descriptors[1:]):
-            return asyncio.subprocess.DEVNULL
+            return subprocess.DEVNULL
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         try:
-            await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-ISE",
-                output_keeper.__file__,
-                str(self.plan.bundle / "output.log"),
-                stdin=read_fd,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
+            log = str(self.plan.bundle / "output.log")
+            self._keeper = Outliving(
+                [sys.executable, "-ISE", output_keeper.__file__, log], stdin=read_fd
             )
         finally:
             os.close(read_fd)

@@ -100,15 +100,15 @@ class Threatened:
 
 @contextlib.contextmanager
 def threatened(
-    lab: Lab, name: str, *, workload: str = "memory", args: tuple[str, ...] = ("8",)
+    lab: Lab, name: str, *, args: tuple[str, ...] = ("8",), memory_mib: int = 24
 ) -> Iterator[Threatened]:
-    """A container of 24 MiB on A; at the end its client must have lost nothing."""
+    """A container on A; at the end its client must have lost nothing."""
     lab.set_rate("A", FAST)
     spec = ContainerSpec(
         name,
-        workload,
+        "memory",
         args=args,
-        memory_mib=24,
+        memory_mib=memory_mib,
         address=f"10.77.0.{_number(name)}/24",
         address6=None,
     )

@@ -9,11 +9,14 @@ from typing import Final
 
 import pytest
 
+from bench.lab import agents
+from bench.lab.host import Host
 from bench.lab.lab import Lab
 from tests.lab.brake import Brake
 from tests.lab.invariants import (
     AGENT_LOG,
     SLOW,
+    assert_gave_back,
     assert_moves,
     assert_runs_once,
     assert_undone,
@@ -26,7 +29,7 @@ from tests.lab.invariants import (
     wait_round,
     wait_session,
 )
-from tests.lab.migrating import migrate
+from tests.lab.migrating import migrate, running_on, wait_clean
 from tests.lab.waiting import wait_until
 
 # $1 a session's directory, $2 a bundle: what may go wrong with the files of a restore.
@@ -105,6 +108,66 @@ def test_the_agent_dies_in_the_restore(lab: Lab) -> None:
         assert_runs_once(under)
         # The source's next attempt is its word that it has kept the container.
         assert_moves(under)
+
+
+def test_the_agent_is_stopped_while_it_holds_a_copy(lab: Lab) -> None:
+    """The copy does not die with the agent, whose children it and its runtime are."""
+    brake, target = Brake(lab.host("B")), lab.host("B")
+    with threatened(lab, "f-stop") as under:
+        with brake.on("restore"), attempt(under) as underway:
+            brake.wait_reached(underway)
+            session = migration_id(underway)
+            # It hears nothing of what the target tells from here on.
+            underway.interrupt(signal.SIGSTOP)
+            brake.release()
+            wait_session(target, session, "held")
+            runtimes = target.run(["pgrep", "-x", "runc"]).stdout
+            stop_agent(target)
+            underway.kill()
+        assert_gave_back(under)
+        assert is_held(target, under.name)
+        assert target.run(["pgrep", "-x", "runc"]).stdout == runtimes
+        lab.start_agent("B", env=Brake.env)
+        assert_runs_once(under)
+        assert_moves(under)
+
+
+@pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "stopped"])
+def test_the_agent_ends_while_memory_is_filled_in(lab: Lab, is_killed: bool) -> None:
+    """The container runs on B by then, and gets the rest of its memory all the same."""
+    target = lab.host("B")
+    with threatened(lab, f"f-fill-{is_killed:d}", memory_mib=256) as under:
+        with attempt(under) as underway:
+            wait_until("it has moved", lambda: underway.events("moved"))
+            target.run(["pkill", "-STOP", "-f", "pager_worker"])
+            if is_killed:
+                lab.kill_agent("B")
+            else:
+                stop_agent(target)
+            done = underway.finish()
+        assert done.code == 0, done
+        assert done.report is not None
+        assert "was not heard of" in done.report["warnings"][-1]
+        target.run(["pkill", "-CONT", "-f", "pager_worker"])
+        under.guest.wait_answers()
+        under.guest.verify()
+        wait_until("the pager ends", lambda: not pagers(target))
+        lab.start_agent("B", env=Brake.env)
+        assert running_on(lab, under.name) == ["B"]
+        wait_clean(lab.host("A"))
+        wait_clean(target, under.name)
+
+
+def stop_agent(host: Host) -> None:
+    """SIGTERM; returns when it has ended."""
+    pid = host.read_text(agents.PID_FILE).strip()
+    host.run(["kill", "-TERM", pid])
+    wait_until("the agent has ended", lambda: not host.path(f"/proc/{pid}").exists())
+
+
+def pagers(host: Host) -> str:
+    """The pids of the pagers' processes."""
+    return host.run(["pgrep", "-f", "criu_glue.pager"], check=False).stdout
 
 
 # ---- CRIU fails ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,15 @@ from tests.lab.invariants import (
 )
 from tests.lab.migrating import running_on, wait_clean
 from tests.lab.waiting import wait_until
+
+# Holds the journal's lock until its input ends.
+LOCK = """
+import sqlite3, sys
+journal = sqlite3.connect("/var/lib/migrate/journal.sqlite", isolation_level=None)
+journal.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +76,28 @@ def test_killed_while_the_container_is_frozen(lab: Lab) -> None:
             underway.kill()
             assert running_on(lab, under.name) == []
         wait_clean(lab.host("B"))
+        assert_gave_back(under)
+        assert_moves(under)
+
+
+def test_the_journal_can_not_be_written_when_it_is_time_to_commit(lab: Lab) -> None:
+    """The container stands still as long as nobody can say whose it is, and then goes on here."""
+    brake, source = Brake(lab.host("B")), lab.host("A")
+    with threatened(lab, "c-journal") as under:
+        with brake.on("restore"), attempt(under) as underway:
+            brake.wait_reached(underway)
+            locker = source.popen(
+                ["python3", "-c", LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            with locker:
+                assert locker.stdout is not None
+                assert locker.stdout.readline() == "locked\n"
+                brake.release()
+                done = underway.finish()
+                locker.communicate("")
+        assert done.code in (1, 3), done
+        assert "journal" in done.stderr
+        assert "Traceback" not in done.stderr
         assert_gave_back(under)
         assert_moves(under)
 

@@ -14,13 +14,12 @@ from tests.lab.migrating import (
     REDIS_MIB,
     VERSIONS,
     Resident,
-    check_tree,
     migrate,
     resident,
     running_on,
-    tree_faults,
     wait_clean,
 )
+from tests.lab.trees import check_tree, tree_faults
 
 PAGE_BYTES: Final = 4096
 REPORT_KEYS: Final = {

@@ -15,12 +15,11 @@ from bench.containers import ContainerSpec, bundle_path
 from bench.lab.lab import Lab
 from tests.lab.migrating import (
     Resident,
-    check_tree,
     migrate,
     resident,
     running_on,
-    tree_counters,
 )
+from tests.lab.trees import check_tree, tree_counters
 
 PAGE_BYTES: Final = 4096
 RECORD: Final = "{:015d}\n"
