@@ -231,6 +231,17 @@ def state(host: Host, name: str) -> str:
     return str(json.loads(answer.stdout)["status"])
 
 
+def is_running(host: Host, name: str) -> bool:
+    """Whether its tasks execute on this host: not frozen, and not held by a tracer."""
+    answer = host.run(["runc", "state", name], check=False)
+    if answer.returncode != 0 or json.loads(answer.stdout)["status"] != "running":
+        return False
+    events = host.read_text(f"/sys/fs/cgroup/dolly/{name}/cgroup.events")
+    status = host.read_text(f"/proc/{json.loads(answer.stdout)['pid']}/status")
+    task_state = re.search(r"^State:\s+(\S)", status, re.MULTILINE)
+    return "frozen 1" not in events and task_state is not None and task_state[1] not in "tTZX"
+
+
 def pid(host: Host, name: str) -> int:
     """Of the container's first process, as its host sees it."""
     return int(json.loads(host.run(["runc", "state", name]).stdout)["pid"])

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from bench.containers import ContainerSpec, bundle_path, create, remove, start
+from bench.containers import ContainerSpec, bundle_path, create, is_running, remove, start
 from bench.lab.host import Host
 from bench.lab.lab import Lab
 from bench.probe import Report
@@ -164,18 +164,6 @@ def _text(file: IO[str]) -> str:
 def running_on(lab: Lab, name: str) -> list[str]:
     """The hosts on which tasks of the container execute: not frozen, not held by a tracer."""
     return [host.name for host in lab.hosts if host.pid and is_running(host, name)]
-
-
-def is_running(host: Host, name: str) -> bool:
-    """Whether its tasks execute on this host."""
-    answer = host.run(["runc", "state", name], check=False)
-    if answer.returncode != 0 or json.loads(answer.stdout)["status"] != "running":
-        return False
-    events = host.read_text(f"/sys/fs/cgroup/dolly/{name}/cgroup.events")
-    status = host.read_text(f"/proc/{json.loads(answer.stdout)['pid']}/status")
-    state = re.search(r"^State:\s+(\S)", status, re.MULTILINE)
-    assert state is not None, status
-    return "frozen 1" not in events and state.group(1) not in "tTZX"
 
 
 # What a host has that it has not after its start, a line each.
