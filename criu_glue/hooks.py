@@ -16,8 +16,14 @@ into a directory of the migration, give us the moments that matter:
   source, post-restore on the target) it waits for a verdict. Its failure there makes CRIU undo all
   it did: `criu/cr-dump.c: cr_dump_finish`, `criu/cr-restore.c: restore_root_task`. A hook that was
   killed counts as failed (`criu/util.c: cr_system_userns`), which is the safe side.
-- A hook whose writer is gone opens the FIFO again and waits: a hold outlives whoever made it, and
-  any later process may decide by writing one word.
+- The hook waits for ever: a hold outlives whoever made it, and any later process may decide by
+  writing one word. When no word comes for a second it starts a program (`HoldPlan.orphaned`) that
+  can find out whether anybody is left to say one, and what it is.
+- On the source the hook freezes the tasks' cgroup before it says that it holds: they are stopped by
+  CRIU's ptrace alone, and would go on the moment that CRIU is killed. On the target they wait for
+  CRIU in a futex (`criu/cr-restore.c: __restore_switch_stage`), so there they stay.
+- Each action leaves a file `seen.ACTION`, and the gate CRIU's pid in `criu.pid`, for a process that
+  comes later and has heard no event.
 
 A lazy dump wants a page server. The gate hands CRIU a socket that is at its end already
 (`ps-socket`), so that no port is opened, nobody can ask for pages, and CRIU finishes as soon as the
@@ -34,19 +40,22 @@ import shlex
 import shutil
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from criu_glue.errors import CriuGlueError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 Verdict = Literal["commit", "abort"]
 
 # The descriptor on which the gate leaves CRIU its finished page-server socket. Above what runtimes
 # pass (runc: 3..7), below CRIU's own service descriptors, which start at the top of the limit.
 PAGE_SERVER_FD = 40
+
+# How long a hold lasts before somebody looks after it: longer than any hand-over that goes well.
+PATIENCE_S = 1
 
 # CRIU's hooks send one word each; a line longer than this is not one of ours.
 EVENT_LINE_BYTES_MAX = 256
@@ -64,6 +73,8 @@ if len(sys.argv) > 2 and sys.argv[1] == "swrk":
         os.dup2(ours.fileno(), {page_server_fd}, inheritable=True)
         ours.close()
         theirs.close()
+        with open({pid!r}, "w") as pid:
+            pid.write(str(os.getpid()))
         with open({events!r}, "r+b", buffering=0) as events:
             events.write(b"gate\\n")
         # Whoever made the gate keeps it open for writing: no writer, or its end, is his end.
@@ -84,12 +95,30 @@ os.execv({criu!r}, ["criu", *sys.argv[1:]])
 _HOOK = """\
 #!/bin/sh
 # CRIU runs this at each of its actions; see criu_glue/hooks.py.
-action=$CRTOOLS_SCRIPT_ACTION
-{at_unlock}echo "$action" 1<> {events}
-[ "$action" = {hold_at} ] || exit 0
-until read -r verdict < {verdict}; do :; done
-[ "$verdict" = commit ] && : > {committed}
+action=$CRTOOLS_SCRIPT_ACTION holds=
+{at_unlock}[ "$action" = {hold_at} ] && holds=1
+{freeze}true > {seen}."$action"
+echo "$action" 1<> {events}
+[ "$holds" ] || exit 0
+{watch}read -r verdict <> {verdict}
+{unwatch}[ "$verdict" = commit ] && : > {committed}
 """
+
+_FREEZE = """\
+[ "$holds" ] && echo 1 > {cgroup_freeze}
+"""
+
+# A program that starts at once would cost the hand-over its time.
+_WATCH = """\
+(
+    trap 'kill $sleeper; exit' TERM
+    sleep {patience_s} & sleeper=$!
+    wait $sleeper
+    trap - TERM
+    exec {command}
+) > /dev/null 2>&1 < /dev/null & watch=$!
+"""
+_UNWATCH = "kill $watch\n"
 
 # CRIU unlocks the network after a failed restore too, with the tasks dead: a port plugged then
 # would have the kernel answer the container's clients with RST.
@@ -114,12 +143,15 @@ class HoldPlan:
 
     `hold_at` is the action at which CRIU waits for the verdict. `at_unlock` are command lines that
     run exactly when CRIU says that sockets may speak again. `options` are lines of
-    CRIU's configuration file.
+    CRIU's configuration file. `freeze` is the cgroup that is frozen as long as CRIU is held.
+    `orphaned` is started when the hold lasts (see the module) and ended with it.
     """
 
     hold_at: Literal["post-dump", "post-restore"]
     options: tuple[str, ...]
     at_unlock: tuple[tuple[str, ...], ...] = ()
+    freeze: Path | None = None
+    orphaned: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -150,6 +182,7 @@ class CriuHold:
             hold._fds[fifo] = os.open(directory / fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         gate = _GATE.format(
             page_server_fd=PAGE_SERVER_FD,
+            pid=str(directory / "criu.pid"),
             events=str(directory / "events"),
             gate=str(directory / "gate"),
             criu=criu,
@@ -230,36 +263,87 @@ class CriuHold:
 def abort_from_outside(directory: Path) -> bool:
     """Tell a gate or a hold that another process made to abort; True when one of them waited.
 
-    Opening a FIFO for writing succeeds only while somebody reads it (`fifo(7)`), so nothing is left
-    in it for a CRIU that comes later. Call again until the runtime has ended.
+    Call again until the runtime has ended.
     """
-    told = False
-    for fifo in ("gate", "verdict"):
-        try:
-            fd = os.open(directory / fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno not in (errno.ENXIO, errno.ENOENT):
-                raise
-            continue
-        with os.fdopen(fd, "wb", buffering=0) as waiting:
-            waiting.write(b"abort\n")
-        told = True
-    return told
+    told = [_say(directory / fifo, "abort") for fifo in ("gate", "verdict")]
+    return any(told)
+
+
+def say(directory: Path, verdict: Verdict) -> bool:
+    """Answer a hold that another process made; True when it waited.
+
+    Opening a FIFO for writing succeeds only while somebody reads it (`fifo(7)`), so nothing is left
+    in it for a CRIU that comes later.
+    """
+    return _say(directory / "verdict", verdict)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a CRIU waits for its verdict."""
+    return _say(directory / "verdict", "")
+
+
+def has_seen(directory: Path, action: str) -> bool:
+    """Whether CRIU has come to an action, by the mark that its hook has left."""
+    return (directory / f"seen.{action}").exists()
+
+
+def is_let_go(directory: Path) -> bool:
+    """Whether the hook has read "commit": from then on the tasks may have run."""
+    return (directory / "committed").exists()
+
+
+def criu_pid(directory: Path) -> int | None:
+    """The process that was the gate and became CRIU; None when it has ended or never was.
+
+    Its number may be another's by now, so its command line must name the gate or CRIU itself.
+    """
+    try:
+        pid = int((directory / "criu.pid").read_text())
+        words = Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None
+    return pid if b"swrk" in words else None
+
+
+def _say(fifo: Path, word: str) -> bool:
+    """Whether somebody reads; without a word only that is found out."""
+    try:
+        fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.ENOENT):
+            raise
+        return False
+    with os.fdopen(fd, "wb", buffering=0) as waiting:
+        if word:
+            waiting.write(word.encode() + b"\n")
+    return True
 
 
 def _hook_text(directory: Path, plan: HoldPlan) -> str:
-    events = shlex.quote(str(directory / "events"))
-    committed = shlex.quote(str(directory / "committed"))
-    at_unlock = ""
+    def quoted(name: str) -> str:
+        return shlex.quote(str(directory / name))
+
+    at_unlock = freeze = watch = ""
     if plan.at_unlock:
         command = " && ".join(shlex.join(words) for words in plan.at_unlock)
-        at_unlock = _AT_UNLOCK.format(command=command, committed=committed, events=events)
+        at_unlock = _AT_UNLOCK.format(
+            command=command, committed=quoted("committed"), events=quoted("events")
+        )
+    if plan.freeze is not None:
+        freeze = _FREEZE.format(cgroup_freeze=shlex.quote(str(plan.freeze / "cgroup.freeze")))
+    if plan.orphaned:
+        watch = _WATCH.format(patience_s=PATIENCE_S, command=shlex.join(plan.orphaned))
     return _HOOK.format(
         at_unlock=at_unlock,
-        committed=committed,
-        events=events,
+        freeze=freeze,
+        watch=watch,
+        unwatch=_UNWATCH if watch else "",
+        committed=quoted("committed"),
+        events=quoted("events"),
+        seen=quoted("seen"),
         hold_at=plan.hold_at,
-        verdict=shlex.quote(str(directory / "verdict")),
+        verdict=quoted("verdict"),
     )
 
 

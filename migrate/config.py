@@ -23,15 +23,19 @@ SESSION_RESERVE_BYTES = 256 << 20
 CONNECT_DEADLINE_S = 10.0
 # The target looks at its host (`criu check`, 20 s at most) and may have to end a former session.
 OPEN_DEADLINE_S = 120.0
+# `criu check` and the runtime's commands have 20 s each.
+PREFLIGHT_DEADLINE_S = 120.0
 # To tell a target that has been lost that all is undone; one that does not hear it finds out.
 LAST_WORD_DEADLINE_S = 3.0
 PREPARE_DEADLINE_S = 30.0
 FREEZE_DEADLINE_S = 5.0
-DUMP_DEADLINE_S = 60.0
-RESTORE_DEADLINE_S = 60.0
+DUMP_DEADLINE_S = 30.0
+RESTORE_DEADLINE_S = 30.0
 EAGER_RESTORE_DEADLINE_S = 600.0
 HANDOVER_DEADLINE_S = 10.0
 RUNTIME_EXIT_DEADLINE_S = 30.0
+# All of a rollback, or of a release; then whoever does it says that it hangs.
+UNDO_DEADLINE_S = 90.0
 ROOTFS_DEADLINE_S = 3600.0
 ROOTFS_FROZEN_DEADLINE_S = 120.0
 FILL_DEADLINE_S = 3600.0
@@ -46,6 +50,15 @@ FROZEN_SILENCE_S = 5.0
 IN_DOUBT_PATIENCE_S = 60.0
 RECONNECT_PAUSE_S = 0.5
 ASK_AGAIN_S = 5.0
+# A word to the peer's agent outside of a session: it may wait for its own journal first.
+WORD_DEADLINE_S = 15.0
+# The agent's rounds over migrations whose coordinator is dead.
+RECOVERY_PERIOD_S = 5.0
+# How long a decision that the journal can't take is tried again.
+JOURNAL_PATIENCE_S = 20.0
+JOURNAL_PAUSE_S = 1.0
+# How long a new migration asks the target of a former one that was left in doubt.
+FORMER_PATIENCE_S = 5.0
 
 # For an agent that stops to undo the sessions that hold nothing.
 STOP_DEADLINE_S = 30.0
@@ -92,6 +105,10 @@ class HostPaths:
     def containers(self) -> Path:
         """Bundles of containers that came here."""
         return self.state / "containers"
+
+    def claim(self, migration_id: str, role: str) -> Path:
+        """What is locked by the process that drives one side of a migration: see `claim.py`."""
+        return self.run / "claims" / f"{migration_id}.{role}"
 
     def session(self, migration_id: str, role: str) -> Path:
         """The directory of one migration; a tmpfs of its own is mounted there."""

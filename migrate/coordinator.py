@@ -8,18 +8,17 @@ does not) and `freezing.py` (what holds it); here it is put in order, and undone
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import socket
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
-import psutil
 import structlog
 
 from criu_glue.errors import CriuGlueError
-from migrate import config, network, preflight, progress, remains
+from migrate import config, network, peer, preflight, progress, recovery
+from migrate.claim import Claim, claimant
 from migrate.conversation import Conversation
 from migrate.copying import Copying
 from migrate.core import messages, source_machine
@@ -28,18 +27,22 @@ from migrate.core.clock_relation import ClockRelation
 from migrate.core.convergence import Verdict
 from migrate.core.downtime import Marks, downtime_parts
 from migrate.core.events import SourceEventKind as E
+from migrate.core.events import target_reported
 from migrate.core.states import SOURCE_TERMINAL
 from migrate.core.states import SourceState as S
+from migrate.core.table import Verdict as JournalVerdict
 from migrate.driver import Driver, quietly
 from migrate.errors import (
     Cancelled,
     DeadlineExceeded,
     InDoubt,
+    JournalError,
     MigrateError,
     NotConverging,
     RollbackFailed,
     TransferFailed,
     Unreachable,
+    UsageError,
     held_on,
     runs_on,
 )
@@ -62,6 +65,27 @@ if TYPE_CHECKING:
     from migrate.runtimes.base import Runtime
 
 log = structlog.get_logger()
+
+
+def deadlines_s(restore: str) -> dict[S, float]:
+    """How long a state may last before its machine is told, in seconds.
+
+    While memory and files travel there is no such limit, because they may be large: a copy ends
+    when nothing moves any more (`transport/`, `conversation.py`), and each act has its own.
+    """
+    restoring_s = (
+        config.EAGER_RESTORE_DEADLINE_S if restore == "eager" else config.RESTORE_DEADLINE_S
+    )
+    return {
+        S.PREFLIGHT: config.PREFLIGHT_DEADLINE_S,
+        # The target keeps that deadline itself, and says what hung; this is for one that does not.
+        S.RESTORING: restoring_s + config.RUNTIME_EXIT_DEADLINE_S,
+        S.HELD: config.JOURNAL_PATIENCE_S,
+        S.COMMITTED: config.HANDOVER_DEADLINE_S,
+        S.IN_DOUBT: config.ASK_AGAIN_S,
+        S.ROLLING_BACK: config.UNDO_DEADLINE_S,
+        S.RELEASING: config.UNDO_DEADLINE_S,
+    }
 
 
 class Coordinator:
@@ -87,7 +111,9 @@ class Coordinator:
         self._builder.restore = options.restore
         self._builder.runtime = runtime.name
         self._attempt = 0
+        self._claim: Claim | None = None
         self._journal: JournalWriter | None = None
+        self._commit_is_unknown = False
         self._target: Conversation | None = None
         self._facts: ContainerFacts | None = None
         self._copying: Copying | None = None
@@ -96,7 +122,6 @@ class Coordinator:
         self._restore: messages.Restore | None = None
         self._clocks = ClockRelation(0, 0)
         self._prepared_here = asyncio.Event()
-        self._waiting: asyncio.Task[None] | None = None
         self._doubted_s: float | None = None
         self._error: MigrateError | None = None
         self._act_error: MigrateError | None = None
@@ -107,6 +132,8 @@ class Coordinator:
             overtaking=frozenset({A.ROLLBACK}),
             terminal=SOURCE_TERMINAL,
             act_failed=E.ACT_FAILED,
+            deadline_passed=E.DEADLINE_PASSED,
+            deadlines_s=deadlines_s(options.restore),
         )
         self._acts: dict[A, Callable[[], Awaitable[E | None]]] = {
             A.RUN_PREFLIGHT: self._run_preflight,
@@ -159,44 +186,59 @@ class Coordinator:
         except TimeoutError as error:
             raise DeadlineExceeded(f"{action} took too long", host=self._host) from error
 
-    def failed(self, action: A, error: MigrateError) -> None:
+    def failed(self, action: A | None, error: MigrateError) -> None:
         """Told of an act's failure by the driver."""
-        log.info("act failed", action=str(action), why=str(error))
+        log.info("act failed", action=action, why=str(error))
         self._note(error)
-        if action in (A.ROLLBACK, A.RELEASE):
-            self._act_error = RollbackFailed(
-                f"{action} failed: {error.message}",
-                host=self._host,
-                phase=str(self.driver.state),
-                container_state=error.container_state,
-                remedy=error.remedy or f"look at {self.options.container} on both hosts",
-            )
+        if self.driver.state in (S.ROLLING_BACK, S.RELEASING):
+            self._act_error = self._stuck(error.message, error)
 
     def _note(self, error: MigrateError) -> None:
         """Keep the first error: what follows is its consequence."""
         if self._error is None:
             self._error = error.at(host=self._host, phase=str(self.driver.state))
 
-    async def record(self, state: S, kind: E) -> None:
-        """Append the transition to the journal."""
+    async def record(self, state: S, event: str) -> None:
+        """Append the transition to the journal.
+
+        A journal that can't be written ends a migration that goes forward; it does not keep one
+        from being undone or finished, because `replay` leads there without the record as well. But
+        where nobody knows whether the commit was written, the target may be told that it was: then
+        nothing is undone before the journal says that it was not, or that it is undone.
+        """
         assert self._journal is not None
-        await self._journal.record(self.migration_id, "source", str(state), str(kind))
+        limit_s = time.monotonic() + config.JOURNAL_PATIENCE_S
+        while True:
+            try:
+                await self._journal.record(self.migration_id, "source", str(state), event)
+            except JournalError as error:
+                if state in (S.PRECOPY, S.FROZEN, S.COMMITTED):
+                    raise
+                log.warning("not recorded", state=str(state), why=str(error))
+                if not self._commit_is_unknown or await self._is_uncommitted():
+                    return
+                if time.monotonic() > limit_s:
+                    raise
+                await asyncio.sleep(config.RECONNECT_PAUSE_S)
+            else:
+                self._commit_is_unknown = False
+                return
+
+    async def _is_uncommitted(self) -> bool:
+        """Whether the journal can be read and has no commit."""
+        assert self._journal is not None
+        try:
+            verdict = await self._journal.call(
+                lambda journal: journal.verdict(self.migration_id, "source")
+            )
+        except JournalError:
+            return False
+        return verdict is JournalVerdict.UNDO
 
     async def _open_journal(self) -> None:
         self._journal = await asyncio.to_thread(JournalWriter, self._paths.journal)
-        runtimes = {self._runtime.name: self._runtime}
-        now_s = time.time()
-        held = await self._journal.call(
-            lambda journal: remains.clean(journal, "source", runtimes, self._paths, at_wall_s=now_s)
-        )
-        for migration in held:
-            if migration.container == self.options.container:
-                raise InDoubt(
-                    f"{migration.container} takes part in the migration {migration.migration_id}"
-                    f" to {migration.peer}, which has not ended",
-                    host=self._host,
-                    remedy=f"wait for it, or find out on {migration.peer} whether it runs there",
-                )
+        await self._settle_former()
+        self._claim = Claim.take(self._paths.claim(self.migration_id, "source"))
         self._attempt = await self._journal.claim_attempt()
         await self._journal.begin(
             self.migration_id,
@@ -205,12 +247,33 @@ class Coordinator:
             container=self.options.container,
             runtime=self._runtime.name,
             peer=self.options.target,
-            facts={
-                "session": str(self._session),
-                "pid": os.getpid(),
-                "created_wall_s": psutil.Process().create_time(),
-            },
         )
+
+    async def _settle_former(self) -> None:
+        """Recover what dead coordinators of this host have left; refuse a second migration of the
+        same container, and one of a container whose owner is not known."""
+        assert self._journal is not None
+        runtimes = {self._runtime.name: self._runtime}
+        left = await recovery.recover_orphans(
+            self._journal,
+            runtimes,
+            self._paths,
+            patience_s=config.FORMER_PATIENCE_S,
+            container=self.options.container,
+        )
+        for migration, error in left:
+            if migration.container == self.options.container:
+                raise error
+        for migration, _ in await self._journal.call(lambda journal: journal.unfinished()):
+            is_ours = migration.role == "source" and migration.container == self.options.container
+            pid = claimant(self._paths.claim(migration.migration_id, "source"))
+            if is_ours and pid is not None:
+                raise UsageError(
+                    f"{migration.container} is being migrated to {migration.peer} already,"
+                    f" by process {pid}",
+                    host=self._host,
+                    remedy=f"wait for it, or run: migrate cancel {migration.migration_id}",
+                )
 
     # --- while the container runs ---
 
@@ -222,7 +285,9 @@ class Coordinator:
             self.options.container,
             self.options.shared,
             lazy=self.options.restore == "lazy",
+            streams=self.options.streams or default_streams(),
             host=self._host,
+            paths=self._paths,
         )
         self._facts = checked.facts
         self._builder.memory_bytes = checked.facts.memory_bytes
@@ -244,6 +309,10 @@ class Coordinator:
             dry_run=False,
         )
         opened = await link.open_session(request)
+        assert self._journal is not None
+        await self._journal.note(
+            self.migration_id, "source", peer_host=opened.host, port=self.options.port
+        )
         self._builder.add_versions(self.options.target, opened.versions)
         for caution in opened.cautions:
             self._warn(f"{self.options.target}: {caution.message}; {caution.remedy}")
@@ -310,8 +379,14 @@ class Coordinator:
             container, self._runtime, self._facts.network.ports, self._session, self._host
         )
         assert self._journal is not None
-        plan = await self._freezing.prepare(self.migration_id, self._paths.journal)
-        await self._journal.note(self.migration_id, "source", guard=msgspec.to_builtins(plan))
+        plan = await self._freezing.prepare(self.migration_id, self._paths)
+        await self._journal.note(
+            self.migration_id,
+            "source",
+            guard=msgspec.to_builtins(plan),
+            network=msgspec.to_builtins(self._facts.network_handle),
+            bundle=str(container.bundle),
+        )
         await self._copying.make_ready()
         self._standstill = Standstill(self._copying, self._freezing, self._builder)
         self._prepared_here.set()
@@ -344,54 +419,43 @@ class Coordinator:
         # From here on a silent target is a doubt, not a failure.
         assert self._target is not None
         self._target.stop_watching()
-        await self.record(S.COMMITTED, E.TARGET_HELD)
+        self._commit_is_unknown = True
+        await self.record(S.COMMITTED, str(E.TARGET_HELD))
         return E.COMMIT_RECORDED
 
     async def _send_commit(self) -> None:
         assert self._target is not None
         await self._target.tell(messages.Commit(self.migration_id, self._attempt))
-        self._ask_if_still(S.COMMITTED, config.HANDOVER_DEADLINE_S)
 
-    def _ask_if_still(self, state: S, after_s: float) -> None:
-        """Let the machine hear that time has passed, if it is in this state then."""
-
-        async def later() -> None:
-            await asyncio.sleep(after_s)
-            if self.driver.state is state:
-                await self.driver.post(E.DEADLINE_PASSED)
-
-        self._waiting = asyncio.create_task(later())
-
-    async def _ask_target(self) -> None:
-        """Connect again and ask, until the target is heard or patience ends."""
+    async def _ask_target(self) -> E | None:
+        """Ask, over a new control channel, or, if its session is gone, the agent itself. Asked
+        again by the state's deadline."""
         assert self._target is not None
-        if self._doubted_s is None:
-            self._doubted_s = time.monotonic()
-        while time.monotonic() < self._doubted_s + config.IN_DOUBT_PATIENCE_S:
-            try:
-                await self._target.connect()
-                await self._target.tell(messages.Ask(self.migration_id, self._attempt))
-            except Unreachable:
-                await asyncio.sleep(config.RECONNECT_PAUSE_S)
-            else:
-                self._ask_if_still(S.IN_DOUBT, config.ASK_AGAIN_S)
-                return
-        await self._hold()
+        ask = messages.Ask(self.migration_id, self._attempt)
+        try:
+            await self._target.connect()
+            await self._target.tell(ask)
+        except Unreachable:
+            return await self._ask_agent(ask)
+        return None
+
+    async def _ask_agent(self, ask: messages.Ask) -> E | None:
+        target, port = self.options.target, self.options.port
+        try:
+            return target_reported(await peer.say(target, port, self._paths, "target", ask))
+        except MigrateError as error:
+            log.info("the target is not heard", why=str(error))
+            await self._hold()
+            return None
 
     async def _release(self) -> E:
         assert self._freezing is not None
         assert self._facts is not None
         await self._freezing.release()
         await asyncio.to_thread(network.destroy, self._facts.network_handle)
-        await asyncio.to_thread(self._forget_bundle)
-        return E.RELEASED
-
-    def _forget_bundle(self) -> None:
-        """A bundle that an agent made goes with its container; any other is the user's."""
-        assert self._facts is not None
         bundle = self._facts.container.bundle
-        if bundle.parent == self._paths.containers:
-            shutil.rmtree(bundle, ignore_errors=True)
+        await asyncio.to_thread(recovery.forget_bundle, bundle, self._paths)
+        return E.RELEASED
 
     # --- ends ---
 
@@ -419,18 +483,36 @@ class Coordinator:
         await self._target.tell(messages.State(self.migration_id, self._attempt, state))
 
     async def _hold(self) -> None:
-        target, container = self.options.target, self.options.container
-        if self.driver.state is not S.COMMITTED and self._act_error is not None:
-            self.driver.halt(self._act_error)
+        """What can't be undone or finished is left as it is; a doubt only after some time."""
+        if self.driver.state in (S.ROLLING_BACK, S.RELEASING):
+            self.driver.halt(self._act_error or self._stuck("it takes too long"))
             return
+        if self._doubted_s is None:
+            self._doubted_s = time.monotonic()
+        if time.monotonic() < self._doubted_s + config.IN_DOUBT_PATIENCE_S:
+            return
+        target, container = self.options.target, self.options.container
         self.driver.halt(
             InDoubt(
                 f"{target} has not said whether it runs {container}",
                 host=self._host,
                 phase=str(self.driver.state),
                 container_state=held_on(self._host),
-                remedy=f"bring {target} back, then ask it for {container} before anything else",
+                remedy=f"bring {target} back and run: migrate recover {self.migration_id}",
             )
+        )
+
+    def _stuck(self, why: str, error: MigrateError | None = None) -> RollbackFailed:
+        """A rollback or a release that can't be carried out."""
+        runs = self.driver.state is S.RELEASING
+        return RollbackFailed(
+            f"{self.driver.state} failed: {why}",
+            host=self._host,
+            phase=str(self.driver.state),
+            container_state=runs_on(self.options.target)
+            if runs
+            else (error.container_state if error else "") or f"may be frozen on {self._host}",
+            remedy=(error.remedy if error else "") or f"migrate recover {self.migration_id}",
         )
 
     async def _report_done(self) -> None:
@@ -459,8 +541,6 @@ class Coordinator:
         self.report = self._builder.build("aborted", self._error)
 
     async def _close(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
         if self._copying is not None:
             await quietly(self._copying.close())
         if self._target is not None:
@@ -470,6 +550,8 @@ class Coordinator:
             await asyncio.to_thread(shutil.rmtree, self._session, ignore_errors=True)
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)
+        if self._claim is not None:
+            self._claim.release()
 
     async def _post_heard(self, kind: E) -> None:
         await self.driver.post(kind, from_peer=True)

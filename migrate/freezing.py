@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -21,16 +20,17 @@ import msgspec
 
 from criu_glue.core.log_hints import explain
 from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
-from migrate import cgroup, config
+from migrate import cgroup, config, holder
 from migrate.errors import DumpFailed, RollbackFailed
-from migrate.guard import GuardPlan
+from migrate.guard import GuardPlan, end_criu
 from migrate.network import PortSwitch
-from migrate.processes import Outliving, kill_tree, last_message, tail
+from migrate.processes import Outliving, last_message, module_command, tail
 from migrate.runtimes.runc import LOG_NAME
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from migrate.config import HostPaths
     from migrate.network_identity import Port
     from migrate.runtimes.base import Container, Runtime
 
@@ -59,11 +59,12 @@ class Freezing:
         self._host = host
         self._hold: CriuHold | None = None
         self._process: Outliving | None = None
+        self._plan: GuardPlan | None = None
         self._guard: Outliving | None = None
         self._to_guard: asyncio.StreamWriter | None = None
         self._is_frozen = False
 
-    async def prepare(self, migration_id: str, journal: Path) -> GuardPlan:
+    async def prepare(self, migration_id: str, paths: HostPaths) -> GuardPlan:
         """Start the runtime up to its CRIU's gate, and the guard; returns what that is to do."""
         self.image_dir.mkdir(mode=0o700)
         self._work_dir.mkdir(mode=0o700)
@@ -74,7 +75,10 @@ class Freezing:
             f"ps-socket {PAGE_SERVER_FD}",
             f"ghost-limit {config.GHOST_FILE_BYTES_MAX}",
         )
-        self._hold = CriuHold.prepare(self._work_dir / "hold", HoldPlan("post-dump", options))
+        directory = self._work_dir / "hold"
+        orphaned = holder.command(paths, migration_id, "source", directory)
+        plan = HoldPlan("post-dump", options, freeze=self.container.cgroup, orphaned=orphaned)
+        self._hold = CriuHold.prepare(directory, plan)
         command = self._runtime.checkpoint_command(
             self.container,
             self.image_dir,
@@ -83,9 +87,17 @@ class Freezing:
             page_server=_NO_PAGE_SERVER,
         )
         self._process = Outliving(command, env=self._hold.environment(os.environ))
-        plan = await self._start_guard(migration_id, journal)
+        self._plan = GuardPlan(
+            migration_id=migration_id,
+            journal=str(paths.journal),
+            hold_directory=str(directory),
+            runtime_pid=self._process.pid,
+            cgroup=str(self.container.cgroup),
+            ports=tuple((port.name, port.bridge) for port in self._ports),
+        )
+        await self._start_guard(self._plan)
         await self._until("gate", config.PREPARE_DEADLINE_S)
-        return plan
+        return self._plan
 
     async def freeze(self) -> dict[str, int]:
         """Unplug and freeze; marks (µs): `unplug` when it began, `frozen` when all tasks stood."""
@@ -125,13 +137,11 @@ class Freezing:
     async def undo(self) -> None:
         """Give the container back to its users. Idempotent. Raises RollbackFailed."""
         if self._hold is not None:
-            self._hold.decide("abort")
-        if self._process is not None and self._process.returncode is None:
-            try:
-                async with asyncio.timeout(config.RUNTIME_EXIT_DEADLINE_S):
-                    await self._process.wait()
-            except TimeoutError:
-                kill_tree(self._process.pid)
+            # As long as it is open here, its words would be taken for heard.
+            self._hold.close()
+        if self._process is not None:
+            directory = self._work_dir / "hold"
+            await asyncio.to_thread(end_criu, directory, self._process.pid)
         try:
             if self._is_frozen:
                 cgroup.thaw(self.container.cgroup)
@@ -162,20 +172,11 @@ class Freezing:
             self._hold.close()
             self._hold = None
 
-    async def _start_guard(self, migration_id: str, journal: Path) -> GuardPlan:
-        assert self._process is not None
-        plan = GuardPlan(
-            migration_id=migration_id,
-            journal=str(journal),
-            hold_directory=str(self._work_dir / "hold"),
-            runtime_pid=self._process.pid,
-            cgroup=str(self.container.cgroup),
-            ports=tuple((port.name, port.bridge) for port in self._ports),
-        )
+    async def _start_guard(self, plan: GuardPlan) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._guard = Outliving(
-                [sys.executable, "-m", "migrate.guard"],
+                module_command("migrate.guard"),
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=None,
@@ -186,7 +187,6 @@ class Freezing:
             armed = await from_guard.readline()
         if armed != b"armed\n":
             raise DumpFailed("the guard of the freeze did not start", host=self._host)
-        return plan
 
     async def _until(self, action: str, deadline_s: float) -> int:
         assert self._hold is not None

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import msgspec
 
-from criu_glue.hooks import abort_from_outside
+from criu_glue.hooks import abort_from_outside, criu_pid
 from migrate import cgroup
+from migrate.core.table import Verdict
 from migrate.errors import JournalError
 from migrate.journal import Journal
 from migrate.network import plug
-from migrate.processes import is_alive
+from migrate.processes import is_alive, kill_tree
 
-# CRIU undoes a dump in milliseconds; a runtime that has not ended after this hangs, and a container
-# that runs beside a hung CRIU is still better than one that stays frozen.
-ABORT_DEADLINE_S = 60.0
+# CRIU undoes a dump in milliseconds; one that has not ended after this hangs, and is killed.
+ABORT_DEADLINE_S = 20.0
 JOURNAL_PAUSE_S = 1.0
 _STEP_MS = 20
 
@@ -57,34 +57,48 @@ def main() -> int:
         return 0
     while True:
         try:
-            is_theirs = is_committed(plan)
+            verdict = read_verdict(plan)
         except JournalError:
             # Nobody may thaw what may be another host's; the disk, or whoever is in the way, will
             # let it be read some time.
             select.select([], [], [], JOURNAL_PAUSE_S)
         else:
             break
-    if not is_theirs:
+    if verdict is Verdict.UNDO:
         give_back(plan)
     return 0
 
 
-def is_committed(plan: GuardPlan) -> bool:
-    """Whether the journal says that the container belongs to the target."""
+def read_verdict(plan: GuardPlan) -> Verdict:
+    """What the journal says of the frozen container. Raises JournalError."""
     with Journal.open_read_only(Path(plan.journal)) as journal:
-        return journal.is_committed(plan.migration_id)
+        return journal.verdict(plan.migration_id, "source")
+
+
+def end_criu(hold_directory: Path, runtime_pid: int) -> None:
+    """Have CRIU undo its dump; returns when it and its runtime have ended. Blocking, idempotent.
+
+    The tasks must not be thawed before: CRIU leaves their cgroup as it found it, which is frozen.
+    """
+    limit_s = time.monotonic() + ABORT_DEADLINE_S
+    while abort_from_outside(hold_directory) or busy(hold_directory, runtime_pid):
+        if time.monotonic() > limit_s:
+            for pid in busy(hold_directory, runtime_pid):
+                kill_tree(pid)
+            break
+        select.select([], [], [], _STEP_MS / 1000)
+
+
+def busy(hold_directory: Path, runtime_pid: int) -> list[int]:
+    """The processes of a dump; CRIU may be held still when its runtime is dead already."""
+    pids = [runtime_pid] if hold_directory.exists() and is_alive(runtime_pid) else []
+    criu = criu_pid(hold_directory)
+    return pids if criu is None or not is_alive(criu) else [*pids, criu]
 
 
 def give_back(plan: GuardPlan) -> None:
     """Undo the freeze: CRIU aborts, the cgroup thaws, the port is plugged in."""
-    directory = Path(plan.hold_directory)
-    limit_s = time.monotonic() + ABORT_DEADLINE_S
-    while time.monotonic() < limit_s:
-        # CRIU may be held still when its runtime is dead already.
-        told = abort_from_outside(directory)
-        if not told and not (is_alive(plan.runtime_pid) and directory.exists()):
-            break
-        select.select([], [], [], _STEP_MS / 1000)
+    end_criu(Path(plan.hold_directory), plan.runtime_pid)
     cgroup.thaw(Path(plan.cgroup))
     for port, bridge in plan.ports:
         # A container that ended meanwhile may have taken its port with it.

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
+    from migrate.core.table import Verdict
+
 Role: TypeAlias = Literal["source", "target"]
 Facts: TypeAlias = dict[str, Any]
 ResultT = TypeVar("ResultT")
@@ -54,6 +56,8 @@ MAX_RECORDS: Final = 64
 """Of one migration and role; the tables allow no more than eight."""
 MAX_AGE_S: Final = 90 * 86400.0
 """How long a finished migration can still be asked about by its peer."""
+WAL_BYTES_MAX: Final = 1 << 20
+"""What the write-ahead log keeps after a reader has made it grow; a migration writes 0.1 MiB."""
 MAX_FINISHED: Final = 1000
 """Finished migrations kept: about 2 KiB each."""
 
@@ -74,6 +78,27 @@ CREATE TABLE transitions (
 CREATE TABLE counters (name TEXT PRIMARY KEY NOT NULL, value INTEGER NOT NULL) STRICT;
 INSERT INTO counters VALUES ('attempt', 0);
 """
+_ALL: Final = "SELECT * FROM migrations ORDER BY created_wall_s, migration_id, role"
+_LATEST: Final = (
+    "SELECT * FROM migrations ORDER BY created_wall_s DESC, migration_id, role LIMIT {:d}"
+)
+_TERMINAL: Final = ", ".join(f"'{state}'" for state in sorted(SOURCE_TERMINAL | TARGET_TERMINAL))
+_UNFINISHED: Final = f"""
+SELECT * FROM migrations AS one WHERE NOT EXISTS (
+    SELECT 1 FROM transitions AS last
+    WHERE last.migration_id = one.migration_id AND last.role = one.role AND last.state IN
+    ({_TERMINAL})
+) ORDER BY created_wall_s, migration_id, role
+"""  # noqa: S608  (names of states)
+_FORGET: Final = f"""
+DELETE FROM migrations WHERE (migration_id, role) IN (
+    SELECT migration_id, role FROM (
+        SELECT migration_id, role, at_wall_s,
+            row_number() OVER (ORDER BY at_wall_s DESC, migration_id, role) AS number
+        FROM transitions WHERE state IN ({_TERMINAL})
+    ) WHERE number > ? OR at_wall_s < ?
+)
+"""  # noqa: S608  (names of states)
 _ONE_MIGRATION: Final = "SELECT * FROM migrations WHERE migration_id = ? AND role = ?"
 
 
@@ -159,17 +184,31 @@ class Journal:
 
     # --- writing ---
 
-    def claim_attempt(self) -> int:
-        """The next attempt number of this host; it always grows, also over pruning and restarts."""
+    def claim_attempt(self, now_wall_s: float) -> int:
+        """The next attempt number of this host: it always grows, over pruning and restarts, and by
+        the clock also over a journal that was lost. Peers refuse what comes with an older one."""
         with self._writing():
             row = self._connection.execute(
-                "UPDATE counters SET value = value + 1 WHERE name = 'attempt' RETURNING value"
+                "UPDATE counters SET value = max(value + 1, ?) WHERE name = 'attempt'"
+                " RETURNING value",
+                (int(now_wall_s * 1000),),
             ).fetchone()
         return int(row[0])
 
+    def newest_attempt(self, container: str, peer: str) -> int:
+        """The highest attempt of `peer` to bring `container` here; 0 when there was none."""
+        with _translated(self.path):
+            (attempt,) = self._connection.execute(
+                "SELECT coalesce(max(attempt), 0) FROM migrations"
+                " WHERE role = 'target' AND container = ? AND peer = ?",
+                (container, peer),
+            ).fetchone()
+        return int(attempt)
+
     def begin(self, migration: Migration) -> None:
         """Enter a migration; its transitions can be appended then. Raises JournalError if it is
-        known already. Also folds the write-ahead log back, so that no later sync has to."""
+        known already. Also prunes, and folds the write-ahead log back, so that no later sync has
+        to."""
         facts = _json(migration.facts)
         with self._writing():
             key = (migration.migration_id, migration.role)
@@ -188,6 +227,7 @@ class Journal:
                     facts,
                 ),
             )
+            self._forget(migration.created_wall_s - MAX_AGE_S, MAX_FINISHED)
         with _translated(self.path):
             self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
@@ -235,24 +275,9 @@ class Journal:
         self, now_wall_s: float, *, max_age_s: float = MAX_AGE_S, max_finished: int = MAX_FINISHED
     ) -> int:
         """Forget finished migrations that are too old or too many; returns how many. An unfinished
-        one is never forgotten."""
+        one is never forgotten. `begin` does it too."""
         with self._writing():
-            finished: list[tuple[float, str, str]] = []
-            for migration in self._migrations():
-                records = self._records(migration.migration_id, migration.role)
-                if records and _is_terminal(records[-1]):
-                    at = records[-1].at_wall_s
-                    finished.append((at, migration.migration_id, migration.role))
-            finished.sort(reverse=True)
-            gone = [
-                (migration_id, role)
-                for number, (at, migration_id, role) in enumerate(finished)
-                if number >= max_finished or at < now_wall_s - max_age_s
-            ]
-            self._connection.executemany(
-                "DELETE FROM migrations WHERE migration_id = ? AND role = ?", gone
-            )
-        return len(gone)
+            return self._forget(now_wall_s - max_age_s, max_finished)
 
     # --- reading ---
 
@@ -274,21 +299,24 @@ class Journal:
     def unfinished(self) -> list[tuple[Migration, list[Record]]]:
         """Migrations whose end is not recorded, with their transitions, oldest first."""
         with _translated(self.path):
-            result = []
-            for migration in self._migrations():
-                records = self._records(migration.migration_id, migration.role)
-                if not records or not _is_terminal(records[-1]):
-                    result.append((migration, records))
-            return result
+            return [
+                (migration, self._records(migration.migration_id, migration.role))
+                for migration in self._migrations(_UNFINISHED)
+            ]
 
-    def verdict(self, migration_id: str) -> source_machine.Verdict:
-        """What becomes of the frozen tree here when its coordinator is gone."""
-        state = self.state(migration_id, "source")
-        return source_machine.VERDICTS[SourceState(state) if state else SourceState.NEW]
+    def history(self, migrations_max: int) -> list[tuple[Migration, list[Record]]]:
+        """The latest migrations, whatever has become of them, with their transitions; the newest
+        last."""
+        with _translated(self.path):
+            found = self._migrations(_LATEST.format(migrations_max))
+            return [(one, self._records(one.migration_id, one.role)) for one in reversed(found)]
 
-    def is_committed(self, migration_id: str) -> bool:
-        """Whether the source's record says that the container is the target's."""
-        return self.verdict(migration_id) is not source_machine.Verdict.THAW
+    def verdict(self, migration_id: str, role: Role) -> Verdict:
+        """What becomes of what CRIU holds here when whoever drove it is gone."""
+        state = self.state(migration_id, role)
+        if role == "source":
+            return source_machine.VERDICTS[SourceState(state) if state else SourceState.NEW]
+        return target_machine.VERDICTS[TargetState(state) if state else TargetState.OPEN]
 
     # --- inner ---
 
@@ -301,6 +329,7 @@ class Journal:
         execute("PRAGMA foreign_keys = ON")
         # Folding the log back costs a second sync of the whole file: not within a handover.
         execute("PRAGMA wal_autocheckpoint = 0")
+        execute(f"PRAGMA journal_size_limit = {WAL_BYTES_MAX}")
         with self._writing():
             is_new = execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
             if is_new:
@@ -312,7 +341,8 @@ class Journal:
         found = [row[0] for row in execute("PRAGMA quick_check(3)")]
         if found != ["ok"]:
             raise _damaged(self.path, "; ".join(str(line) for line in found))
-        self.unfinished()
+        for migration in self._migrations():
+            self._records(migration.migration_id, migration.role)
 
     def _check_identity(self) -> None:
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
@@ -338,10 +368,12 @@ class Journal:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def _migrations(self) -> list[Migration]:
-        rows = self._connection.execute(
-            "SELECT * FROM migrations ORDER BY created_wall_s, migration_id, role"
-        )
+    def _forget(self, older_than_wall_s: float, max_finished: int) -> int:
+        """Within a transaction, and a millisecond: somebody in a handover may be waiting."""
+        return self._connection.execute(_FORGET, (max_finished, older_than_wall_s)).rowcount
+
+    def _migrations(self, query: str = _ALL) -> list[Migration]:
+        rows = self._connection.execute(query)
         return [self._read(Migration, row, facts_at=7) for row in rows.fetchall()]
 
     def _migration(self, migration_id: str, role: Role) -> Migration:
@@ -435,7 +467,8 @@ class JournalWriter:
 
     async def claim_attempt(self) -> int:
         """See `Journal.claim_attempt`."""
-        return await self.call(Journal.claim_attempt)
+        now_wall_s = self._clock()
+        return await self.call(lambda journal: journal.claim_attempt(now_wall_s))
 
     def close(self) -> None:
         """Finish what was asked for and close. Blocking, idempotent."""
@@ -454,11 +487,6 @@ def _may_follow(role: Role, last: str | None, state: str) -> bool:
         return TargetState(state) in target_machine.MAY_FOLLOW[earlier]
     except (ValueError, KeyError):
         return False
-
-
-def _is_terminal(record: Record) -> bool:
-    terminal = SOURCE_TERMINAL if record.role == "source" else TARGET_TERMINAL
-    return record.state in terminal
 
 
 def _digest(key: Sequence[Any]) -> bytes:

@@ -1,5 +1,6 @@
 """The network of a container: made on the target, plugged, and removed.
 
+    plan      which names it will have on this host; nothing is made        (before anything)
     recreate  namespace, interfaces, addresses, routes; ports in no bridge  (any time)
     hint      neighbours that the container knew                            (before it runs)
     plug      port up and into the bridge, the container is reachable       (CRIU's unlock)
@@ -41,6 +42,7 @@ __all__ = [
     "destroy",
     "free_port_name",
     "hint_neighbours",
+    "plan",
     "plug",
     "recreate",
     "unplug",
@@ -62,23 +64,35 @@ _ADDR_GEN_NONE = "1"
 
 
 class NetworkHandle(msgspec.Struct, frozen=True):
-    """What `recreate` made: enough to plug it, and to remove it after a crash."""
+    """What `recreate` makes: enough to plug it, and to remove it after a crash."""
 
     netns: str
     ports: tuple[Port, ...]
 
 
-def recreate(
+def plan(
     identity: NetworkIdentity, name: str, bridges: Mapping[str, str] | None = None
 ) -> NetworkHandle:
-    """Make the namespace /run/netns/NAME as `identity` says, with every port in no bridge.
+    """What `recreate` would make: the namespace /run/netns/NAME and the ports of `identity`.
 
     `bridges` maps an interface to the bridge on this host, where it differs from the source's.
-    Raises NetworkError, after everything made was removed again. `identity` may come from a peer.
+    Raises NetworkError, also where there is such a namespace. `identity` may come from a peer.
     """
     validate(identity)
-    plugs = _plan_ports(identity, bridges or {})
-    handle = NetworkHandle(str(namespaces.path_of(name)), plugs)
+    path = namespaces.path_of(name)
+    if path.exists():
+        raise NetworkError(f"the network namespace {path} exists already")
+    return NetworkHandle(str(path), _plan_ports(identity, bridges or {}))
+
+
+def recreate(identity: NetworkIdentity, handle: NetworkHandle) -> None:
+    """Make the namespace as `identity` says, with every port of `handle` in no bridge.
+
+    Raises NetworkError, after everything made was removed again.
+    """
+    validate(identity)
+    plugs = handle.ports
+    name = Path(handle.netns).name
     path = namespaces.create(name)
     own = os.open(namespaces.OWN_NETNS, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -91,7 +105,6 @@ def recreate(
         raise NetworkError(f"the network of {name} can't be made: {error}") from error
     finally:
         os.close(own)
-    return handle
 
 
 def hint_neighbours(netns: Path, identity: NetworkIdentity) -> None:

@@ -7,13 +7,23 @@ import contextlib
 import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
+
+
+_SOURCE = Path(__file__).resolve().parents[1]
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this project, whatever environment it is given."""
+    python_path = f"PYTHONPATH={_SOURCE}"
+    return ["/usr/bin/env", python_path, sys.executable, "-P", "-m", module, *arguments]
 
 
 class Outliving:
@@ -79,6 +89,16 @@ def is_alive(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def users_of(directory: Path) -> list[psutil.Process]:
+    """Processes that were started for a session: its directory is in their command line, which is
+    in `info`."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(str(directory) in word for word in process.info["cmdline"] or ())
+    ]
 
 
 def kill_tree(pid: int) -> None:

@@ -39,15 +39,7 @@ class TargetLink:
     def __init__(self, host: str, port: int, paths: config.HostPaths) -> None:
         self.host = host
         self._port = port
-        identity = tls.TlsPaths(paths.tls.ca, paths.tls.certificate, paths.tls.key)
-        try:
-            self.context: ssl.SSLContext = tls.client_context(identity)
-        except TransportError as error:
-            raise MigrateError(
-                str(error),
-                phase="preflight",
-                remedy=f"this host needs an identity in {paths.tls.ca.parent}",
-            ) from error
+        self.context = client_context(paths)
         self._http: aiohttp.ClientSession | None = None
         self._control: aiohttp.ClientWebSocketResponse | None = None
         self.opened: messages.SessionOpened | None = None
@@ -153,6 +145,19 @@ class TargetLink:
             yield
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise unreachable(self.host, self._port, error, is_first=is_first) from error
+
+
+def client_context(paths: config.HostPaths) -> ssl.SSLContext:
+    """This host's identity, to speak to an agent with. Raises MigrateError."""
+    identity = tls.TlsPaths(paths.tls.ca, paths.tls.certificate, paths.tls.key)
+    try:
+        return tls.client_context(identity)
+    except TransportError as error:
+        raise MigrateError(
+            str(error),
+            phase="preflight",
+            remedy=f"this host needs an identity in {paths.tls.ca.parent}",
+        ) from error
 
 
 def unreachable(host: str, port: int, error: Exception, *, is_first: bool = False) -> Unreachable:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from criu_glue import images
 from criu_glue.core.log_hints import explain
-from criu_glue.hooks import CriuHold, HoldPlan
+from criu_glue.hooks import CriuHold, HoldPlan, criu_pid, is_let_go
 from migrate import config, output_keeper
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
-from migrate.processes import Outliving, kill_tree, last_message, tail
+from migrate.processes import Outliving, is_alive, kill_tree, last_message, tail
 from migrate.runtimes.runc import DESCRIPTORS_NAME, LOG_NAME, bundle_cgroup, descriptors_json
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 # CRIU's log of a large container is a few MiB; the lines that matter are at its end.
 LOG_BYTES_MAX = 4 << 20
+_STEP_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,9 @@ class Restoring:
         self._process: Outliving | None = None
         self._keeper: Outliving | None = None
 
-    async def prepare(self, descriptors: tuple[str, str, str]) -> None:
-        """Start the runtime and the pager; returns when CRIU waits at its gate."""
+    async def prepare(self, descriptors: tuple[str, str, str], orphaned: tuple[str, ...]) -> None:
+        """Start the runtime and the pager; returns when CRIU waits at its gate. `orphaned` is who
+        looks after the hold when this agent is gone."""
         plan = self.plan
         (plan.image_dir / DESCRIPTORS_NAME).write_bytes(descriptors_json(descriptors))
         at_unlock = tuple(
@@ -91,6 +93,7 @@ class Restoring:
                 "post-restore",
                 ("manage-cgroups ignore", "network-lock skip", "verbosity 2"),
                 at_unlock,
+                orphaned=orphaned,
             ),
         )
         if plan.lazy:
@@ -142,6 +145,23 @@ class Restoring:
         marks = {"released": self._hold.decide("commit")}
         marks["resumed"] = await self._until("post-resume", config.HANDOVER_DEADLINE_S)
         return marks
+
+    async def is_lost(self) -> bool:
+        """Returns when the runtime has ended: whether without the copy having been let go.
+
+        It is dead then: a runtime ends with its CRIU, and a CRIU that has lost its runtime, and
+        could not tell it of the restore's end, is killed here.
+        """
+        assert self._process is not None
+        await self._process.wait()
+        hold = self.plan.work_dir / "hold"
+        if is_let_go(hold):
+            return False
+        criu = criu_pid(hold)
+        while criu is not None and is_alive(criu):
+            kill_tree(criu)
+            await asyncio.sleep(_STEP_S)
+        return not is_let_go(hold)
 
     async def finish(self) -> FillResult | None:
         """Wait for the runtime's end and for the last page; None for an eager restore."""

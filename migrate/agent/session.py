@@ -2,11 +2,15 @@
 
 One session receives one container. Its control channel is a WebSocket of the source; when that
 breaks, the machine says what becomes of the session. Everything that blocks runs in threads.
+
+A session outlives its agent: the next one makes it again (`adopt`) from the journal and from the
+request in the session's directory, and goes on where `replay` says.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from pathlib import Path
@@ -16,30 +20,40 @@ import msgspec
 import structlog
 from aiohttp import WSMsgType
 
-from migrate import network
+from migrate import config, holder, network, peer
+from migrate.agent.adopted import AdoptedRestoring
 from migrate.agent.restoring import RestorePlan, Restoring
 from migrate.agent.workspace import Workspace
 from migrate.announce import Announcer
 from migrate.core import messages, target_machine
 from migrate.core.actions import TargetAction as A
 from migrate.core.events import TargetEventKind as E
-from migrate.core.events import event_of_source_message
+from migrate.core.events import event_of_source_message, source_reported
 from migrate.core.states import TARGET_TERMINAL
 from migrate.core.states import TargetState as S
 from migrate.driver import Driver, quietly
-from migrate.errors import MigrateError, TransferFailed
+from migrate.errors import JournalError, MigrateError, ProtocolError, TransferFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from aiohttp import web
 
-    from migrate import config
-    from migrate.journal import JournalWriter
+    from migrate.journal import JournalWriter, Migration
+    from migrate.recovery import Owner
     from migrate.runtimes.base import Runtime
     from transport.receiver import DataListener
 
 log = structlog.get_logger()
+
+# While memory and files arrive there is no such limit: the source's silence ends that.
+DEADLINES_S = {
+    S.OPEN: config.PREPARE_DEADLINE_S,
+    S.HELD: config.HANDOVER_DEADLINE_S,
+    S.IN_DOUBT: config.ASK_AGAIN_S,
+    S.COMMITTED: config.HANDOVER_DEADLINE_S + config.PREPARE_DEADLINE_S,
+    S.ABORTING: config.UNDO_DEADLINE_S,
+}
 
 
 class Session:
@@ -55,12 +69,12 @@ class Session:
         runtime: Runtime,
         journal: JournalWriter,
         data: DataListener,
-        opened: messages.SessionOpened,
+        ticket: str,
     ) -> None:
         self.request = request
         self.peer = peer
-        self.opened = opened
-        self.ticket = bytes.fromhex(opened.ticket)
+        self.ticket = bytes.fromhex(ticket)
+        self._paths = paths
         self._host = host
         self._runtime = runtime
         self._journal = journal
@@ -68,10 +82,13 @@ class Session:
         self.workspace = Workspace(request, paths)
         self._network: network.NetworkHandle | None = None
         self._announcer: Announcer | None = None
-        self._restoring: Restoring | None = None
+        self._restoring: Restoring | AdoptedRestoring | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._held_in: S | None = None
         self._channel: web.WebSocketResponse | None = None
         self._was_connected = False
         self.ended = asyncio.Event()
+        self._entered_one = asyncio.Event()
         self._descriptors: tuple[str, str, str] | None = None
         self._restore: messages.Restore | None = None
         self.is_receiving = True
@@ -87,6 +104,8 @@ class Session:
             overtaking=frozenset({A.DISCARD}),
             terminal=TARGET_TERMINAL,
             act_failed=E.ACT_FAILED,
+            deadline_passed=E.DEADLINE_PASSED,
+            deadlines_s=DEADLINES_S,
             on_state=self._entered,
         )
         self._acts: dict[A, Callable[[], Awaitable[E | None]]] = {
@@ -106,10 +125,62 @@ class Session:
             A.TELL_ABORTED: self._tell_state,
             A.TELL_FAILED: self._tell_failed,
             A.TELL_STATE: self._tell_state,
-            A.CHECK_COPY: self._nothing,
+            A.CHECK_COPY: self._check_copy,
             A.ASK_SOURCE: self._ask_source,
             A.HOLD: self._hold,
         }
+
+    @classmethod
+    def adopt(
+        cls,
+        migration: Migration,
+        request: messages.OpenSession,
+        *,
+        host: str,
+        paths: config.HostPaths,
+        runtime: Runtime,
+        journal: JournalWriter,
+        data: DataListener,
+    ) -> Session:
+        """The session of an agent before this one, for `go_on`. Raises MigrateError."""
+        self = cls(
+            request,
+            peer=migration.peer,
+            host=host,
+            paths=paths,
+            runtime=runtime,
+            journal=journal,
+            data=data,
+            ticket=new_ticket(),
+        )
+        self.is_receiving = False
+        self.ready.set_result(None)
+        self.workspace = Workspace.adopt(request, paths)
+        self._network = msgspec.convert(migration.facts["network"], network.NetworkHandle)
+        self._restoring = AdoptedRestoring(self._restore_plan(), runtime, host)
+        return self
+
+    async def go_on(self, recorded: Sequence[S]) -> S:
+        """Drive an adopted session to its end; `recorded` are its states, oldest first."""
+        self.driver.machine.enter(recorded[-1])
+        state = await self.driver.go_on(*target_machine.replay(recorded))
+        log.info("session ended", migration=self.request.migration_id, state=str(state))
+        return state
+
+    async def wait_beyond(self, states: frozenset[S], deadline_s: float) -> None:
+        """Returns when the session is in none of `states`, or after the deadline."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while self.driver.settled_state in states:
+                    await self._entered_one.wait()
+
+    async def decide(self, owner: Owner) -> None:
+        """An operator says whose the container is, where nobody else can know."""
+        if self.driver.state in (S.HELD, S.IN_DOUBT):
+            word = E.SOURCE_SAYS_COMMITTED if owner == "target" else E.SOURCE_SAYS_ABORTED
+            await self.driver.post(word)
+        elif self.driver.state is S.COMMITTED and owner == "source":
+            await self.driver.post(E.COPY_LOST)
 
     async def run(self) -> S:
         """Drive the session to its end."""
@@ -142,7 +213,7 @@ class Session:
             async for frame in channel:
                 if frame.type is WSMsgType.ERROR:
                     break
-                await self._hear(messages.decode_from_source(frame.data))
+                await self.hear(messages.decode_from_source(frame.data))
         finally:
             if self._channel is channel:
                 self._channel = None
@@ -154,7 +225,7 @@ class Session:
         """Carry out one act."""
         return await self._acts[action]()
 
-    def failed(self, action: A, error: MigrateError) -> None:
+    def failed(self, action: A | None, error: MigrateError) -> None:
         """Keep the error for TELL_FAILED and for the log."""
         error.at(host=self._host)
         log.error("act failed", migration=self.request.migration_id, action=action, why=str(error))
@@ -166,22 +237,40 @@ class Session:
         if not self.ready.done():
             self.ready.set_exception(error)
 
-    async def record(self, state: S, kind: E) -> None:
-        """Append the transition to the journal."""
-        await self._journal.record(self.request.migration_id, "target", str(state), str(kind))
+    async def record(self, state: S, event: str) -> None:
+        """Append the transition to the journal.
+
+        One that can't be written ends a session that holds nothing. What runs goes on: its COMMIT
+        is recorded, which `replay` leads to the same. ABORTED is tried until it is written, because
+        it is what the source takes its container back upon.
+        """
+        while True:
+            try:
+                await self._journal.record(self.request.migration_id, "target", str(state), event)
+            except JournalError as error:
+                if state in (S.RECEIVING, S.PREPARED):
+                    raise
+                log.warning("not recorded", migration=self.request.migration_id, why=str(error))
+                if state is not S.ABORTED:
+                    return
+                await asyncio.sleep(config.JOURNAL_PAUSE_S)
+            else:
+                return
 
     # --- acts ---
 
     async def _receive(self) -> None:
         identity, name = self.request.network, self.request.container
-        self._network = await asyncio.to_thread(network.recreate, identity, name)
+        planned = await asyncio.to_thread(network.plan, identity, name)
         await self._journal.note(
             self.request.migration_id,
             "target",
-            network=msgspec.to_builtins(self._network),
+            network=msgspec.to_builtins(planned),
             made_bundle=True,
         )
-        netns = Path(self._network.netns)
+        await asyncio.to_thread(network.recreate, identity, planned)
+        self._network = planned
+        netns = Path(planned.netns)
         self._announcer = await asyncio.to_thread(Announcer, netns, identity)
         await asyncio.to_thread(self.workspace.make, netns)
 
@@ -189,21 +278,27 @@ class Session:
         self.ready.set_result(None)
 
     async def _prepare(self) -> E:
-        assert self._network is not None
         assert self._descriptors is not None
-        plan = RestorePlan(
+        plan = self._restore_plan()
+        orphaned = holder.command(
+            self._paths, self.request.migration_id, "target", plan.work_dir / "hold"
+        )
+        self._restoring = Restoring(plan, self._runtime, self.workspace.store, self._host)
+        await self._restoring.prepare(self._descriptors, orphaned)
+        return E.PREPARED
+
+    def _restore_plan(self) -> RestorePlan:
+        assert self._network is not None
+        return RestorePlan(
             container=self.request.container,
             bundle=self.workspace.bundle,
             session=self.workspace.session,
             lazy=self.request.restore == "lazy",
             ports=self._network.ports,
         )
-        self._restoring = Restoring(plan, self._runtime, self.workspace.store, self._host)
-        await self._restoring.prepare(self._descriptors)
-        return E.PREPARED
 
     async def _do_restore(self) -> E:
-        assert self._restoring is not None
+        assert isinstance(self._restoring, Restoring)
         assert self._restore is not None
         assert self._network is not None
         self._check_files(self._restore.files)
@@ -211,7 +306,18 @@ class Session:
         netns = Path(self._network.netns)
         await asyncio.to_thread(network.hint_neighbours, netns, self.request.network)
         self._marks = await self._restoring.restore()
+        self._watching = asyncio.create_task(self._watch_copy(self._restoring))
         return E.CRIU_HELD
+
+    async def _watch_copy(self, restoring: Restoring) -> None:
+        """A copy whose CRIU or runtime dies while it is held is lost, and was never run."""
+        if await restoring.is_lost():
+            await self.driver.post(E.COPY_LOST)
+
+    async def _check_copy(self) -> E | None:
+        """After a restart: what an agent before this one had restored may have died with it."""
+        assert isinstance(self._restoring, AdoptedRestoring)
+        return None if await self._restoring.is_there() else E.COPY_LOST
 
     def _check_files(self, files: tuple[messages.ImageFile, ...]) -> None:
         """Every file that the source names is here, whole; otherwise CRIU would guess."""
@@ -231,7 +337,12 @@ class Session:
 
     async def _resume(self) -> E:
         assert self._restoring is not None
-        assert self._announcer is not None
+        assert self._network is not None
+        if isinstance(self._restoring, AdoptedRestoring) and not await self._restoring.is_there():
+            return E.COPY_LOST
+        if self._announcer is None:
+            netns = Path(self._network.netns)
+            self._announcer = await asyncio.to_thread(Announcer, netns, self.request.network)
         self._marks |= await self._restoring.commit()
         self._announcer.send()
         self._announcing = asyncio.create_task(self._announcer.announce())
@@ -253,6 +364,8 @@ class Session:
 
     async def _clean_up(self) -> None:
         await asyncio.to_thread(self._revoke)
+        if self._watching is not None:
+            self._watching.cancel()
         if self._announcing is not None:
             await quietly(self._announcing)
         self._close_announcer()
@@ -260,6 +373,8 @@ class Session:
 
     async def _discard(self) -> E:
         await asyncio.to_thread(self._revoke)
+        if self._watching is not None:
+            self._watching.cancel()
         if self._restoring is not None:
             await self._restoring.abort()
         self._close_announcer()
@@ -290,29 +405,50 @@ class Session:
             messages.State(request.migration_id, request.attempt, str(self.driver.settled_state))
         )
 
-    async def _ask_source(self) -> None:
-        if self._channel is None:
-            # It can be asked when it comes back; nobody is told otherwise what is held here.
-            await self._hold()
-        await self._tell(messages.Ask(self.request.migration_id, self.request.attempt))
+    async def _ask_source(self) -> E | None:
+        """Ask the coordinator, or, where it does not hear, the agent of its host."""
+        ask = messages.Ask(self.request.migration_id, self.request.attempt)
+        if self._channel is not None:
+            await self._tell(ask)
+            return None
+        try:
+            said = await peer.say(self.peer, config.CONTROL_PORT, self._paths, "source", ask)
+        except MigrateError as error:
+            await self._hold(error.message)
+            return None
+        return source_reported(said)
 
-    async def _hold(self) -> None:
+    async def _hold(self, why: str = "") -> None:
+        """Leave everything as it is; said once a state."""
+        if self._held_in is self.driver.state:
+            return
+        self._held_in = self.driver.state
         log.warning(
             "the container is held and waits for its source",
             migration=self.request.migration_id,
             container=self.request.container,
             state=str(self.driver.state),
+            why=why or (self._error.message if self._error else ""),
         )
-
-    async def _nothing(self) -> None:
-        return
 
     # --- the channel ---
 
     def _entered(self, state: S) -> None:
+        self._entered_one.set()
+        self._entered_one = asyncio.Event()
         log.info("session", migration=self.request.migration_id, state=str(state))
 
-    async def _hear(self, message: messages.SourceMessage) -> None:
+    async def hear(self, message: messages.SourceMessage) -> None:
+        """Take a message of the source. One of another attempt is refused: ProtocolError."""
+        match message:
+            case messages.Commit() | messages.Abort() | messages.Ask() | messages.State():
+                told = (message.migration_id, message.attempt)
+                if told != (self.request.migration_id, self.request.attempt):
+                    raise ProtocolError(
+                        f"attempt {told[1]} of {told[0][:64]} is not the one of this session"
+                    )
+            case _:
+                pass
         match message:
             case messages.Ping(t_us=t_us):
                 await self._tell(messages.Pong(t_us, time.monotonic_ns() // 1000))

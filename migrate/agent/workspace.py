@@ -11,10 +11,12 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from criu_glue.errors import CriuGlueError
 from criu_glue.images import ImageWriter
 from criu_glue.page_store import PageStore
 from migrate import config
-from migrate.errors import MigrateError
+from migrate.core import messages
+from migrate.errors import MigrateError, ProtocolError, remedy_of
 from migrate.mounts import mount_tmpfs, unmount
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 # Memory that a container may grow by while it is copied, as a share of what it has at the start.
 GROWTH = 0.5
+
+# The request of a session, for an agent that goes on with it.
+REQUEST_NAME = "request.json"
 
 
 class WorkspaceError(MigrateError):
@@ -64,6 +69,13 @@ class Workspace:
         """Logs, sockets and programs of the restore."""
         return self.session / "work"
 
+    @classmethod
+    def adopt(cls, request: OpenSession, paths: config.HostPaths) -> Workspace:
+        """What an agent before this one has made; nothing is received into it any more."""
+        self = cls(request, paths)
+        self._made_session = self._made_bundle = True
+        return self
+
     def make(self, netns: Path) -> None:
         """Make all of it; blocking. Raises WorkspaceError, having removed what it made."""
         text = container_config(self._request.spec.config_json, netns)
@@ -72,6 +84,7 @@ class Workspace:
             self._made_session = True
             mount_tmpfs(self.session, self._quota_bytes)
             self.work_dir.mkdir(mode=0o700)
+            (self.session / REQUEST_NAME).write_bytes(messages.encode(self._request))
             self._store = PageStore(self.session / "mem", quota_bytes=self._quota_bytes)
             self._images = ImageWriter(self.image_dir, quota_bytes=self._quota_bytes)
             self.bundle.parent.mkdir(parents=True, exist_ok=True)
@@ -79,9 +92,13 @@ class Workspace:
             self._made_bundle = True
             self.rootfs.mkdir()
             (self.bundle / "config.json").write_text(text)
-        except OSError as error:
+        except (OSError, CriuGlueError) as error:
             self.discard()
-            raise WorkspaceError(f"the session's directories can't be made: {error}") from error
+            cause = error if isinstance(error, OSError) else error.__cause__
+            raise WorkspaceError(
+                f"the session's directories can't be made: {error}",
+                remedy=remedy_of(cause) if isinstance(cause, OSError) else "",
+            ) from error
 
     def write(self, task: int, address: int, data: memoryview) -> None:
         """Pages from a data stream."""
@@ -113,6 +130,15 @@ class Workspace:
         self.wipe_session()
         if self._made_bundle:
             shutil.rmtree(self.bundle, ignore_errors=True)
+
+
+def read_request(session: Path) -> OpenSession | None:
+    """The request that `make` has written down; None when there is none, or half of one."""
+    try:
+        message = messages.decode_from_source((session / REQUEST_NAME).read_bytes())
+    except (OSError, ProtocolError):
+        return None
+    return message if isinstance(message, messages.OpenSession) else None
 
 
 def container_config(text: str, netns: Path) -> str:

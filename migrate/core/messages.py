@@ -223,6 +223,25 @@ class State(Message, frozen=True, tag="state"):
     name: Code
 
 
+# --- an operator to the agent of the same host ---
+
+
+class Recover(Message, frozen=True, tag="recover"):
+    """Asks the agent to end a session that is in doubt. owner: whose the container is, said by the
+    operator; it counts only where the source says nothing."""
+
+    migration_id: MigrationId
+    owner: Literal["", "source", "target"] = ""
+
+
+class Standing(Message, frozen=True, tag="standing"):
+    """Answers Recover. state: of this host's side afterwards. peer: what the source says."""
+
+    migration_id: MigrationId
+    state: Code
+    peer: Text
+
+
 # --- target to source ---
 
 
@@ -296,7 +315,9 @@ class Pong(Message, frozen=True, tag="pong"):
     now_us: Micros
 
 
-SourceMessage: TypeAlias = OpenSession | Prepare | Restore | Commit | Abort | Ping | Ask | State
+SourceMessage: TypeAlias = (
+    OpenSession | Prepare | Restore | Commit | Abort | Ping | Ask | State | Recover
+)
 TargetMessage: TypeAlias = (
     SessionOpened
     | Refused
@@ -310,6 +331,7 @@ TargetMessage: TypeAlias = (
     | Pong
     | Ask
     | State
+    | Standing
 )
 
 

@@ -54,14 +54,13 @@ COMMIT would leave none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from typing import Final, TypeAlias
 
 from migrate.core.actions import SourceAction as A
 from migrate.core.events import SourceEvent
 from migrate.core.events import SourceEventKind as E
 from migrate.core.states import SourceState as S
-from migrate.core.table import Machine, followers, ignored, merge_rows
+from migrate.core.table import Machine, Verdict, followers, ignored, merge_rows
 from migrate.errors import InvalidTransition
 
 SourceTable: TypeAlias = Mapping[tuple[S, E], tuple[S, tuple[A, ...]]]
@@ -202,29 +201,21 @@ RECOVERY: Final[Mapping[S, tuple[S, tuple[A, ...]]]] = {
 `RECORDED` is recorded first, as always."""
 
 
-class Verdict(StrEnum):
-    """What becomes of the frozen tree when its coordinator is gone."""
-
-    THAW = "thaw"  # nobody else may run it, and nobody will commit any more
-    HOLD = "hold"
-    KILL = "kill"  # it runs on the target
-
-
 VERDICTS: Final[Mapping[S, Verdict]] = {
-    S.NEW: Verdict.THAW,
-    S.PREFLIGHT: Verdict.THAW,
-    S.PRECOPY: Verdict.THAW,
-    S.PREPARING: Verdict.THAW,
-    S.FROZEN: Verdict.THAW,
-    S.SENDING_FINAL: Verdict.THAW,
-    S.RESTORING: Verdict.THAW,
-    S.HELD: Verdict.THAW,
+    S.NEW: Verdict.UNDO,
+    S.PREFLIGHT: Verdict.UNDO,
+    S.PRECOPY: Verdict.UNDO,
+    S.PREPARING: Verdict.UNDO,
+    S.FROZEN: Verdict.UNDO,
+    S.SENDING_FINAL: Verdict.UNDO,
+    S.RESTORING: Verdict.UNDO,
+    S.HELD: Verdict.UNDO,
     S.COMMITTED: Verdict.HOLD,
     S.IN_DOUBT: Verdict.HOLD,
-    S.RELEASING: Verdict.KILL,
-    S.DONE: Verdict.KILL,
-    S.ROLLING_BACK: Verdict.THAW,
-    S.ABORTED: Verdict.THAW,
+    S.RELEASING: Verdict.LET_GO,
+    S.DONE: Verdict.LET_GO,
+    S.ROLLING_BACK: Verdict.UNDO,
+    S.ABORTED: Verdict.UNDO,
 }
 """Last recorded state -> what the process that holds the tree does by itself after it has seen the
 coordinator end (so that no commit can follow). If the journal cannot be read: hold."""

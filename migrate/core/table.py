@@ -21,6 +21,16 @@ StateT = TypeVar("StateT", bound=StrEnum)
 KindT = TypeVar("KindT", bound=StrEnum)
 ActionT = TypeVar("ActionT", bound=StrEnum)
 
+
+class Verdict(StrEnum):
+    """What a held CRIU is to do when whoever drove the migration is gone. Each machine has a table
+    of them by its last recorded state."""
+
+    UNDO = "undo"  # source: give the tasks back; target: kill the copy
+    HOLD = "hold"  # only the peer or an operator knows
+    LET_GO = "let_go"  # source: let the frozen tasks die; target: let the copy run
+
+
 HISTORY_LIMIT: Final = 64
 """Transitions kept for error messages: a whole migration with a dozen rounds fits."""
 
@@ -86,6 +96,10 @@ class Machine(Generic[StateT, KindT, ActionT]):
     def state(self) -> StateT:
         """The state now."""
         return self._state
+
+    def enter(self, state: StateT) -> None:
+        """Go on where a process before this one has ended."""
+        self._state = state
 
     @property
     def history(self) -> tuple[tuple[StateT, KindT], ...]:

@@ -47,7 +47,7 @@ from migrate.core.actions import TargetAction as A
 from migrate.core.events import TargetEvent
 from migrate.core.events import TargetEventKind as E
 from migrate.core.states import TargetState as S
-from migrate.core.table import Machine, followers, ignored, merge_rows
+from migrate.core.table import Machine, Verdict, followers, ignored, merge_rows
 from migrate.errors import InvalidTransition
 
 TargetTable: TypeAlias = Mapping[tuple[S, E], tuple[S, tuple[A, ...]]]
@@ -177,6 +177,21 @@ RECOVERY: Final[Mapping[S, tuple[S, tuple[A, ...]]]] = {
     S.ABORTED: (S.ABORTED, ()),
 }
 """Last recorded state -> where a new process goes on, and with what."""
+
+VERDICTS: Final[Mapping[S, Verdict]] = {
+    S.OPEN: Verdict.HOLD,
+    S.RECEIVING: Verdict.HOLD,
+    S.PREPARED: Verdict.HOLD,
+    S.RESTORING: Verdict.HOLD,
+    S.HELD: Verdict.HOLD,
+    S.IN_DOUBT: Verdict.HOLD,
+    S.COMMITTED: Verdict.LET_GO,
+    S.RUNNING: Verdict.LET_GO,
+    S.DONE: Verdict.LET_GO,
+    S.ABORTING: Verdict.UNDO,
+    S.ABORTED: Verdict.UNDO,
+}
+"""Last recorded state -> what becomes of the held copy when its agent is gone."""
 
 
 def step(

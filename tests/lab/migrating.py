@@ -172,8 +172,8 @@ ip -o link show | sed 's/^[0-9]*: \\([^:@]*\\).*/link \\1/'
 ip netns list | sed 's/ .*//; s/^/netns /'
 cd /sys/fs/cgroup && find . -mindepth 1 -type d | sed 's,^\\./,cgroup ,'
 cut -d' ' -f2 /proc/1/mounts | sed -n 's,^\\(/run/\\|/tmp/\\|/var/lib/[a-z]*/\\),mount &,p'
-for directory in /tmp /run /run/migrate /run/migrate/sessions /run/runc /var/lib/migrate \\
-    /var/lib/migrate/containers; do
+for directory in /tmp /run /run/migrate /run/migrate/sessions /run/migrate/claims /run/runc \\
+    /var/lib/migrate /var/lib/migrate/containers; do
     [ ! -d $directory ] || ls -A $directory | sed "s,^,file $directory/,"
 done
 ps -eo pid=,ppid=,cgroup=,args= | awk -v me=$$ '$1 != me && $2 != me {
@@ -184,7 +184,8 @@ _ALWAYS: Final = re.compile(
     r"|cgroup (init\.scope|dolly)"
     r"|mount /run/netns"
     r"|file /run/(lock|mount|netns|sshd|sshd\.pid|migrate-agent\.pid|migrate|runc|criu\.kdat)"
-    r"|file /run/migrate/sessions|file /var/lib/migrate/(containers|journal\.sqlite.*)"
+    r"|file /run/migrate/(sessions|claims|claims/agent)"
+    r"|file /var/lib/migrate/(containers|journal\.sqlite.*)"
     r"|process 0::/init\.scope (\S*catatonit -P|sshd: .*listener.*|\S*python3 -m migrate agent.*)"
 )
 

@@ -41,7 +41,9 @@ RECREATE = """
 from migrate import network
 from migrate.network_identity import NetworkIdentity
 identity = msgspec.convert(given["identity"], NetworkIdentity)
-answer(network.recreate(identity, given["name"], given.get("bridges")))
+handle = network.plan(identity, given["name"], given.get("bridges"))
+network.recreate(identity, handle)
+answer(handle)
 """
 DESTROY = """
 from migrate import network

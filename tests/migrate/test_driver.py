@@ -30,6 +30,7 @@ class E(StrEnum):
     UNDONE = "undone"
     ACT_FAILED = "act_failed"
     ASKED = "asked"
+    LATE = "late"
 
 
 class A(StrEnum):
@@ -51,6 +52,8 @@ TABLE = {
     (S.UNDOING, E.COPIED): (S.UNDOING, ()),
     (S.COPYING, E.ASKED): (S.COPYING, (A.TELL,)),
     (S.READY, E.ASKED): (S.READY, (A.TELL,)),
+    (S.COPYING, E.LATE): (S.COPYING, (A.TELL,)),
+    (S.UNDOING, E.ACT_FAILED): (S.UNDOING, (A.TELL,)),
 }
 RECORDED = frozenset({S.READY, S.DONE})
 GOOD = {A.COPY: E.COPIED, A.FINISH: E.FINISHED, A.UNDO: E.UNDONE}
@@ -63,7 +66,8 @@ class Performer:
         self.answers: dict[str, Any] = {**{str(k): v for k, v in GOOD.items()}, **answers}
         self.happened: list[str] = []
         self.begun = {action: asyncio.Event() for action in A}
-        self.errors: list[tuple[A, MigrateError]] = []
+        self.errors: list[tuple[A | None, MigrateError]] = []
+        self.unrecordable: set[S] = set()
         self.driver: Driver[S, E, A] = Driver(
             Machine("test", TABLE, S.NEW),
             self,
@@ -71,6 +75,8 @@ class Performer:
             overtaking=frozenset({A.UNDO}),
             terminal=frozenset({S.DONE}),
             act_failed=E.ACT_FAILED,
+            deadline_passed=E.LATE,
+            deadlines_s={S.COPYING: 0.01},
         )
 
     async def perform(self, action: A) -> E | None:
@@ -84,12 +90,14 @@ class Performer:
         assert answer is None or isinstance(answer, E)
         return answer
 
-    def failed(self, action: A, error: MigrateError) -> None:
+    def failed(self, action: A | None, error: MigrateError) -> None:
         self.errors.append((action, error))
 
-    async def record(self, state: S, kind: E) -> None:
-        self.happened.append(f"[{state} by {kind}]")
+    async def record(self, state: S, event: str) -> None:
+        self.happened.append(f"[{state} by {event}]")
         await asyncio.sleep(0)
+        if state in self.unrecordable:
+            raise MigrateError("the disk is full")
         # Nothing of a state is told before it is on disk.
         assert self.driver.settled_state is not state
 
@@ -213,6 +221,50 @@ async def test_an_own_event_without_a_row_is_a_mistake() -> None:
     with pytest.raises(InvalidTransition, match="finished"):
         await performer.driver.run(E.STARTED)
     assert stopped.is_set()
+
+
+async def test_a_state_that_lasts_is_told_so_again_and_again() -> None:
+    told = 0
+
+    async def tell() -> None:
+        nonlocal told
+        told += 1
+        if told == 3:
+            copied.set()
+
+    async def copy() -> E:
+        await copied.wait()
+        return E.COPIED
+
+    async def finish() -> E:
+        # Long enough for the deadline of a state that is over, were it still counted: READY has no
+        # row for it.
+        await asyncio.sleep(0.05)
+        return E.FINISHED
+
+    copied = asyncio.Event()
+    performer = Performer(copy=copy, tell=tell, finish=finish)
+    assert await performer.driver.run(E.STARTED) is S.DONE
+    assert told == 3
+
+
+async def test_what_can_not_be_recorded_is_not_carried_out() -> None:
+    performer = Performer()
+    performer.unrecordable = {S.READY}
+    assert await performer.driver.run(E.STARTED) is S.DONE
+    assert performer.happened == [
+        *("look", "copy", "[ready by copied]", "undo", "[done by undone]"),
+    ]
+    ((action, error),) = performer.errors
+    assert action is None
+    assert (error.message, error.phase) == ("the disk is full", "ready")
+
+
+async def test_a_new_process_goes_on_where_the_last_one_ended() -> None:
+    performer = Performer()
+    performer.driver.machine.enter(S.COPYING)
+    assert await performer.driver.go_on(S.READY, (A.FINISH,)) is S.DONE
+    assert performer.happened == ["[ready by recovered]", "finish", "[done by finished]"]
 
 
 async def test_halt_leaves_everything_and_raises() -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from migrate.core.source_machine import VERDICTS, Verdict
+from migrate.core.source_machine import VERDICTS
 from migrate.core.states import SourceState as S
 from migrate.core.states import TargetState as T
+from migrate.core.table import Verdict
 from migrate.errors import JournalError
 from migrate.journal import (
     APPLICATION_ID,
@@ -136,12 +137,15 @@ def test_facts_can_be_added(journal: Journal) -> None:
 
 def test_attempts_grow_over_restarts_and_pruning(path: Path) -> None:
     with Journal.open(path) as journal:
-        assert [journal.claim_attempt(), journal.claim_attempt()] == [1, 2]
+        assert [journal.claim_attempt(0.0), journal.claim_attempt(0.0)] == [1, 2]
         begin(journal)
         enter(journal, TO_DONE)
         assert journal.prune(1e12) == 1
     with Journal.open(path) as journal:
-        assert journal.claim_attempt() == 3
+        assert journal.claim_attempt(0.0) == 3
+        # By the clock, so that a journal that was replaced does not begin anew.
+        assert journal.claim_attempt(2.5) == 2500
+        assert journal.claim_attempt(1.0) == 2501
 
 
 # --- what may follow what ---
@@ -244,10 +248,9 @@ def test_the_verdict_on_the_frozen_tree(journal: Journal, path: Path, way: tuple
     enter(journal, way)
     last = way[-1] if way else S.NEW
     with Journal.open_read_only(path) as guard:
-        assert guard.verdict("m1") is VERDICTS[last]
-        committed = last in {S.COMMITTED, S.RELEASING, S.DONE}
-        assert guard.is_committed("m1") is committed
-        assert guard.verdict("m2") is Verdict.THAW
+        assert guard.verdict("m1", "source") is VERDICTS[last]
+        assert guard.verdict("m2", "source") is Verdict.UNDO
+        assert guard.verdict("m1", "target") is Verdict.HOLD
 
 
 def test_prune_forgets_the_old_and_the_many_but_nothing_unfinished(journal: Journal) -> None:
@@ -306,10 +309,10 @@ def test_a_guard_reads_what_another_process_writes(
     writer: subprocess.Popen[str], path: Path
 ) -> None:
     with Journal.open_read_only(path) as guard:
-        assert guard.is_committed("m1")
+        assert guard.verdict("m1", "source") is Verdict.HOLD
         with Journal.open(path) as other:
             enter(other, [S.ROLLING_BACK])
-        assert not guard.is_committed("m1")
+        assert guard.verdict("m1", "source") is Verdict.UNDO
 
 
 def test_a_guard_reads_what_a_killed_process_has_written(
@@ -319,7 +322,7 @@ def test_a_guard_reads_what_a_killed_process_has_written(
     writer.wait()
     assert path.with_name("journal.sqlite-wal").stat().st_size > 0
     with Journal.open_read_only(path) as guard:
-        assert guard.verdict("m1") is Verdict.HOLD
+        assert guard.verdict("m1", "source") is Verdict.HOLD
     with Journal.open(path) as recovery:
         ((_, records),) = recovery.unfinished()
         assert [record.state for record in records] == list(TO_COMMITTED)
@@ -331,7 +334,7 @@ def test_a_guard_reads_what_a_process_has_closed(path: Path) -> None:
         enter(journal, TO_COMMITTED)
     assert not path.with_name("journal.sqlite-wal").exists()
     with Journal.open_read_only(path) as guard:
-        assert guard.is_committed("m1")
+        assert guard.verdict("m1", "source") is Verdict.HOLD
 
 
 def test_a_guard_cannot_write(journal: Journal, path: Path) -> None:
@@ -425,7 +428,7 @@ def test_a_changed_record_is_not_believed(path: Path, statement: str) -> None:
             Journal.open_read_only(path) as guard,
             pytest.raises(JournalError, match="is damaged"),
         ):
-            guard.is_committed("m1")
+            guard.verdict("m1", "source")
 
 
 def test_a_damaged_page_is_not_believed(path: Path) -> None:

@@ -174,10 +174,10 @@ def test_a_free_name_is_the_wanted_one_or_a_new_one() -> None:
 
 def test_a_missing_bridge_is_said_before_anything_is_made() -> None:
     with pytest.raises(NetworkError, match="no interface no-such-bridge"):
-        network.recreate(IDENTITY, "test-web", {"eth0": "no-such-bridge"})
+        network.plan(IDENTITY, "test-web", {"eth0": "no-such-bridge"})
     unknown = changed(IDENTITY, ports=(Port("eth0", "v-web", None),))
     with pytest.raises(NetworkError, match="no bridge is given"):
-        network.recreate(unknown, "test-web")
+        network.plan(unknown, "test-web")
     assert not netns.path_of("test-web").exists()
 
 

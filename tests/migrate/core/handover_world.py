@@ -415,7 +415,7 @@ def _repairs(protocol: Protocol, world: World) -> Iterator[tuple[str, World]]:
     if source.state == CRASHED:
         verdict = protocol.verdicts[source.log or "new"]
         if source.tree == FROZEN and verdict != "hold":
-            tree = RUNS if verdict == "thaw" else NONE
+            tree = RUNS if verdict == "undo" else NONE
             yield f"guard: {verdict}", world._replace(source=source._replace(tree=tree))
         host = _restarted(source, protocol.source_recovery, protocol.source_recorded, "new")
         yield "source restarts", _with(world, "source", host)

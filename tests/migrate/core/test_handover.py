@@ -102,11 +102,11 @@ def _restart_forgets_the_commit(protocol: Protocol) -> None:
 
 
 def _guard_thaws_a_committed_tree(protocol: Protocol) -> None:
-    protocol.verdicts["committed"] = "thaw"
+    protocol.verdicts["committed"] = "undo"
 
 
 def _guard_kills_a_committed_tree(protocol: Protocol) -> None:
-    protocol.verdicts["committed"] = "kill"
+    protocol.verdicts["committed"] = "let_go"
 
 
 def _target_restart_drops_a_committed_copy(protocol: Protocol) -> None:

@@ -102,6 +102,10 @@ FROM_SOURCE = [
         m.State("m1", 7, "committed"),
         b'{"type":"state","migration_id":"m1","attempt":7,"name":"committed"}',
     ),
+    (
+        m.Recover("m1", "source"),
+        b'{"type":"recover","migration_id":"m1","owner":"source"}',
+    ),
 ]
 FROM_TARGET = [
     (
@@ -139,6 +143,10 @@ FROM_TARGET = [
     (m.Pong(5, 9), b'{"type":"pong","t_us":5,"now_us":9}'),
     (m.Ask("m1", 7), b'{"type":"ask","migration_id":"m1","attempt":7}'),
     (m.State("m1", 7, "held"), b'{"type":"state","migration_id":"m1","attempt":7,"name":"held"}'),
+    (
+        m.Standing("m1", "in_doubt", "alpha is silent"),
+        b'{"type":"standing","migration_id":"m1","state":"in_doubt","peer":"alpha is silent"}',
+    ),
 ]
 
 

@@ -35,9 +35,9 @@ from migrate.core.messages import (
     State,
     WireError,
 )
-from migrate.core.source_machine import VERDICTS, Verdict
+from migrate.core.source_machine import VERDICTS
 from migrate.core.states import SOURCE_TERMINAL, TARGET_TERMINAL, SourceState, TargetState
-from migrate.core.table import HISTORY_LIMIT, diagram, followers, ignored, merge_rows
+from migrate.core.table import HISTORY_LIMIT, Verdict, diagram, followers, ignored, merge_rows
 from migrate.errors import InvalidTransition
 
 S, E, A = SourceState, SourceEventKind, SourceAction
@@ -269,8 +269,8 @@ def test_replay_goes_by_the_last_record() -> None:
 def test_the_tree_is_thawed_exactly_where_recovery_rolls_back() -> None:
     for state, verdict in VERDICTS.items():
         after, _ = source_machine.RECOVERY[state]
-        assert (verdict is Verdict.THAW) == (after in {S.ROLLING_BACK, S.ABORTED})
-        assert (verdict is Verdict.KILL) == (after in {S.RELEASING, S.DONE})
+        assert (verdict is Verdict.UNDO) == (after in {S.ROLLING_BACK, S.ABORTED})
+        assert (verdict is Verdict.LET_GO) == (after in {S.RELEASING, S.DONE})
 
 
 def test_must_record_is_asked_only_for_moves() -> None:

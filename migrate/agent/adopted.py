@@ -1,0 +1,124 @@
+"""A restore that an agent before this one began, driven from outside.
+
+The same steps as `Restoring` has from the hold on. What an earlier agent heard as events is read
+from the marks that CRIU's hook has left, and its words are said at the hook's FIFO by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+
+from criu_glue import hooks
+from migrate import config
+from migrate.agent.pager_process import PagerProcess
+from migrate.errors import RestoreFailed
+from migrate.processes import is_alive, users_of
+from migrate.runtimes.runc import bundle_cgroup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from migrate.agent.pager_process import FillResult
+    from migrate.agent.restoring import RestorePlan
+    from migrate.runtimes.base import Runtime
+
+_STEP_S = 0.02
+
+
+class AdoptedRestoring:
+    """See the module."""
+
+    def __init__(self, plan: RestorePlan, runtime: Runtime, host: str) -> None:
+        self.plan = plan
+        self._runtime = runtime
+        self._host = host
+        self._pager: PagerProcess | None = None
+
+    @property
+    def _hold(self) -> Path:
+        return self.plan.work_dir / "hold"
+
+    async def is_there(self) -> bool:
+        """Whether the copy is held, or was let go already; waits for a restore under way."""
+        return await asyncio.to_thread(self._is_there)
+
+    def _is_there(self) -> bool:
+        limit_s = time.monotonic() + config.RESTORE_DEADLINE_S
+        while not hooks.is_let_go(self._hold):
+            criu = hooks.criu_pid(self._hold)
+            is_restoring = criu is not None and is_alive(criu)
+            if not is_restoring or time.monotonic() > limit_s:
+                return hooks.is_let_go(self._hold)
+            if hooks.is_held(self._hold):
+                return True
+            time.sleep(_STEP_S)
+        return True
+
+    async def commit(self) -> dict[str, int]:
+        """Let the container run. Raises RestoreFailed when nobody can say whether it does."""
+        await asyncio.to_thread(self._commit)
+        return {}
+
+    def _commit(self) -> None:
+        def is_resumed() -> bool:
+            if hooks.has_seen(self._hold, "post-resume"):
+                return True
+            if not hooks.is_let_go(self._hold):
+                hooks.say(self._hold, "commit")
+            return False
+
+        if not _waited(is_resumed, config.HANDOVER_DEADLINE_S):
+            raise RestoreFailed(
+                f"{self.plan.container} was let go and did not come to run",
+                host=self._host,
+                phase="committed",
+                remedy=f"runc ps {self.plan.container} shows its tasks; see {self.plan.work_dir}",
+            )
+
+    async def finish(self) -> FillResult | None:
+        """Wait for the last page; None for an eager restore."""
+        if not self.plan.lazy:
+            return None
+        self._pager = await PagerProcess.adopt(self.plan.work_dir)
+        return await self._pager.wait_filled(config.FILL_DEADLINE_S)
+
+    async def abort(self) -> None:
+        """Nothing restored remains, neither do the processes that did it."""
+        await asyncio.to_thread(end_restore, self.plan.session)
+        if self._hold.exists():
+            cgroup = bundle_cgroup(self.plan.bundle, self.plan.container)
+            await asyncio.to_thread(self._runtime.delete, self.plan.container, cgroup=cgroup)
+
+    def close(self) -> None:
+        """There is nothing to give up."""
+
+
+def end_restore(session: Path) -> None:
+    """Let a restore undo itself, since a CRIU that is killed leaves its mounts behind; then kill
+    what is left of it and its pager. Blocking."""
+
+    def has_ended() -> bool:
+        if not any("restore" in process.info["cmdline"] for process in users_of(session)):
+            return True
+        hooks.abort_from_outside(session / "work" / "hold")
+        return False
+
+    _waited(has_ended, config.RUNTIME_EXIT_DEADLINE_S)
+    for process in users_of(session):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _waited(is_so: Callable[[], bool], deadline_s: float) -> bool:
+    limit_s = time.monotonic() + deadline_s
+    while not is_so():
+        if time.monotonic() > limit_s:
+            return False
+        time.sleep(_STEP_S)
+    return True

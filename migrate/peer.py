@@ -1,0 +1,49 @@
+"""A word to the agent of another host about one migration, outside of any session.
+
+    POST /v1/migrations/ID/ROLE     Ask | Commit | Abort -> State
+
+ROLE is the side that is spoken to. Its agent answers from its session or from its journal, so a
+side that has crashed and come back can be asked all the same, and a side that has crashed can ask.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import aiohttp
+
+from migrate import config
+from migrate.core import messages
+from migrate.errors import ProtocolError
+from migrate.target_link import client_context, unreachable
+
+if TYPE_CHECKING:
+    from migrate.journal import Role
+
+
+async def say(
+    host: str,
+    port: int,
+    paths: config.HostPaths,
+    role: Role,
+    message: messages.Ask | messages.Commit | messages.Abort,
+) -> str:
+    """The state that the peer answers with, "unknown" when it knows of no such migration.
+
+    Raises Unreachable, ProtocolError.
+    """
+    url = f"https://{host}:{port}/v1/migrations/{message.migration_id}/{role}"
+    connector = aiohttp.TCPConnector(ssl=client_context(paths))
+    timeout = aiohttp.ClientTimeout(total=config.WORD_DEADLINE_S)
+    try:
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as http,
+            http.post(url, data=messages.encode(message)) as response,
+        ):
+            body = await response.content.read(messages.MAX_MESSAGE_BYTES + 1)
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        raise unreachable(host, port, error) from error
+    answer = messages.decode_from_target(body)
+    if not isinstance(answer, messages.State) or answer.migration_id != message.migration_id:
+        raise ProtocolError(f"{host} answered {type(answer).__name__}", host=host)
+    return answer.name

@@ -1,0 +1,348 @@
+"""Finishes or undoes, on the source, a migration whose coordinator is dead.
+
+The same table as the coordinator's, `core/source_machine.py`, entered where its journal ends; the
+acts work from outside, by the facts that the coordinator has written down beforehand:
+
+    not committed     CRIU is told to abort, the container is thawed and plugged in
+    committed         the target is asked: it runs there (let the frozen tree die), it is held there
+                      (say COMMIT again), it is gone there (take the container back)
+    in doubt still    held, until the target is heard or an operator says whose it is
+
+A recovery has the migration's claim, so nobody else acts. It is run by the agent of the host every
+few seconds, by `migrate recover`, and by a migration that begins on this host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import msgspec
+import structlog
+
+from criu_glue.hooks import say as say_to_criu
+from migrate import config, network, peer
+from migrate.claim import Claim, ClaimTakenError
+from migrate.core import messages, source_machine
+from migrate.core.actions import SourceAction as A
+from migrate.core.events import SourceEventKind as E
+from migrate.core.events import target_reported
+from migrate.core.states import SOURCE_TERMINAL
+from migrate.core.states import SourceState as S
+from migrate.core.table import Verdict
+from migrate.driver import Driver
+from migrate.errors import InDoubt, MigrateError, held_on
+from migrate.guard import GuardPlan, busy, end_criu, give_back
+from migrate.mounts import unmount
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from migrate.journal import Journal, JournalWriter, Migration, Record
+    from migrate.runtimes.base import Runtime
+
+log = structlog.get_logger()
+
+Owner: TypeAlias = Literal["source", "target"]
+
+# CRIU kills a frozen tree in milliseconds.
+RELEASE_DEADLINE_S = 20.0
+_STEP_S = 0.02
+
+DEADLINES_S = {
+    S.COMMITTED: config.HANDOVER_DEADLINE_S,
+    S.IN_DOUBT: config.ASK_AGAIN_S,
+    S.ROLLING_BACK: config.UNDO_DEADLINE_S,
+    S.RELEASING: config.UNDO_DEADLINE_S,
+}
+
+
+class SourceFacts(msgspec.Struct, frozen=True):
+    """What the coordinator writes down for a recovery, each before the act that makes it true.
+
+    peer_host: the target as its certificate calls it. port: of its agent. The last three are known
+    when the runtime is started to freeze the container.
+    """
+
+    peer_host: str = ""
+    port: int = config.CONTROL_PORT
+    guard: GuardPlan | None = None
+    network: network.NetworkHandle | None = None
+    bundle: str = ""
+
+
+def facts_of(migration: Migration) -> SourceFacts:
+    """The facts of a migration of this host. Raises MigrateError when they make no sense."""
+    try:
+        return msgspec.convert(migration.facts, SourceFacts)
+    except msgspec.ValidationError as error:
+        what = f"the facts of {migration.migration_id} can't be read: {error}"
+        raise MigrateError(what) from error
+
+
+async def ask_target(migration: Migration, paths: config.HostPaths) -> str:
+    """What the target says of a migration. Raises Unreachable, ProtocolError."""
+    ask = messages.Ask(migration.migration_id, migration.attempt)
+    return await peer.say(migration.peer, facts_of(migration).port, paths, "target", ask)
+
+
+class Recovery:
+    """One migration, claimed. `run` takes it to its end or raises InDoubt."""
+
+    def __init__(
+        self,
+        migration: Migration,
+        records: list[Record],
+        *,
+        runtime: Runtime,
+        paths: config.HostPaths,
+        journal: JournalWriter,
+        patience_s: float,
+    ) -> None:
+        self._migration = migration
+        self._facts = facts_of(migration)
+        self._recorded = [S(record.state) for record in records]
+        self._runtime = runtime
+        self._paths = paths
+        self._journal = journal
+        self._limit_s = time.monotonic() + patience_s
+        self._host = socket.gethostname()
+        self._said = ""
+        self._driver = Driver(
+            source_machine.machine(self._recorded[-1] if self._recorded else S.NEW),
+            self,
+            must_record=source_machine.must_record,
+            overtaking=frozenset({A.ROLLBACK}),
+            terminal=SOURCE_TERMINAL,
+            act_failed=E.ACT_FAILED,
+            deadline_passed=E.DEADLINE_PASSED,
+            deadlines_s=DEADLINES_S,
+        )
+        self._acts: dict[A, Callable[[], Awaitable[E | None]]] = {
+            A.ASK_TARGET: self._ask_target,
+            A.SEND_COMMIT: self._send_commit,
+            A.ROLLBACK: self._rollback,
+            A.RELEASE: self._release,
+            A.HOLD: self._hold,
+            A.REPORT_DONE: self._report,
+            A.REPORT_ABORTED: self._report,
+        }
+
+    async def run(self, owner: Owner | None = None) -> S:
+        """To DONE or ABORTED. `owner` is an operator's word, in place of the target's."""
+        state, actions = source_machine.replay(self._recorded)
+        if owner is not None and state is S.IN_DOUBT:
+            word = E.TARGET_RUNNING if owner == "target" else E.TARGET_ABORTED
+            await self._driver.post(word)
+            actions = ()
+        return await self._driver.go_on(state, actions)
+
+    # --- what the driver asks of a performer ---
+
+    async def perform(self, action: A) -> E | None:
+        """Carry out one act."""
+        return await self._acts[action]()
+
+    def failed(self, action: A | None, error: MigrateError) -> None:
+        """Told of an act's failure by the driver."""
+        self._said = str(error)
+        log.warning("recovery", migration=self._migration.migration_id, act=action, why=str(error))
+
+    async def record(self, state: S, event: str) -> None:
+        """Append the transition to the journal."""
+        await self._journal.record(self._migration.migration_id, "source", str(state), event)
+
+    # --- acts ---
+
+    async def _ask_target(self) -> E | None:
+        return await self._tell(messages.Ask)
+
+    async def _send_commit(self) -> E | None:
+        return await self._tell(messages.Commit)
+
+    async def _tell(self, kind: type[messages.Ask | messages.Commit]) -> E | None:
+        """The event that the target's answer is; None when there is none, while patience lasts."""
+        migration = self._migration
+        message = kind(migration.migration_id, migration.attempt)
+        try:
+            state = await peer.say(migration.peer, self._facts.port, self._paths, "target", message)
+        except MigrateError as error:
+            self._said = error.message
+            await self._hold()
+            return None
+        self._said = f"{migration.peer} says {state}"
+        event = target_reported(state)
+        is_slow = event is E.TARGET_HELD and kind is messages.Commit
+        if is_slow or event is E.TARGET_COMMITTED:
+            # It has heard it, and not recorded it or not resumed yet: asked again in time.
+            await self._hold()
+            return None
+        return event
+
+    async def _hold(self) -> None:
+        """In doubt: wait as long as there is patience, then leave it to whoever comes next."""
+        undoing = self._driver.state in (S.ROLLING_BACK, S.RELEASING)
+        if undoing or time.monotonic() >= self._limit_s:
+            self._driver.halt(in_doubt(self._migration, self._host, self._said))
+
+    async def _rollback(self) -> E:
+        plan = self._facts.guard
+        if plan is not None:
+            # The guard has done so already, unless it died with the coordinator.
+            await asyncio.to_thread(give_back_if_there, plan)
+        await asyncio.to_thread(self._wipe)
+        if self._facts.peer_host:
+            reason = "the migration was undone after its coordinator had ended"
+            abort = messages.Abort(self._migration.migration_id, self._migration.attempt, reason)
+            # A target that does not hear it asks.
+            with contextlib.suppress(MigrateError):
+                await peer.say(self._migration.peer, self._facts.port, self._paths, "target", abort)
+        return E.ROLLED_BACK
+
+    async def _release(self) -> E:
+        await asyncio.to_thread(self._release_blocking)
+        return E.RELEASED
+
+    def _release_blocking(self) -> None:
+        name, plan = self._migration.container, self._facts.guard
+        if plan is not None and Path(plan.hold_directory).exists():
+            _let_die(plan)
+            if self._runtime.exists(name):
+                self._runtime.delete(name, cgroup=Path(plan.cgroup))
+        # Without the directory this host has been started anew: of the container there are files,
+        # unless somebody has made another one of that name since.
+        if not self._runtime.exists(name):
+            if self._facts.network is not None:
+                network.destroy(self._facts.network)
+            forget_bundle(Path(self._facts.bundle), self._paths)
+        self._wipe()
+
+    def _wipe(self) -> None:
+        session = self._paths.session(self._migration.migration_id, "source")
+        unmount(session)
+        shutil.rmtree(session, ignore_errors=True)
+
+    async def _report(self) -> None:
+        log.info(
+            "recovered",
+            migration=self._migration.migration_id,
+            container=self._migration.container,
+            state=str(self._driver.state),
+        )
+
+
+async def recover_orphans(
+    journal: JournalWriter,
+    runtimes: Mapping[str, Runtime],
+    paths: config.HostPaths,
+    *,
+    patience_s: float,
+    container: str | None = None,
+) -> list[tuple[Migration, MigrateError]]:
+    """Recover every migration of this host whose coordinator is dead; those that stay, and why.
+
+    A migration that is claimed is somebody's, and not among them. With `container`, only its
+    targets are asked: others may be down, and asking takes time. Raises JournalError.
+    """
+
+    def read(opened: Journal) -> list[Migration]:
+        return [
+            migration
+            for migration, _ in opened.unfinished()
+            if migration.role == "source"
+            and (
+                container in (None, migration.container)
+                or opened.verdict(migration.migration_id, "source") is not Verdict.HOLD
+            )
+        ]
+
+    ours = await journal.call(read)
+    ended = await asyncio.gather(
+        *(_recover(one, journal, runtimes, paths, patience_s) for one in ours)
+    )
+    return [(one, error) for one, error in zip(ours, ended, strict=True) if error is not None]
+
+
+async def _recover(
+    migration: Migration,
+    journal: JournalWriter,
+    runtimes: Mapping[str, Runtime],
+    paths: config.HostPaths,
+    patience_s: float,
+) -> MigrateError | None:
+    try:
+        with Claim.take(paths.claim(migration.migration_id, "source")):
+            await recover_claimed(migration, journal, runtimes, paths, patience_s=patience_s)
+    except ClaimTakenError:
+        return None
+    except MigrateError as error:
+        return error
+    return None
+
+
+async def recover_claimed(
+    migration: Migration,
+    journal: JournalWriter,
+    runtimes: Mapping[str, Runtime],
+    paths: config.HostPaths,
+    *,
+    patience_s: float,
+    owner: Owner | None = None,
+) -> S:
+    """Recover one migration, whose claim this process has. Raises MigrateError."""
+    runtime = runtimes.get(migration.runtime)
+    if runtime is None:
+        raise MigrateError(f"there is no driver for the runtime {migration.runtime}")
+
+    def read(opened: Journal) -> list[Record]:
+        return opened.records(migration.migration_id, "source")
+
+    # Only now nobody else can append to it.
+    recovery = Recovery(
+        migration,
+        await journal.call(read),
+        runtime=runtime,
+        paths=paths,
+        journal=journal,
+        patience_s=patience_s,
+    )
+    return await recovery.run(owner)
+
+
+def in_doubt(migration: Migration, host: str, said: str) -> InDoubt:
+    """What everybody says of a container that is committed and whose target is not understood."""
+    return InDoubt(
+        f"it is not known whether {migration.peer} runs {migration.container}: {said}",
+        host=host,
+        phase=str(S.IN_DOUBT),
+        container_state=held_on(host),
+        remedy=f"bring {migration.peer} back and run: migrate recover {migration.migration_id}",
+    )
+
+
+def give_back_if_there(plan: GuardPlan) -> None:
+    """`give_back`, unless this host has been started anew, and the container ended with it."""
+    if Path(plan.hold_directory).exists():
+        give_back(plan)
+
+
+def forget_bundle(bundle: Path, paths: config.HostPaths) -> None:
+    """A bundle that an agent made goes with its container; any other is the user's."""
+    if bundle.parent == paths.containers:
+        shutil.rmtree(bundle, ignore_errors=True)
+
+
+def _let_die(plan: GuardPlan) -> None:
+    """CRIU kills the frozen tree; one that hangs is ended with it. Blocking."""
+    directory = Path(plan.hold_directory)
+    limit_s = time.monotonic() + RELEASE_DEADLINE_S
+    while say_to_criu(directory, "commit") or busy(directory, plan.runtime_pid):
+        if time.monotonic() > limit_s:
+            end_criu(directory, plan.runtime_pid)
+            return
+        time.sleep(_STEP_S)
