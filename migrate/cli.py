@@ -24,6 +24,7 @@ from migrate.agent.app import Agent
 from migrate.coordinator import Coordinator
 from migrate.dry_run import dry_run
 from migrate.errors import EXIT_FAILED, MigrateError
+from migrate.host_checks import raise_descriptor_limit
 from migrate.options import Options
 from migrate.report import summary_table, write_report
 from migrate.runtimes.base import validate_name
@@ -188,6 +189,7 @@ def new_migration_id() -> MigrationId:
 
 def main() -> None:
     """Run the command line; every error that is foreseen ends in its message and exit code."""
+    raise_descriptor_limit()
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:

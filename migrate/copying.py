@@ -64,7 +64,13 @@ class Copying:
         self._limits = convergence.Limits(options.max_downtime_ms, options.rounds_max)
         self._history = convergence.History()
         self.clocks: ClockRelation | None = None
-        self.rootfs = RootfsSource(facts.container.rootfs, session, link.rootfs_channel, host)
+        self.rootfs = RootfsSource(
+            facts.container.rootfs,
+            session,
+            link.rootfs_channel,
+            host=host,
+            target=options.target,
+        )
         self.final_rootfs: RootfsPassRun | None = None
         self._memory: MemorySource | None = None
 

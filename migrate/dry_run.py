@@ -69,7 +69,9 @@ async def dry_run(
         options.container,
         options.shared,
         lazy=options.restore == "lazy",
+        streams=options.streams or default_streams(),
         host=host,
+        paths=paths,
     )
     facts = checked.facts
     tracker, warning = await asyncio.to_thread(tracker_for, options, facts, host)

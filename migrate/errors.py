@@ -9,6 +9,7 @@ translated into these with `raise ... from`.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
@@ -101,6 +102,22 @@ class MigrateError(Exception):
         if self.remedy:
             line += f"; remedy: {self.remedy}"
         return line
+
+
+def remedy_of(error: OSError) -> str:
+    """What to do about a resource that has run out, by the number of an error of the system."""
+    return _REMEDIES.get(error.errno or 0, "")
+
+
+_REMEDIES: Final = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there, or raise the quota",
+    errno.EROFS: "mount it writable",
+    errno.EMFILE: "raise the limit of open files (ulimit -n; LimitNOFILE= of a service)",
+    errno.ENFILE: "raise fs.file-max there",
+    errno.ENOMEM: "free memory there",
+    errno.EAGAIN: "raise the limit of processes there (ulimit -u; TasksMax= of a service)",
+}
 
 
 class UsageError(MigrateError):

@@ -5,6 +5,7 @@ Only looks, decides nothing: what follows from the facts is `preflight.py`'s mat
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # `criu --version` and `criu cpuinfo` take milliseconds.
 CRIU_DEADLINE_S = 20.0
+_CGROUPS = Path("/sys/fs/cgroup")
+_INACTIVE_FILE = re.compile(r"^inactive_file (\d+)$", re.MULTILINE)
 _STATUS_KB = re.compile(r"^(RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 
 
@@ -133,8 +136,33 @@ def host_versions(runtime: Runtime) -> messages.Versions:
 
 
 def free_memory_bytes() -> int:
-    """Memory that a new container could take here."""
-    return int(psutil.virtual_memory().available)
+    """Memory that a new container could take here: of the host, and within the limits of this
+    process's cgroup, which the page store is counted in."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    return int(min(psutil.virtual_memory().available, left_bytes(_CGROUPS, own)))
+
+
+def left_bytes(cgroups: Path, own: str) -> float:
+    """What memory.max of the cgroup `own` and of those above it leave; infinite without one.
+
+    `cgroups`: where cgroup2 is mounted.
+    """
+    group = cgroups / own
+    return min(_left_bytes(one) for one in (group, *group.parents))
+
+
+def _left_bytes(group: Path) -> float:
+    """What a cgroup may still take; what it has of files' pages can be taken from it again."""
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return math.inf
+        current = int((group / "memory.current").read_text())
+        cached = _INACTIVE_FILE.search((group / "memory.stat").read_text())
+    except FileNotFoundError:  # the root, or no memory controller
+        return math.inf
+    return max(int(limit) - current + (int(cached[1]) if cached else 0), 0)
 
 
 def tree_bytes(top: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -21,6 +22,13 @@ CRIU_VERSION_MIN = (4, 2)
 # CRIU answers in 10-30 ms.
 CRIU_DEADLINE_S = 20.0
 CRIU_LINE_CHARS_MAX = 300
+
+# What a migration opens besides its data streams and tasks, on either side: channels, pipes of the
+# runtime, rsync and CRIU, the journal, FIFOs of the holds. Some 40 were counted.
+DESCRIPTORS_RESERVE = 64
+# A file of the page store on the target; on the source the task's directory, its userfaultfd, its
+# memory and its pagemap.
+DESCRIPTORS_PER_TASK_MAX = 4
 
 _PROGRAMS = ("criu", "rsync", "ip")
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -50,6 +58,63 @@ def host_refusals(*, lazy: bool) -> list[Refusal]:
             )
         )
     return refusals
+
+
+def raise_descriptor_limit() -> None:
+    """As many descriptors as this process may have: the usual limit is for those that use
+    select(2), which counts to 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def descriptor_refusals(tasks: int, streams: int) -> list[Refusal]:
+    """Why this process can't open what a migration of so many tasks needs."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        used = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    except OSError:
+        # There is not even one left for the directory.
+        used = limit
+    return judge_descriptors(limit, used, tasks, streams)
+
+
+def judge_descriptors(limit: int, used: int, tasks: int, streams: int) -> list[Refusal]:
+    """By the limit of open files and how many are. Pure."""
+    needed = DESCRIPTORS_RESERVE + streams + DESCRIPTORS_PER_TASK_MAX * tasks
+    if limit - used >= needed:
+        return []
+    return [
+        Refusal(
+            "open-files",
+            f"{max(limit - used, 0)} more files can be opened by this process, {needed} are needed",
+            "raise its limit (ulimit -n; LimitNOFILE= of a service)",
+        )
+    ]
+
+
+def space_refusals(directory: Path, needed_bytes: int, needed_files: int) -> list[Refusal]:
+    """Why so much does not fit where `directory` is, or will be made. Raises OSError."""
+    status = os.statvfs(existing(directory))
+    free_bytes = status.f_bavail * status.f_frsize
+    # A file system that makes inodes as it needs them, like btrfs, counts none.
+    free_files = status.f_favail if status.f_files else needed_files
+    if free_bytes >= needed_bytes and free_files >= needed_files:
+        return []
+    return [
+        Refusal(
+            "space",
+            f"{directory} has room for {free_bytes >> 10} KiB in {free_files} files,"
+            f" {needed_bytes >> 10} KiB in {needed_files} files are needed",
+            f"free space in {directory}",
+        )
+    ]
+
+
+def existing(path: Path) -> Path:
+    """The deepest directory on the way to `path` that is there already."""
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def judge_criu(version: str, failure: str) -> list[Refusal]:
@@ -153,20 +218,27 @@ def judge_bridge(
     return refusals
 
 
-@cache
 def criu_version() -> str:
     """The second word of `criu --version`, "" if CRIU can't be run."""
     try:
-        words = _criu("--version").stdout.split()
+        return _criu_version()
     except (OSError, subprocess.SubprocessError):
+        # Not kept: this process may only lack descriptors or memory now.
         return ""
-    return words[1] if len(words) > 1 else ""
 
 
 @cache
+def _criu_version() -> str:
+    words = _criu("--version").stdout.split()
+    return words[1] if len(words) > 1 else ""
+
+
 def criu_failure(*arguments: str) -> str:
-    """Why `criu ARGUMENTS` fails, "" if it does not; asked once."""
-    return _failure(*arguments)
+    """Why `criu ARGUMENTS` fails, "" if it does not; what CRIU says is asked for once."""
+    try:
+        return _criu_failure(*arguments)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"criu {' '.join(arguments)}: {error}"
 
 
 def cpu_failure(cpuinfo: bytes) -> str:
@@ -182,11 +254,14 @@ def version_of(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
+@cache
+def _criu_failure(*arguments: str) -> str:
+    return _failure(*arguments)
+
+
 def _failure(*arguments: str) -> str:
-    try:
-        done = _criu(*arguments)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"criu {' '.join(arguments)}: {error}"
+    """Raises OSError and SubprocessError when CRIU can't be run."""
+    done = _criu(*arguments)
     if done.returncode == 0:
         return ""
     return first_error(done.stderr + done.stdout) or f"criu {' '.join(arguments)} failed"

@@ -13,18 +13,22 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrate import blockers, facts, network
 from migrate.container_checks import is_below, judge_container, judge_spec
-from migrate.errors import PreflightRefused
+from migrate.errors import PreflightRefused, runs_on
 from migrate.host_checks import (
     bridge_refusals,
     cpu_failure,
+    descriptor_refusals,
+    existing,
     host_cautions,
     host_refusals,
+    space_refusals,
     version_of,
 )
 from migrate.netns import path_of
@@ -45,6 +49,13 @@ if TYPE_CHECKING:
 # What the target keeps free for itself, besides the container.
 MEMORY_RESERVE_BYTES = 128 << 20
 DISK_RESERVE_BYTES = 64 << 20
+# What the source needs besides CRIU's images: hashes of the pages that were sent, buffers.
+SOURCE_MEMORY_RESERVE_BYTES = 128 << 20
+# Of the journal, its write-ahead log included: full it takes 2 MiB.
+JOURNAL_BYTES_MAX = 4 << 20
+# Of directories and locks in /run; what is large there lies on a tmpfs of each session.
+RUN_BYTES_MAX = 256 << 10
+FILES_MAX = 16
 # Of the list of directories that this host shares with others.
 SHARED_LIST_BYTES_MAX = 64 << 10
 # cgroup v2 controllers by the names of the limits in linux.resources.
@@ -62,11 +73,22 @@ class SourceCheck:
 
 
 def check_source(
-    runtime: Runtime, name: str, shared: Sequence[str], *, lazy: bool, host: str
+    runtime: Runtime,
+    name: str,
+    shared: Sequence[str],
+    *,
+    lazy: bool,
+    streams: int,
+    host: str,
+    paths: HostPaths,
 ) -> SourceCheck:
     """Look at the container and at this host. Blocking. Raises PreflightRefused, MigrateError."""
+    # First, since without descriptors nothing else can be looked at.
+    refusals = descriptor_refusals(tasks=1, streams=streams)
+    if refusals:
+        raise PreflightRefused(refusals, host=host)
     container = runtime.inspect(name)
-    refusals = [*host_refusals(lazy=lazy), *judge_container(container, shared)]
+    refusals = [*host_refusals(lazy=lazy), *own_space(paths), *judge_container(container, shared)]
     cautions = host_cautions()
     if not container.rootfs.is_dir():
         refusals.append(
@@ -84,9 +106,39 @@ def check_source(
     if container.netns is not None:
         identity, found = look_at_network(container, container.netns)
         refusals += found
+    state = runs_on(host) if container.status == "running" else ""
     if refusals or identity is None:
-        raise PreflightRefused(refusals, host=host)
-    return SourceCheck(facts.container_facts(container, identity, runtime), tuple(cautions))
+        raise PreflightRefused(refusals, host=host, container_state=state)
+    found_facts = facts.container_facts(container, identity, runtime)
+    refusals = [
+        *judge_source_memory(found_facts.shared_bytes, facts.free_memory_bytes()),
+        *descriptor_refusals(len(found_facts.tasks), streams),
+    ]
+    if refusals:
+        raise PreflightRefused(refusals, host=host, container_state=state)
+    return SourceCheck(found_facts, tuple(cautions))
+
+
+def own_space(paths: HostPaths) -> list[Refusal]:
+    """Whether the project's own directories take what a migration puts there, on either side."""
+    return [
+        *space_refusals(paths.state, JOURNAL_BYTES_MAX, FILES_MAX),
+        *space_refusals(paths.run, RUN_BYTES_MAX, FILES_MAX),
+    ]
+
+
+def judge_source_memory(shared_bytes: int, free_bytes: int) -> list[Refusal]:
+    """Whether the source has memory for CRIU's images, which hold what tasks share. Pure."""
+    needed = shared_bytes + SOURCE_MEMORY_RESERVE_BYTES
+    if free_bytes >= needed:
+        return []
+    return [
+        Refusal(
+            "memory",
+            f"{free_bytes >> 20} MiB of memory are free, a dump needs {needed >> 20} MiB",
+            "free memory here before the container moves",
+        )
+    ]
 
 
 def look_at_network(
@@ -110,14 +162,26 @@ def look_at_network(
 
 def check_target(request: OpenSession, runtime: Runtime, paths: HostPaths) -> list[Refusal]:
     """Look whether this host can take the container. Blocking."""
-    refusals = host_refusals(lazy=request.restore == "lazy")
+    # First, since without descriptors nothing else can be looked at.
+    refusals = descriptor_refusals(len(request.tasks), request.streams)
+    if refusals:
+        return refusals
+    try:
+        return _look_at_target(request, runtime, paths)
+    except (OSError, subprocess.SubprocessError) as error:
+        text = f"this host can't be looked at: {error}"
+        return [Refusal("host", text, "free memory, disk and processes here")]
+
+
+def _look_at_target(request: OpenSession, runtime: Runtime, paths: HostPaths) -> list[Refusal]:
+    refusals = [*host_refusals(lazy=request.restore == "lazy"), *own_space(paths)]
     if refusals:
         return refusals
     if request.host == socket.gethostname():
         return [Refusal("same-host", "source and target are the same host", "name another host")]
     refusals += judge_versions(request.versions, facts.host_versions(runtime))
     refusals += judge_cpu(cpu_failure(request.cpuinfo))
-    disk_bytes = shutil.disk_usage(_existing(paths.containers)).free
+    disk_bytes = shutil.disk_usage(existing(paths.containers)).free
     refusals += judge_room(request, facts.free_memory_bytes(), disk_bytes)
     refusals += _taken(request.container, runtime, paths)
     refusals += _of_configuration(request, paths)
@@ -301,12 +365,6 @@ def _taken(name: str, runtime: Runtime, paths: HostPaths) -> list[Refusal]:
         if path.exists()
     ]
     return refusals
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _read(path: Path) -> str:

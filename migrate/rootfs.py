@@ -48,6 +48,7 @@ _FLAGS = ("-aHAXS", "--numeric-ids", "--delete")
 _MODULE_OPEN = b"@RSYNCD: OK\n"
 # rsync ends with 24 when files vanished while it ran: the next pass sees to it.
 _RSYNC_DONE = (0, 24)
+_AT_THE_TARGET = re.compile(r"\[(receiver|generator)\]")
 # The target closes the channel with this plus its rsync's exit status, which ours may not know of:
 # an error after the last byte is only in the daemon's log. 4000 to 4999 are for applications
 # (RFC 6455, 7.4.2).
@@ -84,7 +85,8 @@ class RootfsPass:
 class RootfsPassRun:
     """A pass under way. `ready` is set when it waits at its gate, `release` opens the gate."""
 
-    def __init__(self, *, gated: bool) -> None:
+    def __init__(self, target: str, *, gated: bool) -> None:
+        self._target = target
         self.ready = asyncio.Event()
         self._gate = asyncio.Event()
         self._gated = gated
@@ -149,7 +151,9 @@ class RootfsPassRun:
         if self._target_status is None:
             raise ConnectionError("it ended without the exit status of the target's rsync")
         if self._target_status not in _RSYNC_DONE:
-            raise _failed("on the target", self._target_status, self._target_words)
+            raise _failed(
+                f"on {self._target}", self._target_status, self._target_words, self._target
+            )
 
     async def _send(
         self, reader: asyncio.StreamReader, channel: aiohttp.ClientWebSocketResponse
@@ -192,8 +196,11 @@ class RootfsSource:
     `work` is a directory of ours (0700) for the relay's sockets. Errors: TransferFailed.
     """
 
-    def __init__(self, rootfs: Path, work: Path, open_channel: OpenChannel, host: str) -> None:
+    def __init__(
+        self, rootfs: Path, work: Path, open_channel: OpenChannel, *, host: str, target: str
+    ) -> None:
         self._rootfs = rootfs
+        self._target = target
         self._work = work
         self._open_channel = open_channel
         self._host = host
@@ -208,7 +215,7 @@ class RootfsSource:
     def start(self, *, gated: bool, files: Sequence[str] | None = None) -> RootfsPassRun:
         """Begin a pass; with `files` only these (relative to the root), compared by content."""
         self._passes += 1
-        run = RootfsPassRun(gated=gated)
+        run = RootfsPassRun(self._target, gated=gated)
         run.task = asyncio.create_task(self._pass(run, self._passes, files))
         # Whoever waits for it hears how it ended; nobody may be waiting any more.
         run.task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
@@ -278,14 +285,16 @@ class RootfsSource:
             raise
         if process.returncode not in _RSYNC_DONE:
             words = stderr[-RSYNC_STDERR_BYTES_MAX:].decode("utf-8", "replace").strip()
-            raise _failed(f"on {self._host}", process.returncode, words)
+            raise _failed(f"on {self._host}", process.returncode, words, self._target)
 
 
-def _failed(where: str, status: int | None, words: str) -> TransferFailed:
+def _failed(where: str, status: int | None, words: str, target: str) -> TransferFailed:
     return TransferFailed(
         f"rsync of the root file system ended with {status} {where}: {words}",
+        # rsync's word for what it does there; in front of it, or when all is well, there is none.
+        host=target if _AT_THE_TARGET.search(words) else "",
         phase="rootfs",
-        remedy="look at the target's free space and at what rsync says above",
+        remedy="look at the target's free space (df, df -i) and at what rsync says above",
     )
 
 

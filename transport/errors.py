@@ -67,6 +67,10 @@ class TargetFailedError(TransportError):
     """The target received a frame and could not store it, or found it wrong."""
 
 
+class TargetFullError(TargetFailedError):
+    """The target has no room for what it received."""
+
+
 class SourceFailedError(TransportError):
     """The source could not read the memory or the file that was to be sent."""
 

@@ -6,6 +6,7 @@ or who may make them. One thread runs one stream.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import threading
 import time
@@ -29,7 +30,12 @@ from transport.core.frames import (
     verify,
 )
 from transport.core.tables import RunKind, parse_file, parse_runs
-from transport.errors import StreamBrokenError, TargetFailedError, TransportError
+from transport.errors import (
+    StreamBrokenError,
+    TargetFailedError,
+    TargetFullError,
+    TransportError,
+)
 
 if TYPE_CHECKING:
     import ssl
@@ -45,7 +51,7 @@ class PageSink(Protocol):
     """Where received pages and files go. Called by several threads at once, for different pages.
 
     `data` belongs to the caller: it is overwritten after the call returned. What a call raises is
-    logged here and ends the session's transfer.
+    logged here and ends the session's transfer; an OSError of ENOSPC says that there is no room.
     """
 
     def write(self, task: int, address: int, data: memoryview) -> None:
@@ -184,5 +190,8 @@ class InboundStream:
 def _sink_errors() -> Iterator[None]:
     try:
         yield
+    except OSError as error:
+        kind = TargetFullError if error.errno == errno.ENOSPC else TargetFailedError
+        raise kind(f"the sink failed: {error}") from error
     except Exception as error:
         raise TargetFailedError(f"the sink failed: {error!r}") from error

@@ -31,6 +31,7 @@ from transport.errors import (
     StreamBusyError,
     StreamRefusedError,
     TargetFailedError,
+    TargetFullError,
     TransportError,
 )
 from transport.inbound import (
@@ -332,6 +333,8 @@ class DataListener:
 def _status_of(error: TransportError) -> Status:
     if isinstance(error, StreamBusyError):
         return Status.BUSY
+    if isinstance(error, TargetFullError):
+        return Status.SINK_FULL
     if isinstance(error, TargetFailedError):
         return Status.SINK_FAILED
     if isinstance(error, FrameError):

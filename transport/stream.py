@@ -30,6 +30,7 @@ from transport.errors import (
     StreamBusyError,
     StreamRefusedError,
     TargetFailedError,
+    TargetFullError,
     TransportError,
 )
 
@@ -266,6 +267,8 @@ class OutStream:
 def _refusal(status: Status, index: int) -> TransportError:
     if status == Status.BUSY:
         return StreamBusyError(f"the target has no room for stream {index} now")
+    if status == Status.SINK_FULL:
+        return TargetFullError("the target has no room left for what the container has in memory")
     if status in (Status.SINK_FAILED, Status.BAD_FRAME):
         return TargetFailedError(f"the target failed on stream {index}: {status.name}")
     return StreamRefusedError(f"the target refused stream {index}: {status.name}")

@@ -25,10 +25,13 @@ CAPABILITIES = [
 ]
 CHECK_SOURCE = """
 from migrate import preflight
+from migrate.config import HostPaths
 from migrate.errors import PreflightRefused
 from migrate.runtimes.runc import Runc
 try:
-    checked = preflight.check_source(Runc(), "pf1", given, lazy=True, host="A")
+    checked = preflight.check_source(
+        Runc(), "pf1", given, lazy=True, streams=4, host="A", paths=HostPaths()
+    )
     request = checked.facts.open_session(
         migration_id="m1", attempt=1, host="A", streams=4, restore="lazy", dry_run=True)
     answer({"refusals": [], "cautions": checked.cautions, "request": request})

@@ -29,7 +29,11 @@ class Pair:
         self.target = base / "target"
         self.work = base / "work"
         self.copier = RootfsSource(
-            self.source, self.work, lambda: session.ws_connect(url, compress=0), "A"
+            self.source,
+            self.work,
+            lambda: session.ws_connect(url, compress=0),
+            host="A",
+            target="B",
         )
 
 

@@ -124,6 +124,8 @@ class Status(enum.IntEnum):
     """No room now, or this stream's former connection is still being ended: ask again."""
     BAD_FRAME = 5
     SINK_FAILED = 6
+    SINK_FULL = 7
+    """There is no room for what was sent."""
 
 
 @dataclass(frozen=True, slots=True)
