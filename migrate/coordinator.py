@@ -52,7 +52,7 @@ from migrate.mounts import mount_tmpfs, unmount
 from migrate.report import ReportBuilder
 from migrate.standstill import Standstill
 from migrate.target_link import TargetLink
-from transport.errors import TransportError
+from transport.errors import TargetFullError, TransportError
 from transport.sender import default_streams
 
 if TYPE_CHECKING:
@@ -179,6 +179,9 @@ class Coordinator:
         """Carry out one act; errors of the packages below become MigrateErrors here."""
         try:
             return await self._acts[action]()
+        except TargetFullError as error:
+            remedy = f"free memory on {self.options.target}, or migrate when the container has less"
+            raise TransferFailed(str(error), host=self.options.target, remedy=remedy) from error
         except TransportError as error:
             raise TransferFailed(str(error), host=self.options.target) from error
         except CriuGlueError as error:

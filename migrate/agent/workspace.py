@@ -7,19 +7,22 @@ STATE/containers/NAME/         config.json and rootfs/: stays when the migration
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from criu_glue.errors import CriuGlueError
+from criu_glue.errors import CriuGlueError, LimitExceededError
 from criu_glue.images import ImageWriter
-from criu_glue.page_store import PageStore
+from criu_glue.page_store import PageStore, PageStoreFullError
 from migrate import config
 from migrate.core import messages
 from migrate.errors import MigrateError, ProtocolError, remedy_of
 from migrate.mounts import mount_tmpfs, unmount
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from migrate.core.messages import OpenSession
@@ -101,17 +104,19 @@ class Workspace:
             ) from error
 
     def write(self, task: int, address: int, data: memoryview) -> None:
-        """Pages from a data stream."""
-        self.store.write(task, address, data)
+        """Pages from a data stream. Raises OSError of ENOSPC when there is no room."""
+        with _no_room():
+            self.store.write(task, address, data)
 
     def zero(self, task: int, address: int, pages: int) -> None:
         """Zero pages from a data stream."""
         self.store.zero(task, address, pages)
 
     def write_file(self, name: str, offset: int, data: memoryview) -> None:
-        """A part of an image file from a data stream."""
+        """A part of an image file from a data stream. Raises OSError of ENOSPC, too."""
         assert self._images is not None
-        self._images.write_file(name, offset, data)
+        with _no_room():
+            self._images.write_file(name, offset, data)
 
     def wipe_session(self) -> None:
         """Give back the memory: the images and the page store. Idempotent; blocking."""
@@ -139,6 +144,19 @@ def read_request(session: Path) -> OpenSession | None:
     except (OSError, ProtocolError):
         return None
     return message if isinstance(message, messages.OpenSession) else None
+
+
+@contextmanager
+def _no_room() -> Iterator[None]:
+    """A tmpfs or a quota that is full, in the words of the data streams' sinks."""
+    try:
+        yield
+    except CriuGlueError as error:
+        cause = error.__cause__
+        is_full = isinstance(cause, OSError) and cause.errno == errno.ENOSPC
+        if is_full or isinstance(error, (PageStoreFullError, LimitExceededError)):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
 
 
 def container_config(text: str, netns: Path) -> str:
