@@ -23,6 +23,7 @@ from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
 from migrate import cgroup, config, holder
 from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan, end_criu
+from migrate.mounts import is_full
 from migrate.network import PortSwitch
 from migrate.processes import Outliving, last_message, module_command, tail
 from migrate.runtimes.runc import LOG_NAME
@@ -199,10 +200,11 @@ class Freezing:
     def _failed(self, action: str) -> DumpFailed:
         words = tail(self._work_dir / LOG_NAME, _LOG_BYTES_MAX)
         hint = explain(tail(self._work_dir / "dump.log", _LOG_BYTES_MAX))
-        last = last_message(words) or "it ended or hung without a word"
+        full = "no space left on the session's tmpfs" if is_full(self._work_dir) else ""
+        last = last_message(words) or full or "it ended or hung without a word"
         return DumpFailed(
             f"the dump did not come to {action}: {hint.line or last}",
             host=self._host,
             phase="dump",
-            remedy=hint.remedy,
+            remedy=hint.remedy or ("free memory on this host" if full else ""),
         )

@@ -28,6 +28,12 @@ def mount_tmpfs(directory: Path, size_bytes: int) -> None:
         raise OSError(code, f"mounting a tmpfs on {directory}: {os.strerror(code)}")
 
 
+def is_full(directory: Path) -> bool:
+    """Whether not one page more can be written there. A program that fails for this can't even say
+    so, when its log lies there too."""
+    return os.statvfs(directory).f_bavail == 0
+
+
 def unmount(directory: Path) -> None:
     """Unmount, lazily, whatever is mounted on `directory`; nothing is fine. Raises OSError."""
     while _libc.umount2(os.fsencode(directory), _MNT_DETACH) == 0:

@@ -23,6 +23,7 @@ from criu_glue.hooks import CriuHold, HoldPlan, criu_pid, is_let_go
 from migrate import config, output_keeper
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
+from migrate.mounts import is_full
 from migrate.processes import Outliving, is_alive, kill_tree, last_message, tail
 from migrate.runtimes.runc import DESCRIPTORS_NAME, LOG_NAME, bundle_cgroup, descriptors_json
 
@@ -213,10 +214,11 @@ class Restoring:
         work_dir = self.plan.work_dir
         words = tail(work_dir / LOG_NAME, LOG_BYTES_MAX)
         hint = explain(tail(work_dir / "restore.log", LOG_BYTES_MAX))
-        last = last_message(words) or "it ended or hung without a word"
+        full = "no space left on the session's tmpfs" if is_full(work_dir) else ""
+        last = last_message(words) or full or "it ended or hung without a word"
         return RestoreFailed(
             f"the restore did not come to {action}: {hint.line or last}",
             host=self._host,
             phase="restore",
-            remedy=hint.remedy,
+            remedy=hint.remedy or ("free memory on this host" if full else ""),
         )
