@@ -186,7 +186,8 @@ _ALWAYS: Final = re.compile(
     r"|file /run/(lock|mount|netns|sshd|sshd\.pid|migrate-agent\.pid|migrate|runc|criu\.kdat)"
     r"|file /run/migrate/(sessions|claims|claims/agent)"
     r"|file /var/lib/migrate/(containers|journal\.sqlite.*)"
-    r"|process 0::/init\.scope (\S*catatonit -P|sshd: .*listener.*|\S*python3 -m migrate agent.*)"
+    r"|process 0::/init\.scope (\S*catatonit -P|sshd: .*listener.*"
+    r"|\S*python3 -m (migrate|tests\.faults\.halting) agent.*)"
 )
 
 
