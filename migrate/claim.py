@@ -2,8 +2,8 @@
 
 A coordinator claims its migration, an agent its sessions and itself, a recovery what it finishes.
 The lock (flock(2)) is on a file below RUN/claims and ends with its process, however that ends, so
-whoever gets it knows that nobody else acts. Children do not inherit it. The file says the pid, for
-people and for `migrate cancel`.
+whoever gets it knows that nobody else acts. Children do not inherit it. The file says who has it,
+for people and for `migrate cancel`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,32 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self, TypeAlias
 
 from migrate.errors import MigrateError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_PID_BYTES_MAX = 32
+Kind: TypeAlias = Literal["coordinator", "agent", "recovery"]
+_TEXT_BYTES_MAX = 64
+
+
+class Claimant(NamedTuple):
+    """Who has a claim. pid is 0 as long as it has not said so."""
+
+    pid: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"the {self.kind} with pid {self.pid}" if self.pid else "a process"
 
 
 class ClaimTakenError(MigrateError):
-    """Another process drives this. `pid` is its process, 0 when it has not said so yet."""
+    """Another process drives this."""
 
-    def __init__(self, path: Path, pid: int) -> None:
-        super().__init__(f"{path.name} is in the hands of process {pid or '?'}")
-        self.pid = pid
+    def __init__(self, path: Path, claimant: Claimant) -> None:
+        super().__init__(f"{path.name} is in the hands of {claimant}")
 
 
 class Claim:
@@ -37,12 +47,12 @@ class Claim:
         self._fd = fd
 
     @classmethod
-    def take(cls, path: Path) -> Self:
+    def take(cls, path: Path, kind: Kind) -> Self:
         """Raises ClaimTakenError, or MigrateError when the file can't be made."""
         try:
-            return cls(path, _lock(path))
+            return cls(path, _lock(path, kind))
         except BlockingIOError:
-            raise ClaimTakenError(path, _pid(path)) from None
+            raise ClaimTakenError(path, _read(path)) from None
         except OSError as error:
             raise MigrateError(
                 f"{path} can't be claimed: {error.strerror}",
@@ -64,8 +74,8 @@ class Claim:
         self.release()
 
 
-def claimant(path: Path) -> int | None:
-    """The process that has the claim, 0 when it has not said its pid; None when it is free."""
+def claimant(path: Path) -> Claimant | None:
+    """Who has the claim; None when it is free."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -73,14 +83,14 @@ def claimant(path: Path) -> int | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _pid(path)
+        return _read(path)
     else:
         return None
     finally:
         os.close(fd)
 
 
-def _lock(path: Path) -> int:
+def _lock(path: Path, kind: Kind) -> int:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -90,7 +100,7 @@ def _lock(path: Path) -> int:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), path.stat()):
                     os.ftruncate(fd, 0)
-                    os.pwrite(fd, str(os.getpid()).encode(), 0)
+                    os.pwrite(fd, f"{os.getpid()} {kind}".encode(), 0)
                     return fd
         except BaseException:
             os.close(fd)
@@ -98,9 +108,10 @@ def _lock(path: Path) -> int:
         os.close(fd)
 
 
-def _pid(path: Path) -> int:
+def _read(path: Path) -> Claimant:
     try:
         with path.open("rb") as file:
-            return int(file.read(_PID_BYTES_MAX))
+            pid, kind = file.read(_TEXT_BYTES_MAX).decode().split()
+        return Claimant(int(pid), kind)
     except (OSError, ValueError):
-        return 0
+        return Claimant(0, "")

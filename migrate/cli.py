@@ -1,4 +1,5 @@
-"""The command line: `migrate CONTAINER --to HOST`, `migrate agent`.
+"""The command line: `migrate CONTAINER --to HOST`, `migrate agent`, and what an operator needs
+when a migration does not end by itself: `status`, `log`, `cancel`, `recover`.
 
 exit code   0 done, 1 failed and undone, 2 refused or wrong usage, 3 held: `errors.py`
 """
@@ -19,14 +20,14 @@ import msgspec
 import structlog
 from rich.console import Console
 
-from migrate import config, progress
+from migrate import config, oversight, progress, standing
 from migrate.agent.app import Agent
 from migrate.coordinator import Coordinator
 from migrate.dry_run import dry_run
 from migrate.errors import EXIT_FAILED, MigrateError
 from migrate.host_checks import raise_descriptor_limit
 from migrate.options import Options
-from migrate.report import summary_table, write_report
+from migrate.report import Report, summary_table, write_report
 from migrate.runtimes.base import validate_name
 from migrate.runtimes.runc import Runc
 
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from migrate.core.messages import MigrationId
-    from migrate.options import Options
-from migrate.report import Report
+    from migrate.recovery import Owner
+    from migrate.runtimes.base import Runtime
+
+# Of a table that goes to a file or another program.
+WIDE_COLUMNS = 200
 
 
 class _ContainerFirst(click.Group):
@@ -60,6 +64,56 @@ def cli() -> None:
 
     migrate CONTAINER --to HOST   moves a container, now (migrate container --help).
     """
+
+
+@cli.command()
+@click.argument("migration_id", required=False)
+@click.option("--json", "as_json", is_flag=True, help="A JSON array of objects.")
+def status(migration_id: str | None, as_json: bool) -> None:
+    """Show the migrations of this host: those under way and the latest that ended."""
+    found = standing.status(config.HostPaths(), migration_id)
+    if as_json:
+        click.echo(msgspec.json.encode(found).decode())
+    elif found:
+        # A pipe has no width to fit into.
+        console = Console() if sys.stdout.isatty() else Console(width=WIDE_COLUMNS)
+        console.print(standing.status_table(found))
+    else:
+        click.echo("no migration is known here")
+
+
+@cli.command("log")
+@click.argument("migration_id")
+def show_log(migration_id: str) -> None:
+    """Show what the journal of this host has on a migration."""
+    click.echo("\n".join(standing.log_lines(config.HostPaths(), migration_id)))
+
+
+@cli.command()
+@click.argument("migration_id")
+def cancel(migration_id: str) -> None:
+    """End a migration that is not committed; its container stays where it is."""
+    _log_to_stderr(logging.WARNING)
+    paths = config.HostPaths()
+    click.echo(asyncio.run(oversight.cancel(paths, _runtimes(), migration_id)))
+
+
+@cli.command()
+@click.argument("migration_id", required=False)
+@click.option("--force-source", "owner", flag_value="source", help="The source keeps it.")
+@click.option("--force-target", "owner", flag_value="target", help="The target has it.")
+def recover(migration_id: str | None, owner: Owner | None) -> None:
+    """Finish or undo migrations that nobody drives.
+
+    Shows what each side says and does what is safe. The --force options count only where the other
+    host can't be asked, and need an id: of a container that was forced on both hosts there are two.
+    """
+    if owner is not None and migration_id is None:
+        raise click.UsageError("--force-source and --force-target need the migration's id")
+    _log_to_stderr(logging.WARNING)
+    paths = config.HostPaths()
+    lines = asyncio.run(oversight.recover(paths, _runtimes(), migration_id, owner))
+    click.echo("\n".join(lines))
 
 
 @cli.command()
@@ -176,8 +230,7 @@ def agent(address: str, port: int) -> None:
     _log_to_stderr(logging.INFO)
 
     async def serve() -> None:
-        runtimes = {name: _runtime(name) for name in ("runc",)}
-        await Agent(config.HostPaths(), dict(runtimes), address).serve(address, port)
+        await Agent(config.HostPaths(), _runtimes(), address).serve(address, port)
 
     asyncio.run(serve())
 
@@ -217,6 +270,10 @@ async def _run(coordinator: Coordinator) -> Report:
 
 def _runtime(_: str) -> Runc:
     return Runc()
+
+
+def _runtimes() -> dict[str, Runtime]:
+    return {"runc": Runc()}
 
 
 def _show(report: Report, console: Console, *, as_json: bool) -> None:

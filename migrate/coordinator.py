@@ -241,7 +241,7 @@ class Coordinator:
     async def _open_journal(self) -> None:
         self._journal = await asyncio.to_thread(JournalWriter, self._paths.journal)
         await self._settle_former()
-        self._claim = Claim.take(self._paths.claim(self.migration_id, "source"))
+        self._claim = Claim.take(self._paths.claim(self.migration_id, "source"), "coordinator")
         self._attempt = await self._journal.claim_attempt()
         await self._journal.begin(
             self.migration_id,
@@ -269,11 +269,11 @@ class Coordinator:
                 raise error
         for migration, _ in await self._journal.call(lambda journal: journal.unfinished()):
             is_ours = migration.role == "source" and migration.container == self.options.container
-            pid = claimant(self._paths.claim(migration.migration_id, "source"))
-            if is_ours and pid is not None:
+            driver = claimant(self._paths.claim(migration.migration_id, "source"))
+            if is_ours and driver is not None:
                 raise UsageError(
                     f"{migration.container} is being migrated to {migration.peer} already,"
-                    f" by process {pid}",
+                    f" by {driver}",
                     host=self._host,
                     remedy=f"wait for it, or run: migrate cancel {migration.migration_id}",
                 )

@@ -276,7 +276,7 @@ async def _recover(
     patience_s: float,
 ) -> MigrateError | None:
     try:
-        with Claim.take(paths.claim(migration.migration_id, "source")):
+        with Claim.take(paths.claim(migration.migration_id, "source"), "recovery"):
             await recover_claimed(migration, journal, runtimes, paths, patience_s=patience_s)
     except ClaimTakenError:
         return None

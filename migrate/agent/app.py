@@ -87,7 +87,7 @@ class Agent:
         self._unknown: dict[str, Migration] = {}
         identity = tls.TlsPaths(paths.tls.ca, paths.tls.certificate, paths.tls.key)
         self._context = tls.server_context(identity)
-        self._claim = Claim.take(paths.run / "claims" / "agent")
+        self._claim = Claim.take(paths.run / "claims" / "agent", "agent")
         self._journal = JournalWriter(paths.journal)
         self._custodian = Custodian(self._journal, runtimes, paths)
         self._data = DataListener(address, config.DATA_PORT, self._context, self._sink_of)
@@ -180,7 +180,7 @@ class Agent:
         self, session: Session, run: Callable[[], Coroutine[Any, Any, S]]
     ) -> asyncio.Task[S]:
         migration_id = session.request.migration_id
-        self._claims[migration_id] = Claim.take(self._paths.claim(migration_id, "target"))
+        self._claims[migration_id] = Claim.take(self._paths.claim(migration_id, "target"), "agent")
         self._sessions[migration_id] = session
         task = asyncio.create_task(run())
         self._running.add((session, task))

@@ -1,0 +1,266 @@
+"""What an operator can do about the migrations of this host: cancel, and recover.
+
+What only the peer knows is asked. A migration that its coordinator drives is left to it; one that
+is received here is in the hands of this host's agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import aiohttp
+
+from migrate import config, recovery
+from migrate.claim import Claim, Claimant, ClaimTakenError, claimant
+from migrate.core import messages
+from migrate.core.states import SOURCE_TERMINAL, SourceState, TargetState
+from migrate.core.table import Verdict
+from migrate.errors import InDoubt, MigrateError, ProtocolError, UsageError, held_on, runs_on
+from migrate.journal import Journal, JournalWriter
+from migrate.standing import ROLES, is_known, last_state, reading, unknown_migration
+from migrate.target_link import client_context, unreachable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from migrate.journal import Migration
+    from migrate.recovery import Owner
+    from migrate.runtimes.base import Runtime
+
+# The agent's own recoveries take the claim for the time of one question.
+CLAIM_PATIENCE_S = 30.0
+RECOVER_PATIENCE_S = 10.0
+_STEP_S = 0.05
+
+
+async def cancel(
+    paths: config.HostPaths, runtimes: Mapping[str, Runtime], migration_id: str
+) -> str:
+    """End a migration before its commit; what has become of it. Raises MigrateError."""
+    with reading(paths) as journal:
+        if journal is None or not is_known(journal, migration_id, "source"):
+            if journal is not None and is_known(journal, migration_id, "target"):
+                peer = journal.migration(migration_id, "target").peer
+                raise UsageError(
+                    f"{migration_id} comes from {peer}", remedy=f"run on {peer}: migrate cancel"
+                )
+            raise unknown_migration(migration_id)
+        migration = journal.migration(migration_id, "source")
+    _refuse_late(paths, migration)
+    claim = paths.claim(migration_id, "source")
+    driver = claimant(claim)
+    if driver is not None and driver.kind == "coordinator":
+        await _terminate(claim, driver)
+    else:
+        await _recover_source(migration, paths, runtimes, None)
+    state = last_state(paths, migration)
+    host = socket.gethostname()
+    if state == SourceState.ABORTED:
+        return f"{migration_id} is undone; {migration.container} {runs_on(host)}"
+    raise MigrateError(
+        f"{migration_id} was committed before it could be cancelled",
+        phase=state,
+        container_state=runs_on(migration.peer) if state == SourceState.DONE else "",
+        remedy=f"migrate status {migration_id}",
+    )
+
+
+async def recover(
+    paths: config.HostPaths,
+    runtimes: Mapping[str, Runtime],
+    migration_id: str | None,
+    owner: Owner | None,
+) -> list[str]:
+    """Finish or undo what nobody drives: a line for each. Raises MigrateError for the first one
+    that stays in doubt, after the others. `owner`: the operator's word where nobody can know."""
+    with reading(paths) as journal:
+        found = [] if journal is None else [one for one, _ in journal.unfinished()]
+        if migration_id is not None:
+            found = [one for one in found if one.migration_id == migration_id]
+            if not found and not (
+                journal is not None and any(is_known(journal, migration_id, role) for role in ROLES)
+            ):
+                raise unknown_migration(migration_id)
+    lines: list[str] = []
+    errors: list[MigrateError] = []
+    for migration in found:
+        try:
+            if migration.role == "source":
+                lines += await _recover_source(migration, paths, runtimes, owner)
+            else:
+                lines += await _recover_target(migration, paths, owner)
+        except MigrateError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return lines or ["nothing is under way"]
+
+
+# --- the source's side ---
+
+
+async def _recover_source(
+    migration: Migration,
+    paths: config.HostPaths,
+    runtimes: Mapping[str, Runtime],
+    owner: Owner | None,
+) -> list[str]:
+    host = socket.gethostname()
+    claim = await _claimed(paths, migration)
+    journal = await asyncio.to_thread(JournalWriter, paths.journal)
+    try:
+        before = last_state(paths, migration)
+        said = await _target_says(migration, paths)
+        lines = [
+            f"{migration.migration_id} {migration.container}:"
+            f" {host} says {before or 'begun'}; {said}"
+        ]
+        state = await _finish(migration, journal, paths, runtimes, owner)
+        where = migration.peer if state is SourceState.DONE else host
+        lines.append(f"{migration.migration_id} {state}: {migration.container} {runs_on(where)}")
+        return lines
+    finally:
+        claim.release()
+        await asyncio.to_thread(journal.close)
+
+
+async def _finish(
+    migration: Migration,
+    journal: JournalWriter,
+    paths: config.HostPaths,
+    runtimes: Mapping[str, Runtime],
+    owner: Owner | None,
+) -> SourceState:
+    """The target's word first; the operator's only where there is none."""
+    patience_s = RECOVER_PATIENCE_S if owner is None else 0.0
+    try:
+        return await recovery.recover_claimed(
+            migration, journal, runtimes, paths, patience_s=patience_s
+        )
+    except InDoubt as error:
+        if owner is None:
+            error.remedy = (
+                f"bring {migration.peer} back; if it is gone for good: migrate recover"
+                f" {migration.migration_id} --force-source (it goes on here) or --force-target"
+                " (what is held here ends). Never both, on either host"
+            )
+            raise
+    return await recovery.recover_claimed(
+        migration, journal, runtimes, paths, patience_s=RECOVER_PATIENCE_S, owner=owner
+    )
+
+
+async def _target_says(migration: Migration, paths: config.HostPaths) -> str:
+    try:
+        return f"{migration.peer} says {await recovery.ask_target(migration, paths)}"
+    except MigrateError as error:
+        return error.message
+
+
+async def _claimed(paths: config.HostPaths, migration: Migration) -> Claim:
+    """The migration's claim; waits while the agent of this host looks after it."""
+    limit_s = time.monotonic() + CLAIM_PATIENCE_S
+    path = paths.claim(migration.migration_id, "source")
+    while True:
+        try:
+            return Claim.take(path, "recovery")
+        except ClaimTakenError:
+            driver = claimant(path)
+            if driver is not None and driver.kind == "coordinator":
+                raise UsageError(
+                    f"{migration.container} is being migrated by {driver}",
+                    remedy=f"wait for it, or run: migrate cancel {migration.migration_id}",
+                ) from None
+            if time.monotonic() > limit_s:
+                raise
+        await asyncio.sleep(_STEP_S)
+
+
+def _refuse_late(paths: config.HostPaths, migration: Migration) -> None:
+    state = last_state(paths, migration)
+    if state in SOURCE_TERMINAL:
+        raise UsageError(f"{migration.migration_id} has ended: {state}")
+    with Journal.open_read_only(paths.journal) as journal:
+        if journal.verdict(migration.migration_id, "source") is not Verdict.UNDO:
+            raise UsageError(
+                f"{migration.migration_id} is committed: {migration.container} belongs to"
+                f" {migration.peer}",
+                phase=state,
+                remedy=f"migrate recover {migration.migration_id}",
+            )
+
+
+async def _terminate(path: Path, driver: Claimant) -> None:
+    """SIGTERM for a coordinator, and wait until it has undone everything."""
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(driver.pid)
+        try:
+            # Still its claim after the descriptor was opened: it is this process.
+            if claimant(path) == driver:
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        finally:
+            os.close(pidfd)
+    limit_s = time.monotonic() + config.UNDO_DEADLINE_S
+    while claimant(path) == driver:
+        if time.monotonic() > limit_s:
+            raise MigrateError(
+                f"{driver} was told to cancel and has not ended",
+                remedy=f"end it: kill -KILL {driver.pid}; then: migrate recover",
+            )
+        await asyncio.sleep(_STEP_S)
+
+
+# --- the target's side: in the hands of this host's agent ---
+
+
+async def _recover_target(
+    migration: Migration, paths: config.HostPaths, owner: Owner | None
+) -> list[str]:
+    host = socket.gethostname()
+    standing = await _tell_agent(messages.Recover(migration.migration_id, owner or ""), host, paths)
+    lines = [f"{migration.migration_id} {migration.container}: {host} says {standing.state};"]
+    lines[0] += f" {standing.peer}"
+    if standing.state in (TargetState.HELD, TargetState.IN_DOUBT, TargetState.COMMITTED):
+        raise InDoubt(
+            f"{migration.peer} has not said whose {migration.container} is: {standing.peer}",
+            host=host,
+            phase=standing.state,
+            container_state=held_on(host),
+            remedy=(
+                f"bring {migration.peer} back; if it is gone for good: migrate recover"
+                f" {migration.migration_id} --force-target (it goes on here) or --force-source"
+                " (what is held here ends). Never both, on either host"
+            ),
+        )
+    return lines
+
+
+async def _tell_agent(
+    message: messages.Recover, host: str, paths: config.HostPaths
+) -> messages.Standing:
+    connector = aiohttp.TCPConnector(ssl=client_context(paths))
+    timeout = aiohttp.ClientTimeout(total=2 * config.WORD_DEADLINE_S)
+    url = f"https://127.0.0.1:{config.CONTROL_PORT}/v1/operator"
+    try:
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as http,
+            http.post(url, data=messages.encode(message), server_hostname=host) as response,
+        ):
+            body = await response.content.read(messages.MAX_MESSAGE_BYTES + 1)
+            if response.status == 404:
+                raise MigrateError(body.decode(errors="replace")[:200], host=host)
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        failure = unreachable(host, config.CONTROL_PORT, error)
+        failure.remedy = "start `migrate agent` here: it goes on with what is under way"
+        raise failure from error
+    answer = messages.decode_from_target(body)
+    if not isinstance(answer, messages.Standing):
+        raise ProtocolError(f"the agent answered {type(answer).__name__}", host=host)
+    return answer
