@@ -34,14 +34,6 @@ UFFD_FEATURE_PAGEFAULT_FLAG_WP: Final = 1 << 0
 UFFD_FEATURE_WP_UNPOPULATED: Final = 1 << 13
 UFFD_FEATURE_WP_ASYNC: Final = 1 << 15
 
-# uffd_msg.event; a message has UFFD_MSG_BYTES, the event is its first byte.
-UFFD_MSG_BYTES: Final = 32
-UFFD_EVENT_PAGEFAULT: Final = 0x12
-UFFD_EVENT_FORK: Final = 0x13
-UFFD_EVENT_REMAP: Final = 0x14
-UFFD_EVENT_REMOVE: Final = 0x15
-UFFD_EVENT_UNMAP: Final = 0x16
-
 UFFDIO_REGISTER_MODE_WP: Final = 1 << 1
 
 

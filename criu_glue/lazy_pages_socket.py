@@ -11,6 +11,9 @@ CRIU connects to the name relative to its working directory, which is its work d
 image directory if it was given none. A task faults as soon as its first mapping is registered,
 long before the last task has been announced. Source: criu/uffd.c (send_uffd,
 lazy_pages_finish_restore, prepare_lazy_pages_socket), criu/crtools.c (chdir).
+
+A number is received into memory that outlives the receiver, and stays there until what it says has
+been taken account of: whoever goes on in the place of a receiver that died goes on behind it.
 """
 
 from __future__ import annotations
@@ -82,14 +85,36 @@ def listen(directory: Path) -> socket.socket:
     return listener
 
 
+class Received:
+    """The number that is being taken account of, in memory that outlives who does so."""
+
+    def __init__(self, memory: memoryview) -> None:
+        """`memory`: four bytes, 0 at first."""
+        self.memory = memory
+
+    @property
+    def number(self) -> int:
+        """A task, a negated one, the mark for the end; 0 when there is none."""
+        (number,) = struct.unpack("<i", self.memory)
+        return int(number)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is the mark for the end."""
+        return self.number == RESTORE_FINISHED
+
+    def settle(self) -> None:
+        """It has been taken account of."""
+        self.memory[:] = bytes(_NUMBER_BYTES)
+
+
 class LazyPagesPeer:
     """The connection from CRIU; its descriptor is non-blocking."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, received: Received) -> None:
         self._connection = connection
         self._connection.setblocking(False)
-        self._number = b""
-        self._task: int | None = None
+        self._received = received
 
     def fileno(self) -> int:
         """For select and its like."""
@@ -99,36 +124,42 @@ class LazyPagesPeer:
         """Idempotent."""
         self._connection.close()
 
+    def detach(self) -> None:
+        """Leave the descriptor open, and to somebody else."""
+        self._connection.detach()
+
     def receive(self) -> Message | None:
-        """The next message, or None when it is not all there yet."""
+        """The next message, or None when it is not all there yet; to be settled before the next."""
         try:
-            if self._task is None:
-                number = self._receive_number()
-                if number is None or isinstance(number, Ended):
-                    return number
-                if number == RESTORE_FINISHED:
-                    return RestoreFinished()
-                if not -_TASK_MAX <= number <= _TASK_MAX or number == 0:
-                    raise LazyPagesProtocolError(f"{number} is not the number of a task")
-                if number < 0:
-                    return Zombie(-number)
-                self._task = number
-            return self._receive_descriptor(self._task)
+            number = self._received.number or self._receive_number()
+            if not number:
+                return Ended()
+            if self._received.is_finished:
+                return RestoreFinished()
+            if not -_TASK_MAX <= number <= _TASK_MAX:
+                raise LazyPagesProtocolError(f"{number} is not the number of a task")
+            if number < 0:
+                return Zombie(-number)
+            return self._receive_descriptor(number)
         except BlockingIOError:
             return None
         except ConnectionError:
             return Ended()
 
-    def _receive_number(self) -> int | Ended | None:
-        part = self._connection.recv(_NUMBER_BYTES - len(self._number))
-        if not part:
-            return Ended()
-        self._number += part
-        if len(self._number) < _NUMBER_BYTES:
-            return None
-        (number,) = struct.unpack("<i", self._number)
-        self._number = b""
-        return int(number)
+    def settle(self) -> None:
+        """The message has been taken account of."""
+        self._received.settle()
+
+    def _receive_number(self) -> int:
+        """0 at the end of file."""
+        waiting = self._connection.recv(_NUMBER_BYTES, socket.MSG_PEEK)
+        if not waiting:
+            return 0
+        # CRIU sends it in one piece, and it arrives as one.
+        if len(waiting) < _NUMBER_BYTES or waiting == bytes(_NUMBER_BYTES):
+            raise LazyPagesProtocolError(f"{waiting!r} is not the number of a task")
+        self._connection.recv_into(self._received.memory)
+        return self._received.number
 
     def _receive_descriptor(self, task: int) -> Message:
         data, descriptors, _, _ = socket.recv_fds(self._connection, 1, 1)
@@ -144,5 +175,4 @@ class LazyPagesPeer:
             raise LazyPagesProtocolError(f"task {task} came with {link}, not a userfaultfd")
         # Reading it must never block; CRIU opens it so, and this costs a microsecond.
         os.set_blocking(uffd, False)
-        self._task = None
         return TaskAnnounced(task, uffd)

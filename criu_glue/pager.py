@@ -1,24 +1,25 @@
 """The pager: fills a restored container's memory on the target, and survives what it can.
 
-    python3 -m criu_glue.pager --work WORK --images IMAGES --store STORE --progress-fd N
+    python3 -m criu_glue.pager --work WORK --images IMAGES --store STORE
 
-    this process (keeper)  --starts, again when it dies-->  worker (pager_worker.py)
-    holds every userfaultfd                                 fills the memory
+    keeper (pager_keeper.py)   <-- each makes the other again -->   worker (pager_worker.py)
+             \\______________ share all descriptors and the journal _______________/
 
-Started before `criu restore --lazy-pages`, best before the freeze, since Python needs 0.2 s; ready
-with "listening" on the progress descriptor (pager_progress.py). WORK is CRIU's work directory, or
-its image directory if it has no other. Ends by itself, with exit code 0, when all is filled. Until
-then the tasks' memory depends on it: it lives in a session of its own, outlives the agent, has no
-network, and is the last that the kernel kills for memory. Signals go to the worker:
+Started before `criu restore --lazy-pages`, best before the freeze, since Python needs 0.3 s; it
+says how far it is in WORK/pager.state (pager_state.py), CRIU may come in phase LISTENING. WORK is
+CRIU's work directory, or its image directory if it has no other. It ends by itself when all is
+filled. Until then the tasks' memory depends on it: it lives in a session of its own, outlives the
+agent, has no network, and is the last that the kernel kills for memory. Either process may be
+killed at any moment; the memory is lost when both are dead at the same time. pager_watch.py is for
+those who want to know how it does, and for those who want to end it. Signals to either process:
 
     SIGUSR1   begin the background fill before CRIU's end of restore; to be sent when CRIU is held
               at post-restore, never earlier
     SIGTERM   ends a pager that holds no task yet; ignored by any other
 
-Exit code 1: failed, reported as "error"; a pager that failed stays, with the tasks waiting, until
-they are gone. It may be killed (SIGKILL to its session) when nobody wants their memory any more.
-
-Imports no numpy, directly or not: it only has to be there.
+A pager that failed stays, with the tasks waiting, until they are gone. The process that was started
+is the first keeper. If it is still that at the end, its exit code is 0 when all is filled, 1 when
+the pager failed; whoever wants to know looks at the state.
 """
 
 from __future__ import annotations
@@ -26,32 +27,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Final
 
-from criu_glue.errors import CriuGlueError
 from criu_glue.lazy_pages_socket import listen
-from criu_glue.pager_journal import JOURNAL_NAME
-from criu_glue.pager_keeper import PagerKeeper
-from criu_glue.pager_progress import Progress
+from criu_glue.pager_journal import Journal
+from criu_glue.pager_keeper import keep
+from criu_glue.pager_pair import Pair, descriptors
+from criu_glue.pager_state import PagerState
+from criu_glue.pager_watch import make_alive
+from criu_glue.pager_worker import work
 
 _CLONE_NEWNET: Final = 0x40000000
 
 
-def command(*, work: Path, images: Path, store: Path, progress_fd: int) -> list[str]:
-    """The argument list that starts a pager; give it `pass_fds=[progress_fd]`, and a PYTHONPATH in
-    which this package is found."""
+def command(*, work: Path, images: Path, store: Path) -> list[str]:
+    """The argument list that starts a pager, with a PYTHONPATH in which this package is found."""
     return [
         *(sys.executable, "-P", "-m", "criu_glue.pager"),
         f"--work={work}",
         f"--images={images}",
         f"--store={store}",
-        f"--progress-fd={progress_fd}",
     ]
 
 
@@ -68,47 +69,46 @@ def _leave_everything_else() -> None:
     os.chdir("/")
 
 
+def _signals() -> int:
+    """Have signals of this process and of those forked from it arrive as bytes on the returned
+    descriptor instead of interrupting."""
+    ours, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+    # SIGCHLD: nobody waits for a process of the pager.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+    return ours
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The process. Returns its exit code."""
+    """The process. Returns 1 when it could not begin, and otherwise not at all."""
     parser = argparse.ArgumentParser(prog="python3 -m criu_glue.pager")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--progress-fd", type=int, required=True)
+    for name in ("work", "images", "store"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
     options = parser.parse_args(arguments)
     images, store = options.images.absolute(), options.store.absolute()
-    progress = Progress(options.progress_fd)
     try:
-        (store / JOURNAL_NAME).unlink(missing_ok=True)
+        state = PagerState.create(options.work)
+        alive = os.open(make_alive(options.work), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         listener = listen(options.work)
+        journal = Journal(state)
     except OSError as error:
-        progress.report("error", reason=f"can't listen in {options.work}: {error}")
+        sys.stderr.write(f"the pager can't begin in {options.work}: {error}\n")
         return 1
     _leave_everything_else()
-
-    def start(connection: int) -> subprocess.Popen[bytes]:
-        inherited = {
-            "progress": options.progress_fd,
-            "listener": listener.fileno(),
-            "keeper": connection,
-        }
-        numbers = [f"--{name}-fd={number}" for name, number in inherited.items()]
-        worker = [sys.executable, "-P", "-m", "criu_glue.pager_worker", *numbers]
-        return subprocess.Popen(
-            [*worker, f"--images={images}", f"--store={store}"], pass_fds=list(inherited.values())
-        )
-
-    keeper = PagerKeeper(start, lambda count: progress.report("restarted", count=count))
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: keeper.send_signal(number))
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        return keeper.run()
-    except CriuGlueError as error:
-        progress.report("error", reason=str(error))
-        while True:
-            signal.pause()
+    state.group = os.getpgrp()
+    signals = _signals()
+    common = frozenset(descriptors())
+    pair = Pair(images, store, state, journal, listener, alive, signals, common)
+    # No cycles are made from here on, and a collection would make a page fault wait.
+    gc.freeze()
+    gc.disable()
+    while True:
+        # Each returns in another process, which is to be the other one.
+        keep(pair)
+        work(pair)
 
 
 if __name__ == "__main__":

@@ -1,167 +1,151 @@
-"""What a pager keeps outside of itself: a journal in the page store, descriptors at the keeper.
+"""The pager's journal: memory that both of its processes share, and that the kernel writes to.
 
-A worker that dies must not take the memory of the tasks with it: when the last descriptor of a
-userfaultfd closes, what is missing becomes zeros. So the keeper (pager_keeper.py) holds a copy of
-each, and gives them to the next worker. Knows files and sockets, not what is done with the memory.
+    [unit][unit][READING][message][message]...[0]      core/fill_journal.py says what is in it
+                                           ^ end
 
-    keeper socket (UNIX, SOCK_SEQPACKET), one JSON object a packet; the keeper begins
-        keeper -> worker  {"hold": number, "task": task}  + descriptor (SCM_RIGHTS), for each
-        keeper -> worker  {"begin": true}
-        worker -> keeper  {"hold": number, "task": task}  + descriptor
-        worker -> keeper  {"release": number}
-    STORE/pager.journal   see core/fill_journal.py; on the tmpfs of the store: it lives as long
+A message is read from a userfaultfd right into the journal. So there is no moment in which only a
+worker knows of it: it is either still in the kernel, where the task waits for somebody to read it,
+or here. The same holds for the userfaultfd of a forked child, which the kernel puts into the table
+of descriptors that both processes share (pager_pair.py).
 
-What is lost: the kernel lets a task go on as soon as an event is read, so an event that a worker
-has read when it is killed, and not written yet, some microseconds later, is known to nobody.
+Units that follow the end are page faults, which the next unit overwrites; they mean nothing.
 """
 
 from __future__ import annotations
 
-import json
+import ctypes
+import mmap
 import os
-import socket
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from criu_glue.core.fill_journal import RECORD_BYTES, Kind, encode
-from criu_glue.errors import CriuGlueError
+from criu_glue.core.fill_journal import (
+    TRANSIENT,
+    UNIT,
+    UNIT_BYTES,
+    FillJournalError,
+    Kind,
+    encode,
+    replay,
+)
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
-JOURNAL_NAME: Final = "pager.journal"
-# No program gives memory up or moves it a million times while its memory comes in, and a reader
-# must not be made to read without end.
-JOURNAL_BYTES_MAX: Final = RECORD_BYTES << 20
-PACKET_BYTES_MAX: Final = 256
-# How a worker exits that failed and holds nobody's memory. Not 1: that is any Python program that
-# dies of an exception, which this one does with the memory in its hands.
-FAILED_EXIT: Final = 3
-# The number under which the keeper has the connection from CRIU: a worker's death must not let
-# CRIU's last word fail, for then CRIU kills what it restored.
-CONNECTION_NUMBER: Final = 0
+    from criu_glue.core.fill_journal import Replayed
+    from criu_glue.core.fill_map import FillMap
+    from criu_glue.pager_state import PagerState
 
+# No program gives memory up, moves it or forks a million times while its memory comes in, and a
+# reader must not be made to read without end.
+JOURNAL_BYTES_MAX: Final = UNIT_BYTES << 20
+# Messages read at once. A task with more threads has its other faults read in the next turn.
+_MESSAGES: Final = 64
+_READ_BYTES: Final = _MESSAGES * UNIT_BYTES
+# Memory is asked for in steps: where there is none, this fails and not a later write to it.
+_STEP_BYTES: Final = 64 << 10
 
-class KeeperError(CriuGlueError):
-    """The keeper and the worker of a pager do not understand each other."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What was done so far; bytes of memory."""
-
-    faults: int = 0
-    filled_bytes: int = 0
-    # Content of zeros: left to the kernel, which gives zeros by itself.
-    zero_bytes: int = 0
-    # There already when the fill came: never overwritten.
-    present_bytes: int = 0
-    # In no mapping when the fill came, though no event said so.
-    unplaced_bytes: int = 0
+_libc = ctypes.CDLL(None)
 
 
 class Journal:
-    """Gives every address space a number, and writes down what becomes of it."""
+    """Numbers the address spaces, and keeps what becomes of them. One process at a time writes."""
 
-    def __init__(self, path: Path, *, number_max: int = CONNECTION_NUMBER) -> None:
-        """`number_max`: the largest number that the journal at `path` knows. Raises OSError."""
-        self.counters = Counters()
-        self._path = path
-        self._number = number_max
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd: int | None = os.open(path, flags, 0o600)
+    def __init__(self, state: PagerState, bytes_max: int = JOURNAL_BYTES_MAX) -> None:
+        """An empty one; processes forked from this one share it. Raises OSError."""
+        self._state = state
+        self._fd = os.memfd_create("pager-journal", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, bytes_max)
+        self._bytes_max = bytes_max
+        self._map = mmap.mmap(self._fd, bytes_max)
+        os.ftruncate(self._fd, 0)
+        self._view = memoryview(self._map)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        # Where messages go once there is no room in the journal.
+        self._scratch = memoryview(bytearray(_READ_BYTES))
+        self._end = 0
+        self._numbers = 0
 
-    def opened(self, task: int) -> int:
+    @property
+    def is_complete(self) -> bool:
+        """Whether there was room for everything so far."""
+        return not self._state.journal_lost
+
+    def resume(self, initial: Callable[[int], FillMap]) -> Replayed:
+        """Read what another process has written, and go on behind it. Raises FillJournalError."""
+        if not self.is_complete:
+            raise FillJournalError("the pager's journal is not complete: it had no room")
+        size = os.fstat(self._fd).st_size
+        found = replay(bytes(self._view[:size]), initial)
+        self._end, self._numbers = found.end, found.numbers
+        self._pin(0, size)
+        return found
+
+    def opened(self, task: int, uffd: int) -> int:
         """A restored task; returns its number."""
-        return self._new(Kind.OPENED, task)
+        number = self.next_number()
+        self._append(encode(Kind.OPENED, number, task, uffd))
+        return number
 
-    def forked(self, parent: int) -> int:
-        """A child of address space `parent`; returns its number."""
-        return self._new(Kind.FORKED, parent)
-
-    def removed(self, number: int, start: int, end: int) -> None:
-        """[start, end) is unmapped or given up."""
-        self._write(encode(Kind.REMOVED, number, start, end))
-
-    def moved(self, number: int, start: int, to: int, bytes_: int) -> None:
-        """[start, start + bytes_) is now at `to`."""
-        self._write(encode(Kind.MOVED, number, start, to, bytes_))
+    def next_number(self) -> int:
+        """The number of the address space that was opened, or whose FORK was read."""
+        self._numbers += 1
+        return self._numbers
 
     def closed(self, number: int) -> None:
         """Nothing more will be filled there."""
-        self._write(encode(Kind.CLOSED, number))
+        self._append(encode(Kind.CLOSED, number))
 
     def finished(self) -> None:
         """CRIU has finished the restore."""
-        self._write(encode(Kind.FINISHED, CONNECTION_NUMBER))
+        self._append(encode(Kind.FINISHED, 0))
 
-    def _new(self, kind: Kind, first: int) -> int:
-        self._number += 1
-        self._write(encode(kind, self._number, first))
-        return self._number
-
-    def _write(self, record: bytes) -> None:
-        if self._fd is None:
-            return
+    def read(self, number: int, uffd: int) -> list[tuple[int, int, int, int]]:
+        """Read what the kernel has to tell of address space `number`: (kind, first, second, third)
+        of each message, none when there is nothing. Raises OSError as read(2) does."""
+        self._put(encode(Kind.READING, number), room=UNIT_BYTES + _READ_BYTES)
+        start = self._end + UNIT_BYTES
+        into = self._view[start : start + _READ_BYTES] if self.is_complete else self._scratch
         try:
-            os.write(self._fd, record)
-        except OSError:
-            # No room on the tmpfs. This worker needs no journal, and the next one must not go by
-            # one that is not complete: without any it only holds what there is.
-            self._path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = None
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A descriptor that the keeper gave back; it belongs to the receiver now."""
-
-    number: int
-    task: int
-    fd: int
-
-
-class Keeper:
-    """The worker's side of the keeper's socket. Owns it."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection: socket.socket | None = connection
-
-    def receive_held(self) -> list[Held]:
-        """What the keeper held while there was no worker. Waits for it. Raises KeeperError."""
-        found: list[Held] = []
-        while self._connection is not None:
-            data, descriptors, _, _ = socket.recv_fds(self._connection, PACKET_BYTES_MAX, 1)
-            try:
-                message = json.loads(data)
-                if message.get("begin"):
-                    return found
-                (fd,) = descriptors
-                found.append(Held(int(message["hold"]), int(message["task"]), fd))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise KeeperError(f"the keeper sent {data!r}") from error
-        raise KeeperError("the keeper is gone")
-
-    def hold(self, number: int, task: int, fd: int) -> bool:
-        """Give the keeper a copy; False when it can't have one. Never blocks."""
-        return self._send({"hold": number, "task": task}, [fd])
-
-    def release(self, number: int) -> None:
-        """The keeper may close its copy."""
-        self._send({"release": number}, [])
-
-    def _send(self, message: dict[str, int], descriptors: list[int]) -> bool:
-        if self._connection is None:
-            return False
-        data = json.dumps(message).encode()
-        try:
-            socket.send_fds(self._connection, [data], descriptors, socket.MSG_DONTWAIT)
+            count = os.readv(uffd, [into])
         except BlockingIOError:
+            return []
+        units = [
+            (kind, first, second, third)
+            for kind, _, first, second, third in UNIT.iter_unpack(into[:count])
+        ]
+        if any(kind not in TRANSIENT for kind, *_ in units):
+            self._end = start + count
+        return units
+
+    def _append(self, unit: bytes) -> None:
+        self._put(unit, room=UNIT_BYTES)
+        self._end += UNIT_BYTES
+
+    def _put(self, unit: bytes, *, room: int) -> None:
+        """Write at the end, the first byte last: this process may be killed at any instruction."""
+        if self.is_complete and self._has_room(self._end + room):
+            self._view[self._end + 1 : self._end + UNIT_BYTES] = unit[1:]
+            self._view[self._end] = unit[0]
+
+    def _has_room(self, size: int) -> bool:
+        have = os.fstat(self._fd).st_size
+        if size <= have:
+            return True
+        try:
+            if size > self._bytes_max:
+                raise FillJournalError(f"the journal is longer than {self._bytes_max} bytes")
+            os.posix_fallocate(self._fd, have, min(_STEP_BYTES, self._bytes_max - have))
+        except (OSError, FillJournalError):
+            # No memory. This worker needs no journal, but the next one must not go by this one.
+            self._state.journal_lost = 1
             return False
-        except OSError:
-            # The keeper is gone, and with it all its copies.
-            self._connection.close()
-            self._connection = None
-            return False
+        self._pin(have, _STEP_BYTES)
         return True
+
+    def _pin(self, start: int, bytes_: int) -> None:
+        """Keep it in memory, and in this process's page table: so the kernel's write can't fail
+        halfway for a process that is being killed. A precaution: refused, it works as well."""
+        _libc.mlock(
+            ctypes.c_void_p(self._address + start),
+            ctypes.c_size_t(min(bytes_, self._bytes_max - start)),
+        )

@@ -1,99 +1,97 @@
-"""Holds the userfaultfds of a pager's worker, and starts another worker when it dies.
+"""The pager's keeper: is there, and makes another worker when the worker dies or hangs.
 
-The keeper does nothing else, so it dies of nothing that the worker dies of, and takes a release
-note at once: a userfaultfd is only gone, and its task free of it, when both have closed it. Closing
-a descriptor whose worker is dead would turn what is missing into zeros. The protocol is in
-pager_journal.py.
+It holds every descriptor that the worker has (pager_pair.py) and does nothing that the worker dies
+of. When the keeper dies, the worker makes another one, in a process that then comes here.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from criu_glue.pager_journal import FAILED_EXIT, PACKET_BYTES_MAX, KeeperError
+from criu_glue.pager_pair import Companion, enter_role, fork, sweep
+from criu_glue.pager_state import tell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from criu_glue.pager_pair import Pair
+    from criu_glue.pager_state import PagerState
 
-# Restored tasks and the children that they fork while their memory comes in.
-_DESCRIPTORS_MAX: Final = 1 << 16
-# A worker that dies again and again dies of something in the memory or the images.
-_WORKERS_MAX: Final = 10
+# So many workers that died one after the other without having filled anything died of something in
+# the memory or the images. The next one only holds what there is.
+DEATHS_MAX: Final = 10
+# A turn of the worker's loop takes milliseconds and it waits for half a second at most. The longest
+# ones seen are those of a host out of memory, which last as long as the kernel's search for some:
+# seconds. Clients of the container wait for a minute and more before they give up.
+HUNG_S: Final = 10.0
+_LOOK_S: Final = 1.0
+# Between tries to make a process where the system allows no more.
+_FORK_AGAIN_S: Final = 0.1
 
 
-class PagerKeeper:
-    """Runs workers until one of them ends by itself.
+def keep(pair: Pair) -> None:
+    """Be the keeper until the pager ends, which ends the process.
 
-    `start(connection descriptor)` starts a worker that has that descriptor; `restarting(count)`
-    is called before each worker but the first.
+    Returns in another process: one that was made to be the worker.
     """
+    state = pair.state
+    state.keepers += 1
+    enter_role(state, "keeper")
+    # Of a keeper that a worker made; the first one has no worker yet.
+    worker = Companion.parent(state.worker) if state.worker else None
+    while True:
+        if worker is None:
+            worker = _start_worker(pair)
+            if worker is None:
+                return
+        _watch(worker, state)
+        if state.ended:
+            os._exit(int(state.ended != 1))
+        worker.close()
+        worker = None
+        _count_death(state)
+        tell(pair.alive)
 
-    def __init__(
-        self,
-        start: Callable[[int], subprocess.Popen[bytes]],
-        restarting: Callable[[int], None],
-    ) -> None:
-        self._start = start
-        self._restarting = restarting
-        self._worker: subprocess.Popen[bytes] | None = None
-        # Number -> (task, descriptor)
-        self._held: dict[int, tuple[int, int]] = {}
 
-    def send_signal(self, number: int) -> None:
-        """Pass a signal on to the worker."""
-        if self._worker is not None:
-            self._worker.send_signal(number)
-
-    def run(self) -> int:
-        """Returns 0 when all is filled, 1 when a worker failed and nobody is left. Raises
-        KeeperError when too many died; whatever is missing then hangs on this process."""
-        for count in range(_WORKERS_MAX):
-            if count:
-                self._restarting(count)
-            code = self._run_worker()
-            if code in (0, FAILED_EXIT):
-                return int(code != 0)
-        raise KeeperError(f"{_WORKERS_MAX} workers died, the last one with {code}")
-
-    def _run_worker(self) -> int:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:
-            with theirs:
-                self._worker = self._start(theirs.fileno())
-            try:
-                for number, (task, descriptor) in self._held.items():
-                    data = json.dumps({"hold": number, "task": task}).encode()
-                    socket.send_fds(ours, [data], [descriptor])
-                ours.send(json.dumps({"begin": True}).encode())
-                while self._receive(ours):
-                    pass
-            except OSError:
-                # It died before it had read all.
-                pass
-            return self._worker.wait()
-
-    def _receive(self, connection: socket.socket) -> bool:
-        """Take one note from the worker; False when there will be none."""
-        data, descriptors, _, _ = socket.recv_fds(connection, PACKET_BYTES_MAX, 1)
-        if not data:
-            return False
+def _start_worker(pair: Pair) -> Companion | None:
+    sweep(pair.common)
+    while True:
         try:
-            message = json.loads(data)
-            if "release" in message:
-                _, descriptor = self._held.pop(message["release"])
-                os.close(descriptor)
-                return True
-            (descriptor,) = descriptors
-            number, task = message["hold"], message["task"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise KeeperError(f"the worker sent {data!r}") from error
-        os.set_inheritable(descriptor, False)
-        if len(self._held) >= _DESCRIPTORS_MAX:
-            os.close(descriptor)
-        else:
-            self._held[number] = task, descriptor
-        return True
+            return fork()
+        except OSError:
+            time.sleep(_FORK_AGAIN_S)
+
+
+def _count_death(state: PagerState) -> None:
+    settled = state.settled_bytes
+    if settled != state.settled_then:
+        state.settled_then = settled
+        state.deaths = 0
+    state.deaths += 1
+    if state.deaths > DEATHS_MAX:
+        # Even one that only holds dies: no need to hurry.
+        time.sleep(_FORK_AGAIN_S)
+
+
+def _watch(worker: Companion, state: PagerState) -> None:
+    """Until the worker is dead; one that does not turn its loop any more is killed.
+
+    Time is counted in looks of our own: when everything stood still, this process did so too.
+    """
+    beat, looks = state.beat, 0
+    while not worker.is_gone(_LOOK_S):
+        looks += 1
+        if state.beat != beat or _waits_for_memory(worker.pid):
+            beat, looks = state.beat, 0
+        elif looks * _LOOK_S >= HUNG_S:
+            worker.kill()
+
+
+def _waits_for_memory(pid: int) -> bool:
+    """Whether the kernel has it wait for a disk or for memory: no other worker would wait less."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat[stat.rindex(")") + 2] == "D"

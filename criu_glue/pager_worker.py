@@ -1,103 +1,129 @@
-"""The pager's worker: the process that fills the memory. Started by pager.py, and only by it.
+"""The pager's worker: the process that fills the memory.
 
-    --images DIR --store DIR       as for the pager
-    --listener-fd N                listens where CRIU connects
-    --keeper-fd N                  the keeper: what an earlier worker held, and what this one holds
-    --progress-fd N                to the agent
-
-Exit codes: 0 all is filled; FAILED_EXIT failed, with nobody left who waits for memory. Whatever
-else it ends with, the keeper starts another one, which goes on from the keeper's descriptors and
-the journal.
+It is made by the keeper, and makes another keeper when that one dies (pager_pair.py). One that dies
+itself, or fails in a way that is a mistake in here, is replaced; one that failed for a reason that
+the next one would meet too stays, and holds what there is until nobody waits for it any more.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
 import os
 import signal
-import socket
 import sys
 import time
-from pathlib import Path
-from typing import Final
+import traceback
+from typing import TYPE_CHECKING, Final
 
 from criu_glue.errors import CriuGlueError
-from criu_glue.pager_journal import FAILED_EXIT, Keeper
+from criu_glue.pager_keeper import DEATHS_MAX
 from criu_glue.pager_loop import Pager
-from criu_glue.pager_progress import Progress
+from criu_glue.pager_pair import Companion, NewRole, enter_role, fork
+from criu_glue.pager_state import Phase
+
+if TYPE_CHECKING:
+    from criu_glue.pager_pair import Pair
 
 # An agent that died before it started CRIU leaves a pager that nobody needs. The next agent ends
 # it; this is for a host that never has one again. Pre-copy of a large container takes hours.
 ACCEPT_DEADLINE_S: Final = 24 * 3600.0
 _WAIT_S: Final = 0.5
-# How long the last line may wait for an agent that is busy.
-_LAST_FLUSH_S: Final = 2.0
+# How often a pager that can't go on looks whether the tasks whose memory it holds have ended.
+_HOLD_S: Final = 0.2
+# Whatever is not 0 or 1; nobody reads it.
+_MISTAKE_EXIT: Final = 70
+
+# Objects of the processes that this one was forked from, whose end would close descriptors.
+_never_forgotten: list[object] = []
 
 
-def _signals() -> int:
-    """Have signals arrive as bytes on the returned descriptor instead of interrupting."""
-    ours, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: None)
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
-    signal.set_wakeup_fd(theirs)
-    return ours
+def work(pair: Pair) -> None:
+    """Be the worker until all is filled, which ends the process.
 
-
-def _arrived(signals: int) -> bytes:
+    Returns in another process: one that was made to be the keeper.
+    """
+    pair.state.workers += 1
+    enter_role(pair.state, "worker")
+    worker = _Worker(pair)
     try:
-        return os.read(signals, 64)
-    except BlockingIOError:
-        return b""
+        worker.run()
+    except NewRole:
+        _never_forgotten.extend(worker.pager.leave())
+    except BaseException:  # noqa: BLE001 - nothing may unwind further: it would close descriptors
+        traceback.print_exc(file=sys.stderr)
+        os._exit(_MISTAKE_EXIT)
 
 
-def _run(pager: Pager, signals: int) -> None:
-    """Until everything is filled, or the pager is not needed."""
-    give_up_s = time.monotonic() + ACCEPT_DEADLINE_S
-    while not pager.is_finished():
-        pager.turn(_WAIT_S)
-        for number in _arrived(signals):
-            if number == signal.SIGUSR1:
-                pager.start_filling()
-            elif number == signal.SIGTERM and not pager.has_tasks:
-                raise CriuGlueError("told to end before any task came")
-        if not pager.has_tasks and not pager.is_finished() and time.monotonic() > give_up_s:
-            raise CriuGlueError(f"no task came within {ACCEPT_DEADLINE_S:.0f} s")
+class _Worker:
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+        self._keeper = Companion.parent(pair.state.keeper)
+        self.pager = Pager(pair)
+        self.pager.wake_on(pair.signals)
+        if self._keeper.pidfd >= 0:
+            self.pager.wake_on(self._keeper.pidfd)
 
+    def run(self) -> None:
+        state = self._pair.state
+        try:
+            self._see_to_keeper()
+            if state.deaths >= DEATHS_MAX:
+                raise CriuGlueError(f"{state.deaths} workers died and filled nothing")
+            if state.phase is not Phase.DONE:
+                self.pager.begin()
+                self._fill()
+                self.pager.finish()
+        except (CriuGlueError, OSError) as error:
+            # Anything else is a mistake in here, and another worker may get around it.
+            state.error = state.error or str(error)
+            self._hold()
+            state.ended = 2
+            os._exit(1)
+        state.ended = 1
+        os._exit(0)
 
-def main(arguments: list[str] | None = None) -> int:
-    """The process. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python3 -m criu_glue.pager_worker")
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--store", type=Path, required=True)
-    for name in ("progress", "listener", "keeper"):
-        parser.add_argument(f"--{name}-fd", type=int, required=True)
-    options = parser.parse_args(arguments)
-    signals = _signals()
-    progress = Progress(options.progress_fd)
-    keeper = Keeper(socket.socket(fileno=options.keeper_fd))
-    pager = Pager(options.images, options.store, progress, keeper)
-    pager.wake_on(signals)
-    code = 0
-    try:
-        pager.begin(socket.socket(fileno=options.listener_fd))
-        # No cycles are made in the loop, and a collection would make a page fault wait.
-        gc.freeze()
-        gc.disable()
-        _run(pager, signals)
-        pager.finish()
-    except (CriuGlueError, OSError) as error:
-        # Anything else is a mistake in here, and another worker may get around it.
-        progress.report("error", reason=str(error))
-        pager.hold()
-        code = FAILED_EXIT
-    last_s = time.monotonic() + _LAST_FLUSH_S
-    while not progress.flush() and time.monotonic() < last_s:
-        time.sleep(0.01)
-    return code
+    def _fill(self) -> None:
+        """Until everything is filled, or the pager is not needed."""
+        pager = self.pager
+        give_up_s = time.monotonic() + ACCEPT_DEADLINE_S
+        while not pager.is_finished():
+            pager.turn(_WAIT_S)
+            self._see_to_keeper()
+            for number in self._arrived():
+                if number == signal.SIGUSR1:
+                    pager.start_filling()
+                elif number == signal.SIGTERM and not pager.has_tasks:
+                    raise CriuGlueError("told to end before any task came")
+            if not pager.has_tasks and not pager.is_finished() and time.monotonic() > give_up_s:
+                raise CriuGlueError(f"no task came within {ACCEPT_DEADLINE_S:.0f} s")
 
+    def _hold(self) -> None:
+        self.pager.hold()
+        self._pair.state.set_phase(Phase.FAILED, self._pair.alive)
+        while self.pager.has_tasks:
+            self._see_to_keeper()
+            self._keeper.is_gone(_HOLD_S)
+            self.pager.hold()
 
-if __name__ == "__main__":
-    sys.exit(main())
+    def _arrived(self) -> bytes:
+        """Signals that either process has got."""
+        try:
+            return os.read(self._pair.signals, 64)
+        except BlockingIOError:
+            return b""
+
+    def _see_to_keeper(self) -> None:
+        """Make another keeper if it has died."""
+        if not self._keeper.is_gone():
+            return
+        try:
+            keeper = fork()
+        except OSError:
+            # No more processes now; the next turn tries again.
+            return
+        if keeper is None:
+            raise NewRole
+        if self._keeper.pidfd >= 0:
+            self.pager.wake_no_more_on(self._keeper.pidfd)
+            self._keeper.close()
+        self._keeper = keeper
+        self.pager.wake_on(keeper.pidfd)

@@ -14,8 +14,6 @@ Rules that keep content right, all from fs/userfaultfd.c and mm/userfaultfd.c:
 - Events are applied before the page faults that were read with them: a fault may already be at
   the place that a page was moved to.
 - What was removed or unmapped leaves the map: it reads as zeros from then on, also if mapped again.
-- mremap tells the end of the old place only when its move has been read (mm/mremap.c), and another
-  thread may have moved something there in between: that late note is left out.
 - A page that exists is never overwritten (EEXIST).
 """
 
@@ -23,22 +21,15 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
-from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
+from criu_glue.core.fill_journal import Kind
 from criu_glue.core.fill_map import Run
 from criu_glue.errors import CriuGlueError, TaskGoneError
 from criu_glue.kernel import (
     PAGE_BYTES,
-    UFFD_EVENT_FORK,
-    UFFD_EVENT_PAGEFAULT,
-    UFFD_EVENT_REMAP,
-    UFFD_EVENT_REMOVE,
-    UFFD_EVENT_UNMAP,
-    UFFD_MSG_BYTES,
     UFFDIO_COPY,
     UFFDIO_WAKE,
     UFFDIO_ZEROPAGE,
@@ -49,25 +40,19 @@ from criu_glue.kernel import (
 )
 
 if TYPE_CHECKING:
-    from criu_glue.core.fill_map import FillMap
+    from criu_glue.core.fill_journal import Space
     from criu_glue.fill_source import Buffer, StoreFile
     from criu_glue.pager_journal import Journal
+    from criu_glue.pager_state import PagerState
 
 # Filled with a faulting page when they follow it: costs 15 µs more, and saves most faults of a
 # task that walks through its memory.
 FAULT_AROUND_PAGES: Final = 16
 # Fresh pages given to a task that walks through memory it never used.
 ZERO_AROUND_PAGES: Final = 64
-# Messages read at once. A task with more threads has its other faults read in the next turn.
-_MESSAGES: Final = 64
-
-# Threads that move memory at the same time; each waits for its own notes to be read.
-_LATE_UNMAPS_MAX: Final = 16
 # Ranges of userfaultfd's ioctls are within vm.mmap_min_addr and the end of user space.
 _LOWEST_ADDRESS: Final = 1 << 16
 _ADDRESS_END: Final = 0x7FFF_FFFF_F000
-_ARGUMENTS: Final = struct.Struct("<QQQ")
-_READ_BYTES: Final = _MESSAGES * UFFD_MSG_BYTES
 
 
 class UffdError(CriuGlueError):
@@ -109,6 +94,15 @@ def is_gone(uffd: int) -> bool:
     return _copy(uffd, _LOWEST_ADDRESS, 0, PAGE_BYTES)[1] == errno.ESRCH
 
 
+def close_uffd(space: Space, journal: Journal, state: PagerState) -> None:
+    """Close an address space's userfaultfd for both processes, and say so in the journal; `closing`
+    tells a worker that comes in between that it has been left open."""
+    state.closing = space.uffd + 1
+    journal.closed(space.number)
+    os.close(space.uffd)
+    state.closing = 0
+
+
 class UffdMemory:
     """The memory of one address space that is being filled. Owns `uffd`.
 
@@ -116,69 +110,37 @@ class UffdMemory:
     what should not occur.
     """
 
-    def __init__(
-        self,
-        uffd: int,
-        task: int,
-        missing: FillMap,
-        store: StoreFile,
-        journal: Journal,
-        *,
-        number: int | None = None,
-    ) -> None:
-        """`number`: of an address space that the journal knows already."""
-        self.uffd = uffd
-        self.task = task
-        self.missing = missing
+    def __init__(self, space: Space, store: StoreFile, journal: Journal, state: PagerState) -> None:
+        """`space`: as the journal knows it; `state` counts what is filled."""
+        self.space = space
+        self.uffd = space.uffd
+        self.task = space.task
+        self.missing = space.missing
         self.store = store
         self.journal = journal
-        self.counters = journal.counters
-        self.number = journal.opened(task) if number is None else number
+        self.state = state
         # Where the background fill goes on: behind the last page fault.
         self.cursor = 0
-        # Moved away, and not yet told to be unmapped; never told with MREMAP_DONTUNMAP.
-        self._late_unmaps: deque[tuple[int, int]] = deque(maxlen=_LATE_UNMAPS_MAX)
         store.users.append(self)
 
     def close(self) -> None:
         """Give the userfaultfd back to the kernel. Whatever is still missing becomes zeros, so
         only when nothing is, or when the task is gone."""
-        self.journal.closed(self.number)
-        os.close(self.uffd)
+        close_uffd(self.space, self.journal, self.state)
         self.store.leave(self)
 
     def read_events(self) -> Events:
         """Read what the kernel has to tell and apply it; empty when there is nothing."""
         found = Events()
-        try:
-            data = os.read(self.uffd, _READ_BYTES)
-        except BlockingIOError:
-            return found
-        for offset in range(0, len(data), UFFD_MSG_BYTES):
-            event = data[offset]
-            first, second, third = _ARGUMENTS.unpack_from(data, offset + 8)
-            if event == UFFD_EVENT_PAGEFAULT:
+        for kind, first, second, third in self.journal.read(self.space.number, self.uffd):
+            if kind == Kind.PAGEFAULT:
                 found.faults.append(second & -PAGE_BYTES)
-            elif event == UFFD_EVENT_UNMAP and (first, second) in self._late_unmaps:
-                self._late_unmaps.remove((first, second))
-            elif event in (UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP):
-                self.journal.removed(self.number, first, second)
-                self.missing.remove(first, second)
-            elif event == UFFD_EVENT_REMAP:
-                self.journal.moved(self.number, first, second, third)
-                self.missing.move(first, second, third)
-                self._late_unmaps.append((first, first + third))
-            elif event == UFFD_EVENT_FORK:
-                found.children.append(self._forked(first & 0xFFFF_FFFF))
+            elif kind == Kind.FORK:
+                child = self.space.forked(self.journal.next_number(), first)
+                found.children.append(UffdMemory(child, self.store, self.journal, self.state))
             else:
-                raise UffdError(f"unknown event {event:#x} of a userfaultfd")
+                self.space.apply(kind, first, second, third)
         return found
-
-    def _forked(self, uffd: int) -> UffdMemory:
-        """The child misses what the parent missed at that moment, not after later events."""
-        number = self.journal.forked(self.number)
-        missing = self.missing.copy()
-        return UffdMemory(uffd, self.task, missing, self.store, self.journal, number=number)
 
     def wake_all(self) -> None:
         """Have everybody fault again who waits for a page that another pager was to bring."""
@@ -210,7 +172,7 @@ class UffdMemory:
         data &= -PAGE_BYTES
         if data > run.start:
             self._forget(run.start, data, run.shift)
-            self.counters.zero_bytes += data - run.start
+            self.state.zero_bytes += data - run.start
             self.cursor = data
             return Filled.DONE
         window = Run(run.start, run.start + len(buffer.view), run.shift)
@@ -239,7 +201,7 @@ class UffdMemory:
                 start, bytes_ = window.start + begin, after - begin
                 if is_zero:
                     settled, result = bytes_, Filled.DONE
-                    self.counters.zero_bytes += bytes_
+                    self.state.zero_bytes += bytes_
                 else:
                     source = buffer.address + begin
                     settled, result = self._copy_all(start, source, bytes_, give_up=give_up)
@@ -265,17 +227,17 @@ class UffdMemory:
             )
             if copied > 0:
                 done += copied
-                self.counters.filled_bytes += copied
+                self.state.filled_bytes += copied
             elif number == errno.EEXIST:
                 done += PAGE_BYTES
-                self.counters.present_bytes += PAGE_BYTES
+                self.state.present_bytes += PAGE_BYTES
             elif number == errno.ENOENT:
                 # Not inside one registered mapping: find out by halves where it ends.
                 if attempt > PAGE_BYTES:
                     attempt = max(attempt // 2 & -PAGE_BYTES, PAGE_BYTES)
                 elif give_up:
                     done += PAGE_BYTES
-                    self.counters.unplaced_bytes += PAGE_BYTES
+                    self.state.unplaced_bytes += PAGE_BYTES
                 else:
                     return done, Filled.DONE
             elif number == errno.EAGAIN:

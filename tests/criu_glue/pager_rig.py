@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -19,11 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from criu_glue import pager
+from criu_glue import pager, pager_watch
 from criu_glue.core.pagemap import PAGE_BYTES, PE_LAZY, PE_PARENT
 from criu_glue.kernel import pidfd_getfd
 from criu_glue.lazy_pages_socket import RESTORE_FINISHED, SOCKET_NAME
 from criu_glue.page_store import PageStore
+from criu_glue.pager_state import PagerState, PagerStateError, Phase
 from tests.criu_glue.checkpoint_images import write_task
 from tests.criu_glue.uffd_child import page_content
 
@@ -97,11 +97,7 @@ class Restore:
         self.store = PageStore(directory / "mem", quota_bytes=1 << 30)
         self.tasks: list[Task] = []
         self.process: subprocess.Popen[bytes] | None = None
-        self.events: list[dict[str, Any]] = []
-        self._seen = 0
         self._criu: socket.socket | None = None
-        self._partial = b""
-        self._progress = -1
 
     def fill_store(self, task: int, page: int, pages: int) -> None:
         """Store pages number `page` on, each with its content."""
@@ -128,30 +124,65 @@ class Restore:
         write_task(self.images, number, entries, vmas)
 
     def start_pager(self) -> None:
-        self._progress, theirs = os.pipe()
         self.process = subprocess.Popen(
-            pager.command(
-                work=self.work, images=self.images, store=self.store.directory, progress_fd=theirs
-            ),
-            pass_fds=[theirs],
+            pager.command(work=self.work, images=self.images, store=self.store.directory),
             env={**os.environ, "PYTHONPATH": str(PROJECT)},
         )
-        os.close(theirs)
-        self.wait_for("listening")
+        self.wait_for(Phase.LISTENING)
+
+    @property
+    def state(self) -> PagerState:
+        """What the pager says now."""
+        return PagerState.read(self.work)
+
+    def is_alive(self) -> bool:
+        """Whether any process of the pager is there."""
+        fd = pager_watch.open_alive(self.work)
+        try:
+            return pager_watch.heard(fd)
+        finally:
+            os.close(fd)
+
+    def _pid(self, role: str) -> int:
+        """The one that is alive; 0 when the pager has ended."""
+        found = 0
+
+        def is_there() -> bool:
+            nonlocal found
+            state = self.state
+            pid, ticks = getattr(state, role), getattr(state, f"{role}_ticks")
+            found = pid if is_running(pid) and pager_watch.start_ticks(pid) == ticks else 0
+            return bool(found) or not self.is_alive()
+
+        wait_until(is_there)
+        return found
 
     def worker_pid(self) -> int:
         """The worker, when there is one again; 0 when the pager has ended."""
-        assert self.process
-        process = self.process
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        wait_until(lambda: process.poll() is not None or children.read_text() != "")
-        return 0 if process.poll() is not None else int(children.read_text().split()[0])
+        return self._pid("worker")
+
+    def keeper_pid(self) -> int:
+        """The keeper, likewise."""
+        return self._pid("keeper")
 
     def kill_worker(self) -> None:
-        pid = self.worker_pid()
+        """Returns when there is another one, or the pager has ended."""
+        self._kill("worker")
+
+    def kill_keeper(self) -> None:
+        """Likewise."""
+        self._kill("keeper")
+
+    def _kill(self, role: str) -> None:
+        pid, count = self._pid(role), getattr(self.state, f"{role}s")
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: getattr(self.state, f"{role}s") > count or not self.is_alive())
+
+    def kill_both(self) -> None:
+        """At once: nobody is left to replace anybody."""
+        os.killpg(self.state.group, signal.SIGKILL)
 
     def connect(self) -> None:
         self._criu = socket.socket(socket.AF_UNIX)
@@ -188,46 +219,54 @@ class Restore:
         assert self._criu
         self._criu.close()
 
-    def stop_listening_to_pager(self) -> None:
-        """The agent dies."""
-        os.close(self._progress)
-        self._progress = -1
+    def wait_for(self, *phases: Phase) -> PagerState:
+        """Until it is in one of these phases; that it failed is an error unless it is wanted."""
+        found: list[PagerState] = []
 
-    def wait_for(self, event: str) -> dict[str, Any]:
-        """The next event of this kind; those before it are passed over, but not an error."""
-        end_s = time.monotonic() + DEADLINE_S
-        while True:
-            while self._seen < len(self.events):
-                found = self.events[self._seen]
-                self._seen += 1
-                if found["event"] == event:
-                    return found
-                assert found["event"] != "error", found
-            ready, _, _ = select.select([self._progress], [], [], end_s - time.monotonic())
-            assert ready, f"no {event} in {DEADLINE_S} s; had {self.events}"
-            data = os.read(self._progress, 65536)
-            assert data, f"the pager ended without {event}; had {self.events}"
-            *lines, self._partial = (self._partial + data).split(b"\n")
-            self.events += [json.loads(line) for line in lines]
+        def is_there() -> bool:
+            with contextlib.suppress(PagerStateError):
+                found[:] = [self.state]
+            if not found:
+                return False
+            assert Phase.FAILED in phases or not found[0].error, found[0].error
+            return found[0].phase in phases
 
-    def wait_until_done(self) -> dict[str, Any]:
-        done = self.wait_for("done")
-        assert self.process
-        assert self.process.wait(DEADLINE_S) == 0
-        return done
+        wait_until(is_there)
+        return found[0]
+
+    def wait_for_error(self) -> str:
+        wait_until(lambda: bool(self.state.error))
+        return self.state.error
+
+    def wait_for_tasks(self, count: int) -> None:
+        wait_until(lambda: self.state.tasks == count)
+
+    def wait_until_gone(self) -> None:
+        wait_until(lambda: not self.is_alive())
+
+    def wait_until_done(self) -> PagerState:
+        self.wait_for(Phase.DONE)
+        self.wait_until_gone()
+        return self.state
 
     def end(self) -> None:
         for task in self.tasks:
             task.end()
         if self.process:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            pager_watch.kill(self.work, DEADLINE_S)
             self.process.wait()
         if self._criu:
             self._criu.close()
-        if self._progress >= 0:
-            os.close(self._progress)
         self.store.close()
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and not just a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat[stat.rindex(")") + 2] not in "ZX"
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from criu_glue.core.pagemap import PAGE_BYTES
+from criu_glue.pager_state import Phase
 from tests.criu_glue.pager_rig import BASE, BASE_PAGE, ELSEWHERE, Restore, new_restore, wait_until
 
 
@@ -24,13 +25,13 @@ def test_faults_are_served_before_the_restore_is_finished(restore: Restore) -> N
     restore.start_pager()
     restore.connect()
     task = restore.announce(5)
-    assert restore.wait_for("tasks")["count"] == 1
+    restore.wait_for_tasks(1)
     assert task.do(["walk_down", BASE, 256, BASE_PAGE]) == [[]]
     restore.finish()
-    restore.wait_for("restored")
+    restore.wait_for(Phase.FILLING, Phase.DONE)
     done = restore.wait_until_done()
-    assert done["faults"] == 256
-    assert done["unplaced_bytes"] == 0
+    assert done.faults == 256
+    assert done.unplaced_bytes == 0
 
 
 def test_the_background_fills_what_nobody_touches(restore: Restore) -> None:
@@ -40,7 +41,7 @@ def test_the_background_fills_what_nobody_touches(restore: Restore) -> None:
     task = restore.announce(5, pages=4096)
     restore.finish()
     done = restore.wait_until_done()
-    assert done["filled_bytes"] == 4096 * PAGE_BYTES
+    assert done.filled_bytes == 4096 * PAGE_BYTES
     assert task.do(["resident", BASE, 4096]) == [4096]
     assert task.do(["wrong", BASE, 4096, BASE_PAGE]) == [[]]
 
@@ -71,8 +72,8 @@ def test_zeros_take_no_memory(restore: Restore) -> None:
     ]
     restore.finish()
     done = restore.wait_until_done()
-    assert done["filled_bytes"] == 4 * PAGE_BYTES
-    assert done["zero_bytes"] == 124 * PAGE_BYTES
+    assert done.filled_bytes == 4 * PAGE_BYTES
+    assert done.zero_bytes == 124 * PAGE_BYTES
     assert task.do(
         ["wrong", BASE + 10 * PAGE_BYTES, 1, BASE_PAGE + 10],
         ["wrong", BASE + 11 * PAGE_BYTES, 119, None],
@@ -92,7 +93,7 @@ def test_several_tasks_and_a_zombie(restore: Restore) -> None:
     tasks[2] = restore.announce(2, pages=32)
     restore.finish()
     done = restore.wait_until_done()
-    assert done["tasks"] == 3
+    assert done.tasks == 3
     for number, task in tasks.items():
         own = number % 32
         wrong = task.do(["wrong", BASE, 32, BASE_PAGE])[0]
@@ -153,8 +154,8 @@ def test_unmapped_and_mapped_again_reads_as_zeros(restore: Restore) -> None:
     task.do(["unmap", BASE + 100 * PAGE_BYTES, 50], ["map", BASE + 100 * PAGE_BYTES, 50])
     restore.finish()
     done = restore.wait_until_done()
-    assert done["filled_bytes"] == 206 * PAGE_BYTES
-    assert done["unplaced_bytes"] == 0
+    assert done.filled_bytes == 206 * PAGE_BYTES
+    assert done.unplaced_bytes == 0
     assert task.do(
         ["wrong", BASE, 100, BASE_PAGE],
         ["wrong", BASE + 100 * PAGE_BYTES, 50, None],
@@ -176,7 +177,7 @@ def test_moved_memory_keeps_its_content(restore: Restore, keep_old: bool) -> Non
         assert task.do(["wrong", middle, 32, None]) == [[]]
     restore.finish()
     done = restore.wait_until_done()
-    assert done["filled_bytes"] == 256 * PAGE_BYTES
+    assert done.filled_bytes == 256 * PAGE_BYTES
     assert task.do(
         ["wrong", ELSEWHERE, 32, BASE_PAGE + 64],
         ["wrong", BASE, 64, BASE_PAGE],
@@ -206,7 +207,7 @@ def test_memory_moved_to_where_other_memory_was_just_moved_away(restore: Restore
     restore.start_pager()
     restore.connect()
     task = restore.announce(5, pages=128)
-    restore.wait_for("tasks")
+    restore.wait_for_tasks(1)
     os.kill(restore.worker_pid(), signal.SIGSTOP)
     task.do(["move_in_thread", BASE, 32, ELSEWHERE])
     wait_until(lambda: task.is_waiting(threads=1))
@@ -265,7 +266,7 @@ def test_a_child_needs_what_its_parent_had_filled_or_dropped(restore: Restore) -
     assert task.do(["wrong", BASE + 512 * PAGE_BYTES, 512, BASE_PAGE + 512]) == [[]]
     restore.finish()
     done = restore.wait_until_done()
-    assert done["filled_bytes"] == (512 + 1024) * PAGE_BYTES
+    assert done.filled_bytes == (512 + 1024) * PAGE_BYTES
     assert task.do(["child_results"]) == [[[]]]
     assert restore.store.stored_bytes() <= 512 * PAGE_BYTES
 
@@ -292,5 +293,5 @@ def test_a_task_that_ends_does_not_keep_the_others_waiting(restore: Restore) -> 
     first.end()
     restore.finish()
     done = restore.wait_until_done()
-    assert done["filled_bytes"] == 256 * PAGE_BYTES
+    assert done.filled_bytes == 256 * PAGE_BYTES
     assert second.do(["wrong", BASE, 256, BASE_PAGE]) == [[]]

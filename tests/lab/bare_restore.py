@@ -3,9 +3,10 @@ memory going through the page store.
 
     python3 -m tests.lab.bare_restore dump PID WORK             one line: {"tasks": [...], ...}
     python3 -m tests.lab.bare_restore restore WORK eager        one line: {"restore_ms": x, ...}
-    python3 -m tests.lab.bare_restore restore WORK lazy         that, then the pager's last event
-    python3 -m tests.lab.bare_restore restore WORK lazy-killed  the same, and the pager's worker is
-                                                                killed as soon as the tasks run
+    python3 -m tests.lab.bare_restore restore WORK lazy         that, then the pager's last state
+    python3 -m tests.lab.bare_restore restore WORK lazy-killed  the same, and the pager's processes
+                                                                are killed in turn during the fill
+    python3 -m tests.lab.bare_restore restore WORK lazy-lost    the same, both at once
 
 WORK is on a tmpfs: img/ mem/ work/ as on a target. The dump is held at post-dump while the frozen
 tasks' memory is read; then CRIU kills them.
@@ -13,6 +14,7 @@ tasks' memory is read; then CRIU kills them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,15 +27,18 @@ from typing import Any
 
 import numpy as np
 
-from criu_glue import pager
+from criu_glue import pager, pager_watch
 from criu_glue.core.pagemap import PAGE_BYTES, pages_in
 from criu_glue.core.stats import decode_restore_stats
 from criu_glue.images import attach_page_store, lazy_ranges
 from criu_glue.memory import TaskMemory
 from criu_glue.page_store import PageStore
+from criu_glue.pager_state import PagerState, PagerStateError, Phase
+from tests.lab.waiting import wait_until
 
 QUOTA_BYTES = 4 << 30
 CHUNK_PAGES = 1024
+VICTIMS = {"lazy-killed": ["worker", "keeper"] * 10, "lazy-lost": ["both"]}
 CRIU = ["criu", "--manage-cgroups=ignore", "-v4"]
 
 
@@ -95,31 +100,60 @@ def restore(work: Path, way: str) -> None:
     criu_work.mkdir()
     command = [*CRIU, "restore", "--restore-detached", "--images-dir", str(img)]
     command += ["--work-dir", str(criu_work), "--log-file", "restore.log"]
-    lines = None
-    keeper = None
     if way != "eager":
         command.append("--lazy-pages")
-        ours, theirs = os.pipe()
-        keeper = subprocess.Popen(
-            pager.command(work=criu_work, images=img, store=work / "mem", progress_fd=theirs),
-            pass_fds=[theirs],
-        )
-        os.close(theirs)
-        lines = os.fdopen(ours)
-        assert json.loads(lines.readline()) == {"event": "listening"}
+        subprocess.Popen(pager.command(work=criu_work, images=img, store=work / "mem"))
+        wait_until("the pager listens", lambda: phase(criu_work) is Phase.LISTENING)
     started_s = time.monotonic()
     code = subprocess.run(command, check=False).returncode
     taken_ms = 1e3 * (time.monotonic() - started_s)
     if code:
         log = (criu_work / "restore.log").read_text(errors="replace")
         raise SystemExit("\n".join(log.splitlines()[-60:]))
-    if keeper and way == "lazy-killed":
-        children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text()
-        os.kill(int(children.split()[0]), signal.SIGKILL)
     stats = decode_restore_stats((criu_work / "stats-restore").read_bytes())
     print(json.dumps({"restore_ms": round(taken_ms, 1), "criu_us": stats.restore_us}), flush=True)
-    if lines:
-        print([line for line in lines if '"done"' in line or '"error"' in line][-1], flush=True)
+    if way == "eager":
+        return
+    victims = iter(VICTIMS.get(way, []))
+    settled = 0
+    alive = pager_watch.open_alive(criu_work)
+    while pager_watch.heard(alive):
+        state = PagerState.read(criu_work)
+        victim = state.settled_bytes > settled and next(victims, "")
+        settled = state.settled_bytes
+        if victim:
+            kill(criu_work, victim)
+        time.sleep(0.001)
+    state = PagerState.read(criu_work)
+    words = ("tasks", "unplaced_bytes", "faults", "missing_bytes", "workers", "keepers", "error")
+    report = {word: getattr(state, word) for word in words}
+    print(json.dumps({"phase": state.phase.name, **report}), flush=True)
+
+
+def phase(work: Path) -> Phase | None:
+    try:
+        return PagerState.read(work).phase
+    except PagerStateError:
+        return None
+
+
+def kill(work: Path, victim: str) -> None:
+    """One process of the pager, and wait until there is another one; or both."""
+    state = PagerState.read(work)
+    if victim == "both":
+        os.killpg(state.group, signal.SIGKILL)
+        return
+    count = getattr(state, f"{victim}s")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(getattr(state, victim), signal.SIGKILL)
+    alive = pager_watch.open_alive(work)
+    wait_until(
+        f"the {victim} is replaced",
+        lambda: (
+            getattr(PagerState.read(work), f"{victim}s") > count or not pager_watch.heard(alive)
+        ),
+    )
+    os.close(alive)
 
 
 if __name__ == "__main__":

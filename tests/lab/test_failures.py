@@ -139,7 +139,7 @@ def test_the_agent_ends_while_memory_is_filled_in(lab: Lab, is_killed: bool) -> 
     with threatened(lab, f"f-fill-{is_killed:d}", memory_mib=256) as under:
         with attempt(under) as underway:
             wait_until("it has moved", lambda: underway.events("moved"))
-            target.run(["pkill", "-STOP", "-f", "pager_worker"])
+            target.run(["pkill", "-STOP", "-f", "criu_glue.pager"])
             if is_killed:
                 lab.kill_agent("B")
             else:
@@ -148,7 +148,7 @@ def test_the_agent_ends_while_memory_is_filled_in(lab: Lab, is_killed: bool) -> 
         assert done.code == 0, done
         assert done.report is not None
         assert "was not heard of" in done.report["warnings"][-1]
-        target.run(["pkill", "-CONT", "-f", "pager_worker"])
+        target.run(["pkill", "-CONT", "-f", "criu_glue.pager"])
         under.guest.wait_answers()
         under.guest.verify()
         wait_until("the pager ends", lambda: not pagers(target))

@@ -135,19 +135,21 @@ def test_the_pager_fills_what_criu_leaves_out(dumped: tuple[Tree, dict[str, Any]
         assert tree.proves(signal.SIGUSR2) == ["ok", "ok"]
         done = json.loads(restore.stdout.readline())
     print(done)
-    assert done["event"] == "done"
+    assert (done["phase"], done["error"]) == ("DONE", "")
     assert done["tasks"] == 2
     assert done["unplaced_bytes"] == 0
     assert done["faults"] > 0
     tree.kill()
 
 
-def test_a_worker_of_the_pager_dies_while_the_tree_runs(lab: Lab, program: Path) -> None:
+def test_processes_of_the_pager_die_while_the_tree_runs(lab: Lab, program: Path) -> None:
+    """Worker and keeper in turn, as soon as something more was filled, while the tree looks at its
+    memory, moves it, gives it up and forks."""
     host = lab.host("A")
     shutil.copy(program, host.path(f"/run/{PROGRAM}"))
     tree = Tree(host, [])
     tree.start()
-    work = f"{WORK}-worker"
+    work = f"{WORK}-killed"
     host.run([*INSIDE, "dump", tree.pids[0], work], env=PYTHON_INSIDE)
     command = [*INSIDE, "restore", work, "lazy-killed"]
     try:
@@ -155,7 +157,29 @@ def test_a_worker_of_the_pager_dies_while_the_tree_runs(lab: Lab, program: Path)
             assert restore.stdout
             restore.stdout.readline()
             assert tree.proves(signal.SIGUSR2) == ["ok", "ok"]
-            assert json.loads(restore.stdout.readline())["event"] == "done"
+            done = json.loads(restore.stdout.readline())
+        print(done)
+        assert (done["phase"], done["error"], done["unplaced_bytes"]) == ("DONE", "", 0)
+        assert done["workers"] > 1
+        assert done["keepers"] > 1
+    finally:
+        tree.kill()
+        host.run(["rm", "-r", work])
+
+
+def test_a_pager_that_is_dead_as_a_whole_says_how_much_is_lost(lab: Lab, program: Path) -> None:
+    host = lab.host("A")
+    shutil.copy(program, host.path(f"/run/{PROGRAM}"))
+    tree = Tree(host, [])
+    tree.start()
+    work = f"{WORK}-lost"
+    host.run([*INSIDE, "dump", tree.pids[0], work], env=PYTHON_INSIDE)
+    try:
+        command = [*INSIDE, "restore", work, "lazy-lost"]
+        lost = json.loads(host.run(command, env=PYTHON_INSIDE).stdout.splitlines()[-1])
+        print(lost)
+        assert lost["phase"] != "DONE"
+        assert 0 < lost["missing_bytes"] < 2 * PAGES * 4096
     finally:
         tree.kill()
         host.run(["rm", "-r", work])
@@ -172,7 +196,7 @@ def test_a_lazy_restore_that_is_looked_at_later(lab: Lab, program: Path) -> None
     host.run([*INSIDE, "dump", tree.pids[0], work], env=PYTHON_INSIDE)
     try:
         lines = host.run([*INSIDE, "restore", work, "lazy"], env=PYTHON_INSIDE).stdout.split("\n")
-        assert json.loads(lines[1])["event"] == "done"
+        assert json.loads(lines[1])["phase"] == "DONE"
         stored = [host.path(f"{work}/mem/pages-{pid}.img").stat().st_blocks for pid in tree.pids]
         # The page that is wiped in a fork was read by CRIU, before the processes ran.
         assert stored == [8, 8]
