@@ -158,6 +158,15 @@ def recover(migration_id: str | None, owner: Owner | None) -> None:
     help="What to do when memory is written faster than it travels.",
 )
 @click.option(
+    "--link-patience",
+    "link_patience_s",
+    type=click.FloatRange(0, 3600),
+    default=config.LINK_PATIENCE_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="Reconnect a broken link for so long before the migration is undone.",
+)
+@click.option(
     "--streams",
     type=click.IntRange(1, 16),
     help="Connections that carry memory; by default as many as there are cores, 2 to 4.",

@@ -45,6 +45,23 @@ FILL_DEADLINE_S = 3600.0
 FROZEN_PING_S = 0.5
 FROZEN_SILENCE_S = 5.0
 
+# A connection of the control channel that is silent for so long is asked whether it is there; half
+# of it later it counts as broken. At 500 ms of delay an answer takes one second.
+HEARTBEAT_S = 5.0
+# How long the source tries to reconnect while the container runs: a router that starts again takes
+# less. While it stands still FROZEN_SILENCE_S decides, after the commit the machine does.
+LINK_PATIENCE_S = 30.0
+# A host that refuses connections is there, and its agent is not; one that starts again has lost the
+# sessions that hold nothing. Longer than a firewall's rule is wrong for by mistake.
+LINK_REFUSED_S = 2.0
+# The target waits for its source's patience and this much more: the two may notice a silent link
+# 1.5 HEARTBEAT_S apart, and the source's last attempt takes its time.
+LINK_GRACE_MORE_S = 1.5 * HEARTBEAT_S + 3.0
+# The source's kernel has ended the connection in order, which it does for a process that died, and
+# hardly ever for one that lives. That this was heard means that the link is up: a source that lives
+# is back within a few round trips (TCP, TLS, HTTP: 4 s at 500 ms of delay each way).
+LINK_ORPHAN_S = 8.0
+
 # How long a coordinator that has committed asks a target that does not answer, before it leaves the
 # container held and the decision to the operator.
 IN_DOUBT_PATIENCE_S = 60.0

@@ -302,7 +302,9 @@ class Coordinator:
     async def _open_session(self) -> E:
         assert self._facts is not None
         link = TargetLink(self.options.target, self.options.port, self._paths)
-        self._target = target = Conversation(link, self._post_heard, self._note)
+        self._target = target = Conversation(
+            link, self._post_heard, self._note, patience_s=self.options.link_patience_s
+        )
         request = self._facts.open_session(
             migration_id=self.migration_id,
             attempt=self._attempt,
@@ -310,6 +312,7 @@ class Coordinator:
             streams=self.options.streams or default_streams(),
             restore=self.options.restore,
             dry_run=False,
+            patience_s=self.options.link_patience_s,
         )
         opened = await link.open_session(request)
         assert self._journal is not None
@@ -400,8 +403,9 @@ class Coordinator:
         async with asyncio.timeout(config.PREPARE_DEADLINE_S):
             await self._prepared_here.wait()
         assert self._standstill is not None
-        self._observer.tell(progress.Phase("freeze"))
         assert self._target is not None
+        await self._target.wait_heard()
+        self._observer.tell(progress.Phase("freeze"))
         self._target.watch()
         await self._standstill.freeze_and_dump()
         return E.DUMPED

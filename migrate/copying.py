@@ -140,6 +140,7 @@ class Copying:
             ticket=bytes.fromhex(opened.ticket),
             read=read,
             streams=self._options.streams or default_streams(),
+            patience_s=self._options.link_patience_s,
         )
 
     async def _watched_round(self) -> RoundStats:

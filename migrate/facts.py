@@ -62,6 +62,7 @@ class ContainerFacts:
         streams: int,
         restore: Literal["lazy", "eager"],
         dry_run: bool,
+        patience_s: float = 0.0,
     ) -> messages.OpenSession:
         """The question to the target."""
         container = self.container
@@ -93,6 +94,7 @@ class ContainerFacts:
             versions=self.versions,
             cpuinfo=self.cpuinfo,
             dry_run=dry_run,
+            patience_s=patience_s,
         )
 
 

@@ -21,4 +21,5 @@ class Options:
     rounds_max: int = config.ROUNDS_MAX_DEFAULT
     on_stall: Literal["freeze", "abort"] = "freeze"
     streams: int | None = None
+    link_patience_s: float = config.LINK_PATIENCE_S
     shared: tuple[str, ...] = ()

@@ -1,6 +1,8 @@
 """The source's end of the control channel: HTTP and WebSockets to the agent, over mutual TLS.
 
-Knows how to reach the agent and to carry messages; what they mean is the coordinator's matter.
+Knows how to reach the agent and to carry messages, each exactly once and in order over any number
+of connections (`core/outbox.py`); what they mean, and how long a broken link is waited for, is the
+conversation's matter.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import aiohttp
 from migrate import config
 from migrate.core import messages
 from migrate.core.clock_relation import PingSample
+from migrate.core.outbox import Outbox
 from migrate.errors import MigrateError, ProtocolError, SessionRefused, Unreachable
 from migrate.rootfs import CHUNK_BYTES
 from transport import tls
@@ -30,7 +33,18 @@ if TYPE_CHECKING:
 
 # Samples of the two hosts' clocks; the best round trip of them counts.
 PINGS = 16
-HEARTBEAT_S = 10.0
+# On a slow link fewer samples do: what they say is no more exact than its round trip anyway.
+PINGS_DEADLINE_S = 2.0
+# For the target to answer a closing frame.
+CLOSE_DEADLINE_S = 2.0
+
+
+class SessionGone(Unreachable):
+    """The target answers, and says that there is no channel to go on with."""
+
+
+class NobodyListens(Unreachable):
+    """The host answers, and refuses the connection: no agent runs there."""
 
 
 class TargetLink:
@@ -43,7 +57,13 @@ class TargetLink:
         self._http: aiohttp.ClientSession | None = None
         self._control: aiohttp.ClientWebSocketResponse | None = None
         self.opened: messages.SessionOpened | None = None
-        self._pongs: asyncio.Queue[messages.Pong] = asyncio.Queue(PINGS)
+        self._outbox = Outbox()
+        self._heard = 0
+        self._sending = asyncio.Lock()
+        # When the target was heard last, by the monotonic clock.
+        self.heard_s = 0.0
+        # None: the connection is over.
+        self._pongs: asyncio.Queue[messages.Pong | None] = asyncio.Queue(PINGS)
 
     async def open_session(self, request: OpenSession) -> messages.SessionOpened:
         """Ask for a session. Raises SessionRefused, Unreachable, ProtocolError."""
@@ -67,17 +87,49 @@ class TargetLink:
             case _:
                 raise ProtocolError(f"{self.host} answered {type(answer).__name__}", host=self.host)
 
-    async def connect(self) -> None:
-        """Open the control channel of the session, or open it again."""
+    async def connect(self, *, anew: bool = False) -> None:
+        """Open the control channel of the session, or open it again where it broke.
+
+        `anew`: what either side has told before, heard or not, is forgotten by both. Raises
+        Unreachable: SessionGone, NobodyListens, or another that may pass.
+        """
         if self._control is not None:
             await self._control.close()
+        if anew:
+            self._outbox, self._heard = Outbox(), 0
         with self._errors():
-            self._control = await self._client().ws_connect(
-                self._session_url("control"),
-                heartbeat=HEARTBEAT_S,
-                compress=0,
-                max_msg_size=messages.MAX_MESSAGE_BYTES,
-            )
+            async with asyncio.timeout(config.CONNECT_DEADLINE_S):
+                control = await self._client().ws_connect(
+                    self._session_url("control" if anew else f"control?heard={self._heard}"),
+                    heartbeat=config.HEARTBEAT_S,
+                    compress=0,
+                    max_msg_size=messages.MAX_MESSAGE_BYTES,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_DEADLINE_S),
+                )
+                try:
+                    await self._resume(control)
+                except BaseException:
+                    await control.close()
+                    raise
+        self.heard_s = time.monotonic()
+
+    async def _resume(self, control: aiohttp.ClientWebSocketResponse) -> None:
+        """Send what the target has not heard, as it says before anything else."""
+        first = await control.receive()
+        if first.type is not aiohttp.WSMsgType.TEXT:
+            raise Unreachable(f"{self.host} ended the connection as it began", host=self.host)
+        try:
+            message = messages.decode_from_target(first.data)
+            if not isinstance(message, messages.Heard):
+                raise ProtocolError(f"{self.host} began with {type(message).__name__}")
+            async with self._sending:
+                for text in self._outbox.resume(message.messages):
+                    await control.send_str(text)
+                self._control = control
+            while not self._pongs.empty():
+                self._pongs.get_nowait()
+        except ProtocolError as error:
+            raise SessionGone(error.message, host=self.host) from error
 
     async def rootfs_channel(self) -> aiohttp.ClientWebSocketResponse:
         """A channel for one pass of rsync."""
@@ -85,37 +137,71 @@ class TargetLink:
             self._session_url("rootfs"), compress=0, max_msg_size=4 * CHUNK_BYTES
         )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection, as far as is known."""
+        return self._control is not None and not self._control.closed
+
     async def tell(self, message: SourceMessage) -> None:
-        """Send a message; raises Unreachable when the channel is down."""
-        if self._control is None or self._control.closed:
-            raise Unreachable(f"the control channel to {self.host} is down", host=self.host)
-        with self._errors():
-            await self._control.send_str(messages.encode(message).decode())
+        """Send a message, now or on the next connection."""
+        text = messages.encode(message).decode()
+        async with self._sending:
+            self._outbox.add(text)
+            # The listener hears of the end too.
+            with contextlib.suppress(Unreachable):
+                await self._send(text)
 
     async def listen(self) -> AsyncIterator[TargetMessage]:
-        """Messages of the target until the channel ends; answers to pings are kept apart."""
+        """Messages of the target until the connection ends; answers to pings are kept apart.
+
+        Raises SessionGone when the target has ended it itself.
+        """
         assert self._control is not None
-        async for frame in self._control:
-            if frame.type is not aiohttp.WSMsgType.TEXT:
-                continue
+        control = self._control
+        while (frame := await control.receive()).type is aiohttp.WSMsgType.TEXT:
+            self.heard_s = time.monotonic()
             message = messages.decode_from_target(frame.data)
             if isinstance(message, messages.Pong):
                 # More than were asked for are worth nothing.
                 with contextlib.suppress(asyncio.QueueFull):
                     self._pongs.put_nowait(message)
             else:
+                self._heard += 1
                 yield message
+        # Who waits for an answer waits in vain.
+        with contextlib.suppress(asyncio.QueueFull):
+            self._pongs.put_nowait(None)
+        if frame.type is aiohttp.WSMsgType.CLOSE:
+            why = f": {frame.extra}" if frame.extra else ""
+            raise SessionGone(f"{self.host} ended the session{why}", host=self.host)
 
     async def ping(self, count: int = PINGS) -> list[PingSample]:
-        """Samples of the two clocks; needs somebody in `listen`."""
-        samples = []
-        for _ in range(count):
-            sent_us = time.monotonic_ns() // 1000
-            await self.tell(messages.Ping(sent_us))
-            async with asyncio.timeout(config.CONNECT_DEADLINE_S):
-                pong = await self._pongs.get()
-            samples.append(PingSample(sent_us, pong.now_us, time.monotonic_ns() // 1000))
+        """Samples of the two clocks, one at least; needs somebody in `listen`.
+
+        Raises Unreachable, also when the connection breaks meanwhile.
+        """
+        samples: list[PingSample] = []
+        end_s = time.monotonic() + PINGS_DEADLINE_S
+        while not samples or (len(samples) < count and time.monotonic() < end_s):
+            samples.append(await self._ping())
         return samples
+
+    async def _ping(self) -> PingSample:
+        sent_us = time.monotonic_ns() // 1000
+        with self._errors():
+            async with asyncio.timeout(config.CONNECT_DEADLINE_S):
+                await self._send(messages.encode(messages.Ping(sent_us)).decode())
+                while (pong := await self._pongs.get()) is None or pong.t_us != sent_us:
+                    if pong is None:
+                        raise Unreachable(f"the link to {self.host} broke", host=self.host)
+                    # It answers one that was given up.
+        return PingSample(sent_us, pong.now_us, time.monotonic_ns() // 1000)
+
+    async def _send(self, text: str) -> None:
+        if self._control is None or self._control.closed:
+            raise Unreachable(f"the control channel to {self.host} is down", host=self.host)
+        with self._errors():
+            await self._control.send_str(text)
 
     async def close(self) -> None:
         """Close everything. Idempotent."""
@@ -162,6 +248,7 @@ def client_context(paths: config.HostPaths) -> ssl.SSLContext:
 
 def unreachable(host: str, port: int, error: Exception, *, is_first: bool = False) -> Unreachable:
     """What an error of the connection means. `is_first`: nothing was heard of the target yet."""
+    kind: type[Unreachable] = Unreachable
     message = f"the agent of {host} does not answer on port {port}"
     remedy = f"is `migrate agent` running on {host}, and is the port reachable?"
     match error:
@@ -170,6 +257,10 @@ def unreachable(host: str, port: int, error: Exception, *, is_first: bool = Fals
             reason = getattr(wrong, "verify_message", "") or str(wrong)
             message = f"the certificate of {host} proves nothing here: {reason}"
             remedy = "give both hosts certificates of one authority (/etc/migrate/tls)"
+        case aiohttp.WSServerHandshakeError() if 400 <= error.status < 500:
+            kind = SessionGone
+            message = f"{host} has no such session any more ({error.status} {error.message})"
+            remedy = f"its agent was started again or gave the migration up: see its log on {host}"
         case aiohttp.ClientConnectorDNSError():
             message = f"no host is known by the name {host}"
             remedy = "check the name, or give an address"
@@ -178,12 +269,13 @@ def unreachable(host: str, port: int, error: Exception, *, is_first: bool = Fals
             message = f"the agent of {host} hung up: it does not accept this host's certificate"
             remedy = "give both hosts certificates of one authority (/etc/migrate/tls)"
         case aiohttp.ClientConnectorError() if error.os_error.errno:
+            kind = NobodyListens if error.os_error.errno == errno.ECONNREFUSED else Unreachable
             message += f": {os.strerror(error.os_error.errno)}"
         case TimeoutError():
             message += ": it is silent"
         case _:
             message += f": {error}"
-    return Unreachable(message, host=host, remedy=remedy)
+    return kind(message, host=host, remedy=remedy)
 
 
 def _is_hang_up(error: Exception) -> bool:

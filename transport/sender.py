@@ -34,7 +34,7 @@ from transport.core.dedup import TABLE_BYTES, PageHashes
 from transport.core.frames import FRAME_PAGES_MAX, FRAME_RAW_BYTES_MAX, STREAMS_MAX
 from transport.core.tables import encode_file
 from transport.errors import AbortedError, SourceFailedError, TransportError
-from transport.stream import OutFrame, OutStream
+from transport.stream import REOPEN_PATIENCE_S, OutFrame, OutStream
 from transport.worker import FileJob, Job, Ledger, PageJob, Progress, ReadPages, Runs, Worker
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class PageSender:
 
     `open_stream(index)` connects to the target, TLS done (`transport.tls.connect`); the sender
     greets with `ticket` (32 bytes) itself. `read` is called from all threads (`ReadPages`).
-    `streams` is `default_streams()` unless given. After a TransportError the sender is finished:
+    `streams` is `default_streams()` unless given. A broken stream is tried to be reopened for
+    `patience_s`. After a TransportError the sender is finished:
     every later call raises.
     """
 
@@ -87,6 +88,7 @@ class PageSender:
         read: ReadPages,
         streams: int | None = None,
         table_bytes: int = TABLE_BYTES,
+        patience_s: float = REOPEN_PATIENCE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         streams = default_streams() if streams is None else streams
@@ -98,6 +100,7 @@ class PageSender:
         self._changed = threading.Condition()
         self._error: TransportError | None = None
         self._stopped = threading.Event()
+        self._patience_s = patience_s
         self._number = 0
         self._workers = []
         self._mail: list[queue.SimpleQueue[_Call | None]] = []
@@ -214,7 +217,12 @@ class PageSender:
         applied: Callable[[OutFrame], None],
     ) -> OutStream:
         return OutStream(
-            index, ticket=ticket, open_stream=open_stream, stopped=self._stopped, applied=applied
+            index,
+            ticket=ticket,
+            open_stream=open_stream,
+            stopped=self._stopped,
+            applied=applied,
+            patience_s=self._patience_s,
         )
 
     def _timed(self, jobs: Iterator[Job]) -> RoundStats:

@@ -7,7 +7,10 @@ read in between, as far as they have arrived; only when the window is full is on
 
 from __future__ import annotations
 
+import fcntl
 import select
+import sys
+import termios
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,9 +48,14 @@ if TYPE_CHECKING:
     from transport.core.frames import Data
 
 STALL_DEADLINE_S = 30.0
-"""For 1 MiB to leave, or an answer to come: at 35 kB/s no migration would ever end."""
-REOPEN_DELAYS_S = (0.0, 0.1, 0.3, 1.0, 2.0)
-"""Pauses before attempts to reopen a stream; starts anew when one got frames across."""
+"""For WRITE_BYTES to leave, or for an answer once nothing leaves any more: 1 Mbit/s, shared by 16
+streams, is not stalled."""
+WRITE_BYTES = 128 << 10
+"""Written in one call, which the deadline is for."""
+REOPEN_DELAYS_S = (0.0, 0.1, 0.3, 1.0)
+"""Pauses before attempts to reopen a stream; the last is used over and over."""
+REOPEN_PATIENCE_S = 30.0
+"""How long a stream is tried to be reopened; starts anew when one got frames across."""
 CONNECTION_BYTES_MAX = 256 << 30
 """One set of AES-GCM keys is good for 2**24.5 records of 16 KiB (RFC 8446, 5.5), 388 GB."""
 JOIN_BYTES = 16 << 10
@@ -97,6 +105,7 @@ class OutStream:
         open_stream: Callable[[int], ssl.SSLSocket],
         stopped: threading.Event,
         applied: Callable[[OutFrame], None],
+        patience_s: float = REOPEN_PATIENCE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._index = index
@@ -104,6 +113,7 @@ class OutStream:
         self._open_stream = open_stream
         self._stopped = stopped
         self._applied = applied
+        self._patience_s = patience_s
         self._clock = clock
         self._outbox: Outbox[OutFrame] = Outbox()
         self._socket: ssl.SSLSocket | None = None
@@ -171,7 +181,9 @@ class OutStream:
                 stream.sendall(b"".join(frame.parts))
             else:
                 for part in frame.parts:
-                    stream.sendall(part)
+                    view = memoryview(part)
+                    for begin in range(0, len(view), WRITE_BYTES):
+                        stream.sendall(view[begin : begin + WRITE_BYTES])
         self.bytes_sent += frame.kept_bytes
 
     def _take_answers(self) -> None:
@@ -193,18 +205,30 @@ class OutStream:
     def _read_answer(self, stream: ssl.SSLSocket) -> Answer:
         filled = 0
         while filled < ANSWER_BYTES:
-            count = stream.recv_into(self._answer[filled:])
+            count = self._receive(stream, self._answer[filled:])
             if count == 0:
                 raise StreamBrokenError(f"the target closed stream {self._index}")
             filled += count
         return parse_answer(self._answer)
 
+    def _receive(self, stream: ssl.SSLSocket, into: memoryview) -> int:
+        """Receive; as long as what was written still leaves, there is no reason to expect more."""
+        unsent_bytes = _unsent_bytes(stream)
+        while True:
+            try:
+                return stream.recv_into(into)
+            except TimeoutError:
+                before, unsent_bytes = unsent_bytes, _unsent_bytes(stream)
+                if unsent_bytes >= before:
+                    raise
+
     def _reopen(self, cause: TransportError | None) -> None:
         """Connect, greet, and send again what the target does not have. Raises TransportError."""
-        delays_s = iter(REOPEN_DELAYS_S)
-        while (delay_s := next(delays_s, None)) is not None:
+        delays_s = _pauses_s()
+        end_s = self._clock() + self._patience_s
+        while True:
             self._close_socket()
-            if self._stopped.wait(delay_s):
+            if self._stopped.wait(next(delays_s)):
                 raise AbortedError("the transfer was aborted")
             before = self._outbox.pending
             try:
@@ -214,10 +238,14 @@ class OutStream:
                     raise
                 cause = error
                 if self._outbox.pending < before:
-                    delays_s = iter(REOPEN_DELAYS_S)
+                    delays_s = _pauses_s()
+                    end_s = self._clock() + self._patience_s
+                elif self._clock() > end_s:
+                    raise StreamBrokenError(
+                        f"stream {self._index} cannot be reopened: {cause}"
+                    ) from cause
             else:
                 return
-        raise StreamBrokenError(f"stream {self._index} cannot be reopened: {cause}") from cause
 
     def _open(self) -> None:
         try:
@@ -262,6 +290,17 @@ class OutStream:
             if self._stopped.is_set():
                 raise AbortedError("the transfer was aborted") from error
             raise StreamBrokenError(f"stream {self._index} broke: {error}") from error
+
+
+def _unsent_bytes(stream: ssl.SSLSocket) -> int:
+    """Bytes that the kernel has taken and the peer has not acknowledged (SIOCOUTQ, tcp(7))."""
+    return int.from_bytes(fcntl.ioctl(stream, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+def _pauses_s() -> Iterator[float]:
+    yield from REOPEN_DELAYS_S
+    while True:
+        yield REOPEN_DELAYS_S[-1]
 
 
 def _refusal(status: Status, index: int) -> TransportError:

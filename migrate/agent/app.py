@@ -3,7 +3,8 @@
     POST /v1/sessions                 OpenSession -> SessionOpened | Refused
     POST /v1/migrations/ID/ROLE       Ask | Commit | Abort -> State      (`peer.py`)
     POST /v1/operator                 Recover -> Standing                (this host itself)
-    GET  /v1/sessions/ID/control      WebSocket: the messages of core/messages.py
+    GET  /v1/sessions/ID/control      WebSocket: the messages of core/messages.py; with ?heard=N it
+                                      goes on where the former connection broke
     GET  /v1/sessions/ID/rootfs       WebSocket: one pass of rsync
     the data port                     pages and image files (transport.receiver)
 
@@ -67,10 +68,6 @@ UNKNOWN = "unknown"
 # Ended sessions that may still be asked about by their source.
 ENDED_MAX = 64
 
-# A channel on which nothing was heard for this long after a ping is closed, which the session's
-# machine hears as a lost link.
-HEARTBEAT_S = 10.0
-
 
 class Agent:
     """Sessions of this host. Make it inside the event loop that serves it."""
@@ -126,7 +123,7 @@ class Agent:
     async def _end_sessions(self) -> None:
         """Close the channels: what holds nothing is undone, what holds something stays held."""
         for session in self._live():
-            await session.part("the agent stops")
+            await session.channel.part("the agent stops")
         undoing = [task for session, task in self._running if session.driver.state not in HELD]
         if undoing:
             await asyncio.wait(undoing, timeout=config.STOP_DEADLINE_S)
@@ -334,17 +331,7 @@ class Agent:
         return None
 
     async def _control(self, request: web.Request) -> web.StreamResponse:
-        session = self._session_of(request)
-        channel = web.WebSocketResponse(
-            heartbeat=HEARTBEAT_S, compress=False, max_msg_size=messages.MAX_MESSAGE_BYTES
-        )
-        await channel.prepare(request)
-        try:
-            await session.serve(channel)
-        except ProtocolError as error:
-            log.warning("message refused", peer=session.peer, why=str(error))
-            await channel.close(code=1002, message=str(error).encode()[:120])
-        return channel
+        return await self._session_of(request).channel.answer(request)
 
     async def _rootfs(self, request: web.Request) -> web.StreamResponse:
         session = self._session_of(request)

@@ -1,7 +1,8 @@
 """A session on the target: carries out what `core/target_machine.py` asks for, and decides nothing.
 
-One session receives one container. Its control channel is a WebSocket of the source; when that
-breaks, the machine says what becomes of the session. Everything that blocks runs in threads.
+One session receives one container. Its control channel (`channel.py`) outlives its connections;
+when the source does not come back, the machine says what becomes of the session. Everything that
+blocks runs in threads.
 
 A session outlives its agent: the next one makes it again (`adopt`) from the journal and from the
 request in the session's directory, and goes on where `replay` says.
@@ -18,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
-from aiohttp import WSMsgType
 
 from migrate import config, holder, network, peer
 from migrate.agent.adopted import AdoptedRestoring
+from migrate.agent.channel import ControlChannel
 from migrate.agent.restoring import RestorePlan, Restoring
 from migrate.agent.workspace import Workspace
 from migrate.announce import Announcer
@@ -36,8 +37,6 @@ from migrate.errors import JournalError, MigrateError, ProtocolError, TransferFa
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
-
-    from aiohttp import web
 
     from migrate.journal import JournalWriter, Migration
     from migrate.recovery import Owner
@@ -85,8 +84,12 @@ class Session:
         self._restoring: Restoring | AdoptedRestoring | None = None
         self._watching: asyncio.Task[None] | None = None
         self._held_in: S | None = None
-        self._channel: web.WebSocketResponse | None = None
-        self._was_connected = False
+        self.channel = ControlChannel(
+            self.hear,
+            lost=lambda: self.driver.post(E.LINK_LOST, from_peer=True),
+            back=lambda: self.driver.post(E.LINK_BACK, from_peer=True),
+            patience_s=self._patience_s,
+        )
         self.ended = asyncio.Event()
         self._entered_one = asyncio.Event()
         self._descriptors: tuple[str, str, str] | None = None
@@ -112,12 +115,12 @@ class Session:
             A.RECEIVE: self._receive,
             A.TELL_OPENED: self._tell_opened,
             A.PREPARE: self._prepare,
-            A.TELL_PREPARED: lambda: self._tell(messages.Prepared()),
+            A.TELL_PREPARED: lambda: self.channel.tell(messages.Prepared()),
             A.RESTORE: self._do_restore,
-            A.TELL_HELD: lambda: self._tell(messages.Held(self._marks)),
+            A.TELL_HELD: lambda: self.channel.tell(messages.Held(self._marks)),
             A.RECORD_COMMIT: self._record_commit,
             A.RESUME: self._resume,
-            A.TELL_RUNNING: lambda: self._tell(messages.Running(self._marks)),
+            A.TELL_RUNNING: lambda: self.channel.tell(messages.Running(self._marks)),
             A.FILL: self._do_fill,
             A.TELL_FILLED: self._tell_filled,
             A.CLEAN_UP: self._clean_up,
@@ -197,27 +200,6 @@ class Session:
         state = await self.driver.run(E.SESSION_ACCEPTED)
         log.info("session ended", migration=self.request.migration_id, state=str(state))
         return state
-
-    async def part(self, why: str) -> None:
-        """Close the source's channel."""
-        if self._channel is not None:
-            await self._channel.close(code=1001, message=why.encode())
-
-    async def serve(self, channel: web.WebSocketResponse) -> None:
-        """Read the source's control channel until it ends."""
-        self._channel = channel
-        if self._was_connected:
-            await self.driver.post(E.LINK_BACK, from_peer=True)
-        self._was_connected = True
-        try:
-            async for frame in channel:
-                if frame.type is WSMsgType.ERROR:
-                    break
-                await self.hear(messages.decode_from_source(frame.data))
-        finally:
-            if self._channel is channel:
-                self._channel = None
-                await self.driver.post(E.LINK_LOST, from_peer=True)
 
     # --- what the driver asks of a performer ---
 
@@ -360,7 +342,7 @@ class Session:
 
     async def _tell_filled(self) -> None:
         assert self._fill is not None
-        await self._tell(self._fill)
+        await self.channel.tell(self._fill)
 
     async def _clean_up(self) -> None:
         await asyncio.to_thread(self._revoke)
@@ -397,19 +379,19 @@ class Session:
         error = self._error or messages.WireError(
             f"the session ended in state {self.driver.state}", phase=str(self.driver.state)
         )
-        await self._tell(messages.Failed(error))
+        await self.channel.tell(messages.Failed(error))
 
     async def _tell_state(self) -> None:
         request = self.request
-        await self._tell(
+        await self.channel.tell(
             messages.State(request.migration_id, request.attempt, str(self.driver.settled_state))
         )
 
     async def _ask_source(self) -> E | None:
         """Ask the coordinator, or, where it does not hear, the agent of its host."""
         ask = messages.Ask(self.request.migration_id, self.request.attempt)
-        if self._channel is not None:
-            await self._tell(ask)
+        if self.channel.is_open:
+            await self.channel.tell(ask)
             return None
         try:
             said = await peer.say(self.peer, config.CONTROL_PORT, self._paths, "source", ask)
@@ -438,6 +420,13 @@ class Session:
         self._entered_one = asyncio.Event()
         log.info("session", migration=self.request.migration_id, state=str(state))
 
+    def _patience_s(self) -> float:
+        """How long the source tries to come back when the link breaks now."""
+        state = self.driver.state
+        if state not in target_machine.UNHELD:
+            return 0.0
+        return config.FROZEN_SILENCE_S if state is S.RESTORING else self.request.patience_s
+
     async def hear(self, message: messages.SourceMessage) -> None:
         """Take a message of the source. One of another attempt is refused: ProtocolError."""
         match message:
@@ -451,7 +440,7 @@ class Session:
                 pass
         match message:
             case messages.Ping(t_us=t_us):
-                await self._tell(messages.Pong(t_us, time.monotonic_ns() // 1000))
+                await self.channel.tell(messages.Pong(t_us, time.monotonic_ns() // 1000))
             case messages.Prepare(descriptors=descriptors):
                 self._descriptors = descriptors
             case messages.Restore():
@@ -461,16 +450,6 @@ class Session:
         event = event_of_source_message(message)
         if event is not None:
             await self.driver.post(event.kind, from_peer=True)
-
-    async def _tell(self, message: messages.TargetMessage) -> None:
-        """Send to the source if it hears; a telling never fails (the machine's rule)."""
-        channel = self._channel
-        if channel is None or channel.closed:
-            return
-        try:
-            await channel.send_str(messages.encode(message).decode())
-        except ConnectionError:
-            log.info("the source does not hear", migration=self.request.migration_id)
 
 
 def new_ticket() -> str:

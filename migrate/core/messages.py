@@ -13,6 +13,8 @@
       | <-------------- FillProgress ..., FillDone
     at any time: Ping -> Pong; Ask -> State (both ways); Failed from the target; Abort from the
     source, before Commit
+    first on every connection: Heard from the target (the source's is in the URL), then on both ways
+    what the other has not heard (outbox.py)
 
 What a peer sends is hostile until decoded here: every number has bounds, every text a limit, every
 name an allow-list (`\\Z`, not `$`: the latter lets a newline through), every list a length, and
@@ -48,6 +50,9 @@ MAX_MARKS: Final = 64
 MAX_BYTES: Final = 1 << 50
 """1 PiB: no memory or file system is larger, and sums of a thousand of them fit 64 bits."""
 MAX_US: Final = 1 << 60
+MAX_PATIENCE_S: Final = 3600
+MAX_HEARD: Final = 1 << 32
+"""Messages of one session and end; nobody gets near it."""
 
 Text: TypeAlias = Annotated[str, Meta(max_length=MAX_TEXT)]
 Label: TypeAlias = Annotated[str, Meta(max_length=128)]
@@ -148,7 +153,8 @@ class OpenSession(Message, frozen=True, tag="open_session"):
 
     attempt: the strictly growing number of this attempt (the journal's). tasks: pids in the
     container's own pid namespace. memory_bytes: present memory, and shared_bytes of it is shared
-    (dumped and restored eagerly). cpuinfo: the image that `criu cpuinfo dump` writes.
+    (dumped and restored eagerly). cpuinfo: the image that `criu cpuinfo dump` writes. patience_s:
+    how long the source tries to reconnect a broken link.
     """
 
     migration_id: MigrationId
@@ -167,6 +173,7 @@ class OpenSession(Message, frozen=True, tag="open_session"):
     versions: Versions
     cpuinfo: Annotated[bytes, Meta(max_length=MAX_CPUINFO_BYTES)]
     dry_run: bool = False
+    patience_s: Annotated[float, Meta(ge=0, le=MAX_PATIENCE_S)] = 0.0
     protocol: Literal[1] = PROTOCOL
 
 
@@ -258,6 +265,13 @@ class SessionOpened(Message, frozen=True, tag="session_opened"):
     protocol: Literal[1] = PROTOCOL
 
 
+class Heard(Message, frozen=True, tag="heard"):
+    """The first on every connection: how many messages the target has heard in this session. It is
+    not counted itself, nor are Ping and Pong."""
+
+    messages: Annotated[int, Meta(ge=0, le=MAX_HEARD)]
+
+
 class Refused(Message, frozen=True, tag="refused"):
     """The session is not opened, for these reasons; nothing was touched."""
 
@@ -320,6 +334,7 @@ SourceMessage: TypeAlias = (
 )
 TargetMessage: TypeAlias = (
     SessionOpened
+    | Heard
     | Refused
     | Prepared
     | RestoreStage

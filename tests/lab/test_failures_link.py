@@ -23,6 +23,7 @@ from tests.lab.invariants import (
 )
 from tests.lab.migrating import migrate
 
+IMPATIENT = ("--link-patience", "2")
 TLS = "/etc/migrate/tls"
 # Speaks to the agent's control and data ports in four wrong ways; what it gets, a line each.
 STRANGER = """
@@ -59,7 +60,7 @@ def lab() -> Iterator[Lab]:
 def test_the_link_is_cut_while_memory_is_copied(lab: Lab) -> None:
     with threatened(lab, "l-copy") as under:
         lab.set_rate("A", SLOW)
-        with attempt(under) as underway:
+        with attempt(under, *IMPATIENT) as underway:
             wait_round(underway)
             lab.set_isolated(["A", "B"], isolated=True)
             told = explained(underway.finish())
@@ -72,7 +73,7 @@ def test_the_link_is_cut_while_memory_is_copied(lab: Lab) -> None:
 def test_the_link_is_cut_while_the_container_is_frozen(lab: Lab) -> None:
     brake = Brake(lab.host("A"))
     with threatened(lab, "l-frozen") as under:
-        with brake.on("dump"), attempt(under, env=brake.env) as underway:
+        with brake.on("dump"), attempt(under, *IMPATIENT, env=brake.env) as underway:
             brake.wait_reached(underway)
             lab.set_isolated(["A", "B"], isolated=True)
             brake.release()

@@ -246,7 +246,7 @@ def test_a_target_that_is_gone_fails_the_round(
     target: Target, sender_for: Callable[..., PageSender]
 ) -> None:
     memory = Memory(300)
-    with sender_for(memory) as sender:
+    with sender_for(memory, patience_s=1) as sender:
         sender.send_round(1, [(TASK, memory.runs)])
         target.listener.stop()
         memory.rewrite(1)

@@ -64,6 +64,7 @@ OPEN = m.OpenSession(
     network=NETWORK,
     versions=VERSIONS,
     cpuinfo=b"\x01\x02",
+    patience_s=30.0,
 )
 OPEN_BYTES = (
     b'{"type":"open_session","migration_id":"m1","container":"sheep","runtime":"runc","attempt":7,'
@@ -78,7 +79,7 @@ OPEN_BYTES = (
     b'"neighbours":[{"device":"eth0","address":"10.0.0.1","mac":"02:00:00:00:00:01","state":2}],'
     b'"ports":[{"interface":"eth0","host_end":"v-sheep","bridge":"br0"}],"sysctls":{}},"versions":'
     b'{"kernel":"6.12.0","criu":"4.2.1","runtime":"runc 1.1.15","architecture":"x86_64"},"cpuinfo":'
-    b'"AQI=","dry_run":false,"protocol":1}'
+    b'"AQI=","dry_run":false,"patience_s":30.0,"protocol":1}'
 )
 
 FROM_SOURCE = [
@@ -121,6 +122,7 @@ FROM_TARGET = [
         b'{"type":"refused","refusals":[{"code":"memory","message":"too little memory",'
         b'"remedy":"free 1 GiB"}]}',
     ),
+    (m.Heard(3), b'{"type":"heard","messages":3}'),
     (m.Prepared(), b'{"type":"prepared"}'),
     (
         m.RestoreStage("post-restore", 5),
@@ -234,6 +236,8 @@ def _change(path: tuple[str | int, ...], value: object) -> Callable[[Any], None]
         _change(("network", "interfaces", 0, "mac"), "02:00:00:00:00"),
         _change(("network", "interfaces", 0, "extra"), 1),
         _change(("dry_run",), 1),
+        _change(("patience_s",), -1),
+        _change(("patience_s",), m.MAX_PATIENCE_S + 1),
     ],
 )
 def test_session_requests_that_are_refused(change: Callable[[Any], None]) -> None:
