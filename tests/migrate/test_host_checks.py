@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from migrate.host_checks import (
@@ -10,6 +12,8 @@ from migrate.host_checks import (
     judge_bridge,
     judge_cautions,
     judge_criu,
+    judge_descriptors,
+    space_refusals,
     version_of,
 )
 
@@ -83,3 +87,26 @@ def test_cautions() -> None:
     found = judge_cautions("[always] madvise never", ["/etc/criu/runc.conf"])
     assert [caution.code for caution in found] == ["huge-pages", "criu-config"]
     assert "/etc/criu/runc.conf" in found[1].message
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "tasks", "codes"),
+    [
+        (1024, 12, 1, []),
+        (1024, 1000, 1, ["open-files"]),
+        (1024, 12, 400, ["open-files"]),
+        (64, 70, 1, ["open-files"]),
+    ],
+)
+def test_descriptors(limit: int, used: int, tasks: int, codes: list[str]) -> None:
+    refusals = judge_descriptors(limit, used, tasks, streams=4)
+    assert [refusal.code for refusal in refusals] == codes
+    assert all("-" not in refusal.message.split()[0] for refusal in refusals)
+
+
+def test_space(tmp_path: Path) -> None:
+    """Also of a directory that is not there yet."""
+    assert space_refusals(tmp_path / "a" / "b", 4096, 1) == []
+    (refusal,) = space_refusals(tmp_path / "a" / "b", 1 << 60, 1)
+    assert refusal.code == "space"
+    assert str(tmp_path / "a" / "b") in refusal.remedy

@@ -21,8 +21,10 @@ from migrate.core.table import Verdict
 from migrate.errors import JournalError
 from migrate.journal import (
     APPLICATION_ID,
+    MAX_AGE_S,
     MAX_JSON_BYTES,
     SCHEMA_VERSION,
+    WAL_BYTES_MAX,
     Journal,
     JournalWriter,
     Migration,
@@ -251,6 +253,35 @@ def test_the_verdict_on_the_frozen_tree(journal: Journal, path: Path, way: tuple
         assert guard.verdict("m1", "source") is VERDICTS[last]
         assert guard.verdict("m2", "source") is Verdict.UNDO
         assert guard.verdict("m1", "target") is Verdict.HOLD
+
+
+def test_a_new_migration_prunes(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else does: a host that is in service for years keeps so many and not more."""
+    monkeypatch.setattr("migrate.journal.MAX_FINISHED", 3)
+    for number in range(10):
+        begin(journal, f"done{number}", created_wall_s=1000.0 + number)
+        enter(journal, TO_DONE, f"done{number}", at_wall_s=1000.0 + number)
+    kept = [number for number in range(10) if states(journal, f"done{number}")]
+    # The last one finished after the last beginning.
+    assert kept == [6, 7, 8, 9]
+    begin(journal, "later", created_wall_s=1009.5 + MAX_AGE_S)
+    assert not any(states(journal, f"done{number}") for number in range(10))
+
+
+def test_a_reader_that_stays_costs_no_more_disk_afterwards(journal: Journal, path: Path) -> None:
+    """While it reads, nothing that it may still look at is folded back."""
+    log = path.with_name(f"{path.name}-wal")
+    with Journal.open_read_only(path) as reader:
+        reader._connection.execute("BEGIN")
+        assert reader.unfinished() == []
+        for number in range(60):
+            begin(journal, f"m{number}")
+            enter(journal, TO_DONE, f"m{number}")
+        assert log.stat().st_size > WAL_BYTES_MAX
+        reader._connection.execute("COMMIT")
+    for number in range(2):
+        begin(journal, f"after{number}")
+    assert log.stat().st_size <= WAL_BYTES_MAX
 
 
 def test_prune_forgets_the_old_and_the_many_but_nothing_unfinished(journal: Journal) -> None:

@@ -12,10 +12,12 @@ from migrate.network_identity import NetworkIdentity
 from migrate.preflight import (
     DISK_RESERVE_BYTES,
     MEMORY_RESERVE_BYTES,
+    SOURCE_MEMORY_RESERVE_BYTES,
     judge_cpu,
     judge_mounts,
     judge_resources,
     judge_room,
+    judge_source_memory,
     judge_versions,
 )
 from migrate.runtimes.base import Mount
@@ -111,3 +113,10 @@ def test_limits_need_their_controllers() -> None:
     assert codes(judge_resources(spec, ["cpu"])) == ["cgroup-controller"]
     assert judge_resources({}, []) == []
     assert judge_resources({"linux": {"resources": None}}, []) == []
+
+
+def test_the_source_needs_memory_for_what_tasks_share() -> None:
+    """CRIU's images hold it; private memory is not in them."""
+    assert judge_source_memory(MIB, MIB + SOURCE_MEMORY_RESERVE_BYTES) == []
+    (refusal,) = judge_source_memory(MIB, SOURCE_MEMORY_RESERVE_BYTES)
+    assert refusal.code == "memory"

@@ -34,7 +34,7 @@ from transport.errors import (
     SourceFailedError,
     StreamBrokenError,
     StreamRefusedError,
-    TargetFailedError,
+    TargetFullError,
     TransportError,
 )
 from transport.receiver import DataListener
@@ -437,10 +437,10 @@ def test_a_sink_that_fails_ends_the_session(
 
     memory = Memory(600)
     target.sink.before_write = full
-    with sender_for(memory, streams=1) as sender, pytest.raises(TargetFailedError):
+    with sender_for(memory, streams=1) as sender, pytest.raises(TargetFullError, match="no room"):
         sender.send_round(1, [(TASK, memory.runs)])
     target.sink.before_write = lambda: None
-    with sender_for(memory, streams=1) as again, pytest.raises(TargetFailedError):
+    with sender_for(memory, streams=1) as again, pytest.raises(TargetFullError):
         again.connect()
     wait_until(lambda: len(log.complaints) == 2, "both are logged")
     assert "No space left" in log.complaints[0][1]["reason"]
