@@ -296,14 +296,14 @@ def is_let_go(directory: Path) -> bool:
 def criu_pid(directory: Path) -> int | None:
     """The process that was the gate and became CRIU; None when it has ended or never was.
 
-    Its number may be another's by now, so its command line must name the gate or CRIU itself.
+    Its number may be another's by now, so its name must be right. CRIU overwrites its command line.
     """
     try:
         pid = int((directory / "criu.pid").read_text())
-        words = Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
+        name = Path("/proc", str(pid), "comm").read_text().strip()
     except (OSError, ValueError):
         return None
-    return pid if b"swrk" in words else None
+    return pid if name == "criu" else None
 
 
 def _say(fifo: Path, word: str) -> bool:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import select
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from pathlib import Path
+MOUNT = Path("/sys/fs/cgroup")
 
 
 def freeze(cgroup: Path, deadline_s: float) -> int:
@@ -38,6 +37,13 @@ def freeze(cgroup: Path, deadline_s: float) -> int:
     finally:
         os.close(fd)
     return time.monotonic_ns() // 1000
+
+
+def own() -> Path:
+    """The directory of this process's cgroup."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    # The line of cgroup v2 is the last one (cgroups(7)).
+    return MOUNT / lines[-1].partition("::")[2].lstrip("/")
 
 
 def thaw(cgroup: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from criu_glue import hooks
+from migrate import cgroup
 from migrate.claim import claimant
 from migrate.core.table import Verdict
 from migrate.errors import JournalError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from migrate.journal import Role
 
 PAUSE_S = 1.0
+_MOVE = 'echo $$ > "$0"; exec "$@"'
 _WORDS: dict[Verdict, hooks.Verdict] = {Verdict.UNDO: "abort", Verdict.LET_GO: "commit"}
 
 
@@ -46,10 +48,14 @@ def main() -> int:
 def command(
     paths: HostPaths, migration_id: str, role: Role, hold_directory: Path
 ) -> tuple[str, ...]:
-    """The command line of the holder of one CRIU."""
+    """The command line of the holder of one CRIU. It moves to the cgroup of this process: CRIU is
+    in the container's when it restores, and there it would take the container's memory."""
     claim = paths.claim(migration_id, role)
     given = (str(paths.journal), str(claim), migration_id, role, str(hold_directory))
-    return tuple(module_command("migrate.holder", *given))
+    return (
+        *("sh", "-c", _MOVE, str(cgroup.own() / "cgroup.procs")),
+        *module_command("migrate.holder", *given),
+    )
 
 
 def decision(journal: Path, claim: Path, migration_id: str, role: Role) -> hooks.Verdict | None:

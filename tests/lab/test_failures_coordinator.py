@@ -115,7 +115,7 @@ def test_killed_in_the_restore(lab: Lab) -> None:
 
 
 def test_killed_before_it_has_committed_what_the_target_holds(lab: Lab) -> None:
-    """The target can't know whether it has: it holds the copy, says so, and asks."""
+    """The target can't know whether it has: it holds the copy, and asks the agent of the source."""
     brake, target = Brake(lab.host("B")), lab.host("B")
     with threatened(lab, "c-held") as under:
         with brake.on("restore"), attempt(under) as underway:
@@ -128,10 +128,32 @@ def test_killed_before_it_has_committed_what_the_target_holds(lab: Lab) -> None:
             underway.kill()
         assert_gave_back(under)
         wait_session(target, session, "in_doubt")
-        assert is_held(target, under.name)
+        wait_session(target, session, "aborted")
+        wait_clean(target)
         assert_runs_once(under)
-        told = f"the container is held and waits for its source' migration='{session}'"
-        wait_until("it says so", lambda: told in target.read_text(AGENT_LOG))
-        # The source's next attempt is its word that it has kept the container.
         assert_moves(under)
         assert running_on(lab, under.name) == ["B"]
+
+
+def test_killed_when_nobody_can_tell_the_target(lab: Lab) -> None:
+    """The source has no agent either: the copy is held until somebody starts one."""
+    brake, target = Brake(lab.host("B")), lab.host("B")
+    with threatened(lab, "c-alone") as under:
+        lab.kill_agent("A")
+        with brake.on("restore"), attempt(under) as underway:
+            brake.wait_reached(underway)
+            session = migration_id(underway)
+            underway.interrupt(signal.SIGSTOP)
+            brake.release()
+            wait_session(target, session, "held")
+            underway.kill()
+        assert_gave_back(under)
+        wait_session(target, session, "in_doubt")
+        told = f"the container is held and waits for its source' migration='{session}'"
+        wait_until("it says so", lambda: told in target.read_text(AGENT_LOG))
+        assert is_held(target, under.name)
+        assert_runs_once(under)
+        lab.start_agent("A", env=Brake.env)
+        wait_session(target, session, "aborted")
+        wait_clean(target)
+        assert_moves(under)
