@@ -118,11 +118,15 @@ class PagerProcess:
                 on_progress(state.filled_bytes, state.missing_bytes)
                 await self._change()
         state = self._read()
-        if state.error:
+        if state.ended and state.error:
+            # It stayed until nobody waited for memory any more.
             raise RestoreFailed(f"the pager failed: {state.error}", phase="fill")
         if state.phase is not Phase.DONE:
             await on_lost(state.missing_bytes)
             raise PagerLost(state.missing_bytes)
+        if self._process is not None:
+            # Dead since it was replaced, or in this moment: it would stay a zombie.
+            await self._process.wait()
         self.close()
         return FillResult(state.fill_us / 1000, state.faults, state.filled_bytes)
 
@@ -146,9 +150,6 @@ class PagerProcess:
         if self._alive >= 0:
             os.close(self._alive)
             self._alive = -1
-        if self._process is not None:
-            # Reaps a first keeper that is dead: nobody else does as long as this agent lives.
-            _ = self._process.returncode
 
     async def _until_listening(self, process: Outliving) -> None:
         while True:
@@ -158,7 +159,7 @@ class PagerProcess:
                 return
             if process.returncode is not None and not is_alive:
                 raise RestoreFailed("the pager ended before it could begin", phase="prepare")
-            ways = [asyncio.ensure_future(self._change())]
+            ways: list[asyncio.Future[object]] = [asyncio.ensure_future(self._change())]
             if process.returncode is None:
                 ways.append(asyncio.ensure_future(process.wait()))
             try:

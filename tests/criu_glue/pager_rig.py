@@ -202,8 +202,11 @@ class Restore:
         return task
 
     def send_task(self, number: int, descriptor: int) -> None:
+        self.send_number(number)
+        self.send_descriptor(descriptor)
+
+    def send_descriptor(self, descriptor: int) -> None:
         assert self._criu
-        self._criu.send(struct.pack("<i", number))
         socket.send_fds(self._criu, [b"\0"], [descriptor])
 
     def send_number(self, number: int) -> None:
