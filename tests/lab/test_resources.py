@@ -1,0 +1,250 @@
+"""Hosts that run out of something: refused before anything is touched where it can be known, and
+undone where not. The limits are real ones: small file systems, limits of open files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from bench.lab import agents
+from bench.lab.host import Host
+from bench.lab.lab import Lab
+from tests.lab.brake import Brake
+from tests.lab.invariants import (
+    SLOW,
+    Threatened,
+    assert_moves,
+    assert_undone,
+    attempt,
+    explained,
+    failure_lab,
+    migration_id,
+    threatened,
+    wait_round,
+)
+from tests.lab.migrating import Migration, migrate
+
+NAME: Final = "short"
+REPORT: Final = "/tmp/limited-report.json"
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with failure_lab() as lab:
+        yield lab
+
+
+# ---- what can't be known before ----
+
+
+def test_the_page_store_runs_full(lab: Lab) -> None:
+    with threatened(lab, "r-store") as under:
+        lab.set_rate("A", SLOW)
+        with attempt(under) as underway:
+            wait_round(underway)
+            shrink(lab.host("B"), f"/run/migrate/sessions/{migration_id(underway)}.target")
+            told = explained(underway.finish())
+        assert "has no room left" in told.error
+        assert (told.host, told.phase, told.container) == ("B", "precopy", "runs on A")
+        assert told.remedy
+        assert_undone(under)
+        assert_moves(under)
+
+
+def test_no_space_for_the_root_file_system(lab: Lab) -> None:
+    """A container has more files than any number of bytes can tell before."""
+    with threatened(lab, "r-root") as under:
+        with small_filesystem(lab.host("B"), "/var/lib/migrate/containers", "size=80m,nr_inodes=6"):
+            told = explained(migrate(lab.host("A"), under.name, "B"))
+        assert "No space left on device" in told.error
+        assert (told.host, told.phase, told.container) == ("B", "rootfs", "runs on A")
+        assert told.remedy
+        assert_undone(under)
+        assert_moves(under)
+
+
+def test_no_space_for_the_images_of_the_dump(lab: Lab) -> None:
+    brake = Brake(lab.host("A"))
+    with threatened(lab, "r-images") as under:
+        with brake.on("dump"), attempt(under, env=brake.env) as underway:
+            brake.wait_reached(underway)
+            # CRIU writes some twenty images, of a page at least.
+            shrink(lab.host("A"), f"/run/migrate/sessions/{migration_id(underway)}.source", 40)
+            brake.release()
+            told = explained(underway.finish())
+        assert "no space left on the session's tmpfs" in told.error
+        assert (told.host, told.phase, told.container) == ("A", "dump", "runs on A")
+        assert told.remedy
+        assert_undone(under)
+        assert_moves(under)
+
+
+def test_the_agent_runs_out_of_descriptors(lab: Lab) -> None:
+    target = lab.host("B")
+    with threatened(lab, "r-agent") as under:
+        lab.set_rate("A", SLOW)
+        with attempt(under) as underway:
+            wait_round(underway)
+            with few_descriptors(target, agent_pid(target), spare=2):
+                lab.set_rate("A", "10gbit")
+                told = explained(underway.finish())
+        assert "Too many open files" in told.error
+        assert (told.host, told.container) == ("B", "runs on A")
+        assert "LimitNOFILE" in told.remedy
+        assert_undone(under)
+        assert_moves(under)
+
+
+def test_the_coordinator_runs_out_of_descriptors(lab: Lab) -> None:
+    source = lab.host("A")
+    with threatened(lab, "r-command") as under:
+        lab.set_rate("A", SLOW)
+        with attempt(under) as underway:
+            wait_round(underway)
+            pid = inside_pid(source.command_pid(underway.process))
+            with few_descriptors(source, pid, spare=2):
+                lab.set_rate("A", "10gbit")
+                told = explained(underway.finish())
+        assert "Too many open files" in told.error
+        assert (told.host, told.container) == ("A", "runs on A")
+        assert "ulimit" in told.remedy
+        assert_undone(under)
+        assert_moves(under)
+
+
+def test_the_pager_runs_out_of_descriptors(lab: Lab) -> None:
+    """Before CRIU has given it anything: nothing can be restored then."""
+    brake, target = Brake(lab.host("B")), lab.host("B")
+    with threatened(lab, "r-pager") as under:
+        with brake.on("restore"), attempt(under) as underway:
+            brake.wait_reached(underway)
+            for pid in target.run(["pgrep", "-f", "criu_glue.pager"]).stdout.split():
+                target.run(["prlimit", "--pid", pid, "--nofile=3:3"])
+            brake.release()
+            told = explained(underway.finish())
+        assert (told.host, told.phase, told.container) == ("B", "restore", "runs on A")
+        assert told.remedy
+        assert_undone(under)
+        assert_moves(under)
+
+
+# ---- what can ----
+
+
+@pytest.fixture(scope="module")
+def under(lab: Lab) -> Iterator[Threatened]:
+    """One container for all that is refused, since nothing touches it."""
+    with threatened(lab, NAME) as under:
+        yield under
+
+
+@pytest.mark.parametrize("where", ["A", "B"])
+@pytest.mark.parametrize("directory", ["/var/lib/migrate", "/run/migrate"])
+def test_no_space_for_what_the_project_keeps(under: Threatened, where: str, directory: str) -> None:
+    """The journal, and the directories of sessions."""
+    with small_filesystem(under.lab.host(where), directory, "size=200k"):
+        told = explained(migrate(under.lab.host("A"), NAME, "B"), code=2)
+    message, remedy = told.refusals["space"]
+    assert message.startswith(f"{directory} has room for ")
+    assert remedy == f"free space in {directory}"
+    assert (told.host, told.container) == (where, "runs on A")
+    assert_undone(under)
+
+
+def test_the_source_has_no_memory_for_the_images(under: Threatened) -> None:
+    source = under.lab.host("A")
+    fake = "sed 's/^MemAvailable:.*/MemAvailable: 65536 kB/' /proc/meminfo >/run/meminfo"
+    source.run(["sh", "-c", f"{fake}; mount --bind /run/meminfo /proc/meminfo"])
+    told = explained(migrate(source, NAME, "B"), code=2)
+    source.run(["sh", "-c", "umount /proc/meminfo; rm /run/meminfo"])
+    message, remedy = told.refusals["memory"]
+    assert message.startswith("64 MiB of memory are free")
+    assert remedy
+    assert (told.host, told.container) == ("A", "runs on A")
+
+
+def test_the_command_may_not_open_enough_files(under: Threatened) -> None:
+    told = explained(limited_migrate(under.lab.host("A"), NAME, "B", descriptors=48), code=2)
+    assert_refused_for_descriptors(under, told.refusals)
+    # It has not even looked at the container.
+    assert (told.host, told.container) == ("A", "")
+
+
+def test_the_agent_may_not_open_enough_files(under: Threatened) -> None:
+    target = under.lab.host("B")
+    with few_descriptors(target, agent_pid(target), spare=40):
+        told = explained(migrate(under.lab.host("A"), NAME, "B"), code=2)
+    assert_refused_for_descriptors(under, told.refusals)
+    assert (told.host, told.container) == ("B", "runs on A")
+
+
+def assert_refused_for_descriptors(under: Threatened, refusals: dict[str, tuple[str, str]]) -> None:
+    ((code, (message, remedy)),) = refusals.items()
+    assert code == "open-files"
+    assert "are needed" in message
+    assert "LimitNOFILE" in remedy
+    assert_undone(under)
+
+
+# ---- limits ----
+
+
+@contextlib.contextmanager
+def small_filesystem(host: Host, directory: str, options: str) -> Iterator[None]:
+    """A tmpfs lies over a directory of the host."""
+    host.run(["mkdir", "-p", directory])
+    host.run(["mount", "-t", "tmpfs", "-o", options, "none", directory])
+    try:
+        yield
+    finally:
+        host.run(["umount", directory])
+
+
+def shrink(host: Host, directory: str, spare_kib: int = 4) -> None:
+    """Leaves a session's tmpfs so much room."""
+    used_kib = int(host.run(["df", "-k", "--output=used", directory]).stdout.split()[-1])
+    host.run(["mount", "-o", f"remount,size={used_kib + spare_kib}k", directory])
+
+
+@contextlib.contextmanager
+def few_descriptors(host: Host, pid: int, *, spare: int) -> Iterator[None]:
+    """A process of the host may open so many files more than it has open now."""
+    highest = max(int(path.name) for path in host.path(f"/proc/{pid}/fd").iterdir())
+    before = host.run(["prlimit", "--pid", str(pid), "--nofile", "-o", "SOFT,HARD", "--noheadings"])
+    limit = highest + 1 + spare
+    # The soft limit alone: the kernel looks at no other, and it can be raised again.
+    host.run(["prlimit", "--pid", str(pid), f"--nofile={limit}:"])
+    try:
+        yield
+    finally:
+        if host.path(f"/proc/{pid}").exists():
+            soft = before.stdout.split()[0]
+            host.run(["prlimit", "--pid", str(pid), f"--nofile={soft}:"])
+
+
+def agent_pid(host: Host) -> int:
+    """Inside the host."""
+    return int(host.read_text(agents.PID_FILE))
+
+
+def inside_pid(pid: int) -> int:
+    """A process of this machine's by the pid that it has in its own namespace."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1])
+
+
+def limited_migrate(source: Host, name: str, target: str, *, descriptors: int) -> Migration:
+    """`migrate` that may open so many files."""
+    limit = ["prlimit", f"--nofile={descriptors}:{descriptors}"]
+    command = [*limit, "migrate", name, "--to", target, "--report", REPORT]
+    done = source.run(command, check=False)
+    path = source.path(REPORT)
+    report = json.loads(path.read_text()) if path.exists() else None
+    path.unlink(missing_ok=True)
+    return Migration(report, done.returncode, done.stdout, done.stderr)
