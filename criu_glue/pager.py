@@ -49,6 +49,9 @@ _CLONE_NEWNET: Final = 0x40000000
 def command(*, work: Path, images: Path, store: Path) -> list[str]:
     """The argument list that starts a pager, with a PYTHONPATH in which this package is found."""
     return [
+        # numpy's algebra library would make a thread for each processor; a process that forks as
+        # this one does may have one.
+        *("/usr/bin/env", "OPENBLAS_NUM_THREADS=1", "OMP_NUM_THREADS=1"),
         *(sys.executable, "-P", "-m", "criu_glue.pager"),
         f"--work={work}",
         f"--images={images}",

@@ -16,6 +16,7 @@ from criu_glue.core.fill_journal import UNIT_BYTES
 from criu_glue.core.pagemap import PAGE_BYTES
 from criu_glue.pager_keeper import DEATHS_MAX
 from criu_glue.pager_state import Phase
+from criu_glue.uffd_memory import FAULT_AROUND_PAGES
 from tests.criu_glue.pager_rig import (
     BASE,
     BASE_PAGE,
@@ -256,7 +257,8 @@ def test_what_was_filled_is_counted_over_deaths(restore: Restore) -> None:
     restore.kill_worker()
     restore.finish()
     done = restore.wait_until_done()
-    assert done.filled_bytes == 1024 * PAGE_BYTES
+    # What it had copied with its last page fault it may not have counted.
+    assert 1024 - FAULT_AROUND_PAGES <= done.filled_bytes // PAGE_BYTES <= 1024
     assert done.faults > 0
     assert done.fill_us > 0
 
