@@ -70,6 +70,7 @@ class Copying:
             link.rootfs_channel,
             host=host,
             target=options.target,
+            patience_s=options.link_patience_s,
         )
         self.final_rootfs: RootfsPassRun | None = None
         self._memory: MemorySource | None = None

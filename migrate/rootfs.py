@@ -8,6 +8,12 @@ with one module, the container's root, in a chroot of it: no word of the source 
 
 The last pass may be *gated*: both sides are started and have shaken hands while the container still
 runs; the daemon's "OK" is withheld, so rsync looks at no file, until the container is frozen.
+
+A pass whose channel breaks is begun again, for as long as a broken link is waited for. What has
+arrived is not sent again, of a file that was under way neither (`--partial`: it stands there under
+its own name until the pass brings the rest, and without a complete pass there is no restore). The
+target ends a former try of a pass before it serves the next one (`Passes`), so that at most one
+rsync writes for each. An error of rsync itself is not tried again.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
+from migrate import config
 from migrate.errors import TransferFailed
 from migrate.processes import tail
 
@@ -33,7 +40,8 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    OpenChannel = Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]]
+    # Takes the number of the pass.
+    OpenChannel = Callable[[int], Awaitable[aiohttp.ClientWebSocketResponse]]
 
 CHUNK_BYTES = 256 * 1024
 # The text message that closes one direction, as a socket's shutdown does; some rsync waits for it.
@@ -42,8 +50,12 @@ END = "end"
 RSYNC_STDERR_BYTES_MAX = 8 * 1024
 # After the last byte rsync only sets times and permissions of what it has written.
 END_DEADLINE_S = 10.0
+# Of one pass. A link that breaks more often than this while a pass lasts will not get it through.
+TRIES_MAX = 32
+# Passes that a session serves at once: the last one and that over mapped files, and one to spare.
+PASSES_MAX = 3
 
-_FLAGS = ("-aHAXS", "--numeric-ids", "--delete")
+_FLAGS = ("-aHAXS", "--numeric-ids", "--partial")
 # What the daemon says when the module is open and the client may begin (rsync's clientserver.c).
 _MODULE_OPEN = b"@RSYNCD: OK\n"
 # rsync ends with 24 when files vanished while it ran: the next pass sees to it.
@@ -93,6 +105,7 @@ class RootfsPassRun:
         if not gated:
             self._gate.set()
         self.bytes_sent = 0
+        self.tries = 0
         self._target_status: int | None = None
         self._target_words = ""
         self.task: asyncio.Task[RootfsPass] | None = None
@@ -120,6 +133,16 @@ class RootfsPassRun:
         """Let rsync look at the files."""
         self._gate.set()
 
+    def begin_try(self) -> None:
+        """Count another try; what the target said in the last one counts no more."""
+        self.tries += 1
+        self._target_status, self._target_words = None, ""
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the container stands still and waits for this pass."""
+        return self._gated and self._gate.is_set()
+
     def release_after(self, other: RootfsPassRun) -> None:
         """Release when another pass has ended, well or not."""
         assert other.task is not None
@@ -131,7 +154,10 @@ class RootfsPassRun:
         writer: asyncio.StreamWriter,
         channel: aiohttp.ClientWebSocketResponse,
     ) -> None:
-        """Carry bytes both ways until rsync or the target ends."""
+        """Carry bytes both ways until rsync or the target ends.
+
+        Raises ConnectionError when the channel broke, TransferFailed when the target's rsync did.
+        """
         # Which rsync ends first depends on its version; the other one hears of it by the end of its
         # input, and ends soon after.
         directions = {
@@ -142,6 +168,10 @@ class RootfsPassRun:
             await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
             async with asyncio.timeout(END_DEADLINE_S):
                 await asyncio.gather(*directions)
+        except TimeoutError as error:
+            raise TransferFailed(
+                f"rsync of the root file system did not end in {END_DEADLINE_S:g} s", phase="rootfs"
+            ) from error
         finally:
             for direction in directions:
                 direction.cancel()
@@ -169,7 +199,9 @@ class RootfsPassRun:
         self, writer: asyncio.StreamWriter, channel: aiohttp.ClientWebSocketResponse
     ) -> None:
         greeting: bytes | None = b"" if self._gated else None
-        while (message := await channel.receive()).type is aiohttp.WSMsgType.BINARY:
+        following: Callable[[], Awaitable[aiohttp.WSMessage]] = channel.receive
+        while (message := await following()).type is aiohttp.WSMsgType.BINARY:
+            following = channel.receive
             data: bytes = message.data
             if greeting is not None:
                 # The greeting is lines of text; what comes behind the daemon's "OK" is not.
@@ -179,7 +211,7 @@ class RootfsPassRun:
                     before, opened, rest = (data + unfinished).partition(_MODULE_OPEN)
                     writer.write(before)
                     self.ready.set()
-                    await self._gate.wait()
+                    following = await self._wait_at_gate(channel)
                     data, greeting = opened + rest, None
             writer.write(data)
             await writer.drain()
@@ -189,21 +221,50 @@ class RootfsPassRun:
         if not writer.is_closing():
             writer.write_eof()
 
+    async def _wait_at_gate(
+        self, channel: aiohttp.ClientWebSocketResponse
+    ) -> Callable[[], Awaitable[aiohttp.WSMessage]]:
+        """Wait until the gate opens; returns what receives the next message.
+
+        Raises ConnectionError when the channel breaks before: a new one costs nothing now, and
+        downtime later.
+        """
+        message = asyncio.create_task(channel.receive())
+        gate = asyncio.create_task(self._gate.wait())
+        try:
+            await asyncio.wait({message, gate}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gate.cancel()
+            if not self._gate.is_set():
+                message.cancel()
+        if not self._gate.is_set():
+            raise ConnectionError("it ended while the pass waited")
+        return lambda: message
+
 
 class RootfsSource:
     """Passes of rsync from `rootfs` into the session that `open_channel` leads to.
 
-    `work` is a directory of ours (0700) for the relay's sockets. Errors: TransferFailed.
+    `work` is a directory of ours (0700) for the relay's sockets. `patience_s`: how long a broken
+    channel is tried to be opened again while the container runs. Errors: TransferFailed.
     """
 
     def __init__(
-        self, rootfs: Path, work: Path, open_channel: OpenChannel, *, host: str, target: str
+        self,
+        rootfs: Path,
+        work: Path,
+        open_channel: OpenChannel,
+        *,
+        host: str,
+        target: str,
+        patience_s: float,
     ) -> None:
         self._rootfs = rootfs
         self._target = target
         self._work = work
         self._open_channel = open_channel
         self._host = host
+        self._patience_s = patience_s
         self._passes = 0
         self._runs: list[RootfsPassRun] = []
 
@@ -225,19 +286,63 @@ class RootfsSource:
     async def _pass(
         self, run: RootfsPassRun, number: int, files: Sequence[str] | None
     ) -> RootfsPass:
+        """A pass, tried again over a new channel when its channel breaks."""
         started_us = time.monotonic_ns() // 1000
+        broke_s: float | None = None
+        while True:
+            run.begin_try()
+            try:
+                async with asyncio.timeout(config.CONNECT_DEADLINE_S):
+                    channel = await self._open_channel(number)
+            except (OSError, aiohttp.ClientError) as error:
+                broke_s = broke_s or time.monotonic()
+                self._check_patience(run, time.monotonic() - broke_s, error)
+                await asyncio.sleep(config.RECONNECT_PAUSE_S)
+                continue
+            try:
+                await self._try(run, number, files, channel)
+            except (OSError, aiohttp.ClientError) as error:
+                broke_s = time.monotonic()
+                self._check_patience(run, 0.0, error)
+            else:
+                break
+            finally:
+                await channel.close()
+        ended_us = time.monotonic_ns() // 1000
+        return RootfsPass(run.bytes_sent, (ended_us - started_us) / 1000, ended_us)
+
+    def _check_patience(self, run: RootfsPassRun, broken_for_s: float, error: Exception) -> None:
+        """Raise TransferFailed when a broken channel is to be waited for no longer."""
+        patience_s = self._patience_s
+        if run.is_awaited:
+            patience_s = min(patience_s, config.FROZEN_SILENCE_S)
+        # Whoever answers that there is no such session, or that it takes no files, will stay so.
+        is_refused = isinstance(error, aiohttp.WSServerHandshakeError)
+        if is_refused or broken_for_s >= patience_s or run.tries >= TRIES_MAX:
+            raise TransferFailed(
+                f"the channel of the root file system broke: {error}",
+                host=self._host,
+                phase="rootfs",
+            ) from error
+
+    async def _try(
+        self,
+        run: RootfsPassRun,
+        number: int,
+        files: Sequence[str] | None,
+        channel: aiohttp.ClientWebSocketResponse,
+    ) -> None:
+        """rsync over one channel. Raises OSError or ClientError if that broke, TransferFailed."""
         socket_path = self._work / f"rsync-{number}.sock"
         carried: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         async def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
-                async with asyncio.timeout(30):
-                    channel = await self._open_channel()
                 await run.pump(reader, writer, channel)
-            except (OSError, aiohttp.ClientError, TimeoutError, TransferFailed) as error:
+            except (OSError, aiohttp.ClientError, TransferFailed) as error:
                 if not carried.done():
                     carried.set_exception(error)
-                    # Heard by `_pass`, unless that has been ended meanwhile.
+                    # Heard by `_try`, unless that has been ended meanwhile.
                     carried.exception()
             else:
                 if not carried.done():
@@ -247,27 +352,24 @@ class RootfsSource:
 
         server = await asyncio.start_unix_server(on_connect, socket_path, limit=CHUNK_BYTES)
         try:
-            await self._rsync(socket_path, files)
+            try:
+                await self._rsync(socket_path, files)
+            except TransferFailed as failure:
+                # An rsync whose channel broke ends badly as well, which is no word of its own.
+                with contextlib.suppress(TransferFailed, TimeoutError):
+                    async with asyncio.timeout(END_DEADLINE_S):
+                        await asyncio.shield(carried)
+                raise failure from None
             await carried
-        except (OSError, aiohttp.ClientError) as error:
-            raise TransferFailed(
-                f"the channel of the root file system broke: {error}",
-                host=self._host,
-                phase="rootfs",
-            ) from error
         finally:
             server.close()
             socket_path.unlink(missing_ok=True)
-        ended_us = time.monotonic_ns() // 1000
-        return RootfsPass(run.bytes_sent, (ended_us - started_us) / 1000, ended_us)
 
     async def _rsync(self, socket_path: Path, files: Sequence[str] | None) -> None:
         relay = Path(__file__).with_name("rsync_relay.py")
         shell = shlex.join([sys.executable, "-ISE", str(relay), str(socket_path)])
-        command = ["rsync", *_FLAGS, "-e", shell]
-        if files is not None:
-            command = ["rsync", "-aHAXS", "--numeric-ids", "-I", "--from0", "--files-from=-"]
-            command += ["-e", shell]
+        which = ("--delete",) if files is None else ("-I", "--from0", "--files-from=-")
+        command = ["rsync", *_FLAGS, *which, "-e", shell]
         process = await asyncio.create_subprocess_exec(
             *command,
             f"{self._rootfs}/",
@@ -348,6 +450,49 @@ async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) 
         with contextlib.suppress(asyncio.CancelledError, ConnectionError):
             await answering
         await _end(process)
+
+
+class Passes:
+    """The target's end of all passes of one session: at most one rsync serves each."""
+
+    def __init__(self, rootfs: Path, work: Path) -> None:
+        self._rootfs = rootfs
+        self._work = work
+        self._serving: dict[int, asyncio.Task[None]] = {}
+
+    def can_serve(self, number: int) -> bool:
+        """Whether this pass is served already, or there is room for another one."""
+        return number in self._serving or len(self._serving) < PASSES_MAX
+
+    async def serve(self, number: int, channel: web.WebSocketResponse) -> None:
+        """Serve a pass until it ends; a former try of the same pass has ended then."""
+        former = self._serving.get(number)
+        task = asyncio.create_task(self._serve_after(former, channel))
+        self._serving[number] = task
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+            if self._serving.get(number) is task:
+                del self._serving[number]
+        if not task.cancelled():
+            task.result()
+
+    async def end(self) -> None:
+        """End every pass that is served; no rsync writes any more when this returns."""
+        serving = set(self._serving.values())
+        for task in serving:
+            task.cancel()
+        if serving:
+            await asyncio.wait(serving)
+
+    async def _serve_after(
+        self, former: asyncio.Task[None] | None, channel: web.WebSocketResponse
+    ) -> None:
+        if former is not None:
+            former.cancel()
+            await asyncio.wait({former})
+        await serve_rsync(channel, self._rootfs, self._work)
 
 
 async def _end(process: asyncio.subprocess.Process) -> int:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,14 @@ PINGS = 16
 PINGS_DEADLINE_S = 2.0
 # For the target to answer a closing frame.
 CLOSE_DEADLINE_S = 2.0
+
+
+# tcp(7): a connection whose peer acknowledges nothing for 15 s is broken, an idle one too.
+_KEEPALIVE = (
+    (socket.TCP_KEEPIDLE, 5),
+    (socket.TCP_KEEPINTVL, 5),
+    (socket.TCP_USER_TIMEOUT, 15_000),
+)
 
 
 class SessionGone(Unreachable):
@@ -131,11 +140,17 @@ class TargetLink:
         except ProtocolError as error:
             raise SessionGone(error.message, host=self.host) from error
 
-    async def rootfs_channel(self) -> aiohttp.ClientWebSocketResponse:
-        """A channel for one pass of rsync."""
-        return await self._client().ws_connect(
-            self._session_url("rootfs"), compress=0, max_msg_size=4 * CHUNK_BYTES
+    async def rootfs_channel(self, number: int) -> aiohttp.ClientWebSocketResponse:
+        """A channel for pass `number` of rsync; a former one for the same pass is ended there."""
+        channel = await self._client().ws_connect(
+            self._session_url(f"rootfs?pass={number}"), compress=0, max_msg_size=4 * CHUNK_BYTES
         )
+        # Nobody reads it while the pass waits at its gate, so a heartbeat would be in vain.
+        tcp = channel.get_extra_info("socket")
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            tcp.setsockopt(socket.IPPROTO_TCP, option, value)
+        return channel
 
     @property
     def is_open(self) -> bool:

@@ -4,12 +4,12 @@
                                     ├── shim ── pid 1 of A ── everything in A
                                     ├── shim ── pid 1 of B ── …
                                     ├── shim ── pid 1 of client
-                                    └── delay lines (only when asked for)
+                                    └── lines that delay, lose, reorder (only when asked for)
 
 It reads its orders as one line of JSON from standard input, answers one line on standard output
-when the lab is up or could not be, and then serves requests (`crash`, `boot`) on a socket in the
-state directory until the first of: SIGTERM (`lab down`), the end of its owner (a pidfd, and the
-end of standard input).
+when the lab is up or could not be, and then serves requests (`crash`, `boot`, `fault`) on a socket
+in the state directory until the first of: SIGTERM (`lab down`), the end of its owner (a pidfd, and
+the end of standard input).
 All of its children die with it (PR_SET_PDEATHSIG), also when it is killed by SIGKILL; what then
 remains are empty cgroups and the state directory, which the next lab command sweeps (remains.py).
 Single-threaded, since PR_SET_PDEATHSIG looks at the thread that forked.
@@ -31,11 +31,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.lab import delay_line, kernel, paths, remains, sandbox
+from bench.lab import kernel, paths, remains, sandbox
 from bench.lab.enter import enter_command, inside_environment
 from bench.lab.errors import LabError
 from bench.lab.host_files import LabIdentities
-from bench.lab.plan import WIRE_LINES, Node, Orders, link_lines, make_plan, node_lines, rate_line
+from bench.lab.line import Fault, Line
+from bench.lab.line import start as start_line
+from bench.lab.plan import (
+    WIRE_LINES,
+    Node,
+    Orders,
+    insert_line_lines,
+    link_lines,
+    make_plan,
+    node_lines,
+    rate_line,
+)
 
 # A command of the lab's own making (ip, tc, sshd) takes milliseconds; this many seconds mean that
 # it hangs.
@@ -59,7 +70,10 @@ class Keeper:
         self._cgroup = paths.cgroup_path(orders.name)
         self._root = paths.root_path()
         self._hosts: dict[str, sandbox.Started] = {}
-        self._delay_lines: dict[str, int] = {}  # pids
+        self._lines: dict[str, Line] = {}
+        self._faults: dict[str, Fault] = {}
+        if orders.delay_ms:
+            self._faults = {node.name: Fault(orders.delay_ms) for node in self._plan.hosts}
         self._requests = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
     def claim(self) -> None:
@@ -117,7 +131,10 @@ class Keeper:
             try:
                 request = json.loads(connection.recv(REQUEST_BYTES_MAX))
                 node = self._node(request["host"])
-                self._crash(node)
+                if request["verb"] == "fault":
+                    self._set_fault(node, Fault(**request["fault"]))
+                else:
+                    self._crash(node)
                 if request["verb"] == "boot":
                     self._power_on([node])
                 answer = self._describe()
@@ -140,7 +157,8 @@ class Keeper:
             sandbox.wait_ready(node.name, self._hosts[node.name])
         links: list[str] = []
         for node in nodes:
-            links += link_lines(self._plan, node, self._hosts[node.name].init_pid)
+            has_line = node.name in self._faults
+            links += link_lines(node, self._hosts[node.name].init_pid, has_line=has_line)
         _run(["ip", "-batch", "-"], links)
         for node in nodes:
             self._configure(node)
@@ -157,11 +175,20 @@ class Keeper:
     def _end_processes(self, name: str) -> None:
         if name in self._hosts:
             sandbox.end(self._hosts.pop(name))
-        if name in self._delay_lines:
-            pid = self._delay_lines.pop(name)
-            # Not yet reaped, so the pid is still the child's.
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        if name in self._lines:
+            self._lines.pop(name).end()
+
+    def _set_fault(self, node: Node, fault: Fault) -> None:
+        """A link that has no line yet gets one, and keeps it."""
+        if node.name not in self._hosts:
+            raise LabError(f"{node.name} is down")
+        self._faults[node.name] = fault
+        if node.name in self._lines:
+            self._lines[node.name].change(fault)
+            return
+        _run(["ip", "-batch", "-"], insert_line_lines(node))
+        self._lines[node.name] = start_line(node, fault)
+        self._write_description()
 
     def _spec(self, node: Node) -> sandbox.HostSpec:
         return sandbox.HostSpec(
@@ -182,8 +209,8 @@ class Keeper:
             rate = self._plan.rate_bits
             _run([*in_network, "tc", "-batch", "-"], [rate_line("uplink", rate)])
             _run(["tc", "-batch", "-"], [rate_line(node.wire_end, rate)])
-        if self._plan.is_delayed(node):
-            self._delay_lines[node.name] = delay_line.start(node, self._plan.delay_ms)
+        if node.name in self._faults:
+            self._lines[node.name] = start_line(node, self._faults[node.name])
         sshd = enter_command(pid, self._cgroup / node.name, ["/usr/sbin/sshd"])
         _run(sshd, environment=inside_environment())
 
@@ -199,7 +226,7 @@ class Keeper:
             "nodes": [
                 {
                     **asdict(node),
-                    "port": self._plan.port(node),
+                    "port": node.port(has_line=node.name in self._faults),
                     "pid": self._hosts[node.name].init_pid if node.name in self._hosts else 0,
                     "cgroup": str(self._cgroup / node.name),
                 }

@@ -30,12 +30,16 @@ from typing import IO, Any, Self
 from bench.lab import agents, paths, remains
 from bench.lab.errors import LabError
 from bench.lab.host import POLL_S, Host
+from bench.lab.line import Fault
 from bench.lab.plan import CLIENT, Orders, check_name, make_plan, parse_rate, rate_line
+from migrate import config
 
 # Up takes a second; a machine under load ten times that.
 UP_DEADLINE_S = 60.0
 # remains.KILL_DEADLINE_S for the processes, and the removal of the files of large containers.
 DOWN_DEADLINE_S = 60.0
+# Where agents listen: control and data.
+AGENT_PORTS = (config.CONTROL_PORT, config.DATA_PORT)
 # The kernel notices a carrier once a second.
 LINK_DEADLINE_S = 10.0
 
@@ -199,16 +203,10 @@ class Lab:
         A plugged one is usable when this returns; who looked for a neighbour in vain before may
         still take a second to look again.
         """
-        wire_end, port = self._ports[host]
+        wire_end, _ = self._ports[host]
         self._in_wire("ip", "link", "set", wire_end, "up" if up else "down")
-        deadline = time.monotonic() + LINK_DEADLINE_S
-        while up and not (
-            _forwards(self._in_wire(*_PORT_STATE, port))
-            and _forwards(self.host(host).run([*_PORT_STATE, "uplink"]).stdout)
-        ):
-            if time.monotonic() > deadline:
-                raise LabError(f"the link of {host} is not up after {LINK_DEADLINE_S:g} s")
-            time.sleep(POLL_S)
+        if up:
+            self._wait_forwarding(host)
 
     def set_isolated(self, hosts: Sequence[str], *, isolated: bool) -> None:
         """Cuts the given hosts off from each other, while the client and other hosts reach them."""
@@ -223,6 +221,42 @@ class Lab:
         self.host(host).run(["tc", *rate_line("uplink", bits).split()])
         self._in_wire("tc", *rate_line(self._ports[host][0], bits).split())
 
+    def set_fault(
+        self,
+        host: str,
+        *,
+        delay_ms: float = 0.0,
+        loss: float = 0.0,
+        reorder: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """What happens from now on to what a host sends (line.py); without arguments, nothing.
+
+        The first call for a host puts a line into its link, which makes it slower for good, and
+        plugs it into another port: isolate it again if it was. Frames are lost and overtaken one by
+        one, so hosts send none that a card would still have to cut.
+        """
+        fault = asdict(Fault(delay_ms, loss, reorder, seed))
+        if loss or reorder:
+            self.host(host).run(["ip", "link", "set", "dev", "uplink", "gso_max_segs", "1"])
+        self._request("fault", host, fault=fault)
+        self._wait_forwarding(host)
+
+    def reset_connections(self, host: str, peer: str) -> int:
+        """Resets every TCP connection between the agents' ports of two hosts; how many there were.
+
+        By SOCK_DESTROY (`ss -K`): the peer gets a real RST. Containers' connections stay.
+        """
+        count = 0
+        for one, other in ((host, peer), (peer, host)):
+            for direction in ("dport", "sport"):
+                for port in AGENT_PORTS:
+                    address = self.host(other).address
+                    what = ["dst", address, "and", direction, "=", f":{port}"]
+                    ended = self.host(one).run(["ss", "-HKtn", "state", "established", *what])
+                    count += len(ended.stdout.splitlines())
+        return count
+
     def _in_wire(self, *command: str) -> str:
         entered = ["nsenter", "-t", str(self.keeper_pid), "-n", "--", *command]
         done = subprocess.run(entered, capture_output=True, text=True, check=False)
@@ -230,11 +264,22 @@ class Lab:
             raise LabError(f"in the wire: {' '.join(command)}: {done.stderr}")
         return done.stdout
 
-    def _request(self, verb: str, host: str) -> None:
+    def _wait_forwarding(self, host: str) -> None:
+        deadline = time.monotonic() + LINK_DEADLINE_S
+        while not (
+            _forwards(self._in_wire(*_PORT_STATE, self._ports[host][1]))
+            and _forwards(self.host(host).run([*_PORT_STATE, "uplink"]).stdout)
+        ):
+            if time.monotonic() > deadline:
+                raise LabError(f"the link of {host} is not up after {LINK_DEADLINE_S:g} s")
+            time.sleep(POLL_S)
+
+    def _request(self, verb: str, host: str, **arguments: Any) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(UP_DEADLINE_S)
             connection.connect(str(paths.state_path(self.name) / paths.CONTROL))
-            connection.sendall(json.dumps({"verb": verb, "host": self.host(host).name}).encode())
+            request = {"verb": verb, "host": self.host(host).name, **arguments}
+            connection.sendall(json.dumps(request).encode())
             with connection.makefile() as answers:
                 answer = json.loads(answers.readline())
         if "error" in answer:

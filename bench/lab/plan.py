@@ -63,13 +63,17 @@ class Node:
 
     @property
     def slow_end(self) -> str:
-        """Stands in the bridge for the wire's end when a delay line lies between the two."""
+        """Stands in the bridge for the wire's end when a line lies between the two."""
         return f"slow{self.index}"
 
     @property
     def line_end(self) -> str:
-        """The delay line's side of `slow_end`."""
+        """The line's side of `slow_end`."""
         return f"line{self.index}"
+
+    def port(self, *, has_line: bool) -> str:
+        """The node's port of the wire's bridge."""
+        return self.slow_end if has_line else self.wire_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +88,6 @@ class LabPlan:
     @property
     def hosts(self) -> tuple[Node, ...]:
         return tuple(node for node in self.nodes if not node.is_client)
-
-    def is_delayed(self, node: Node) -> bool:
-        return self.delay_ms > 0 and not node.is_client
-
-    def port(self, node: Node) -> str:
-        """The node's port of the wire's bridge."""
-        return node.slow_end if self.is_delayed(node) else node.wire_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,21 +176,26 @@ WIRE_LINES = (
 )
 
 
-def link_lines(plan: LabPlan, node: Node, pid: int) -> list[str]:
+def link_lines(node: Node, pid: int, *, has_line: bool) -> list[str]:
     """For `ip -batch` in the wire: a link from its bridge into the network namespace of `pid`."""
     end = node.wire_end
-    lines = [
-        f"link add {end} type veth peer name uplink netns {pid}",
-        f"link set {end} addrgenmode none",
+    lines = [f"link add {end} type veth peer name uplink netns {pid}"]
+    if has_line:
+        return [*lines, f"link set {end} addrgenmode none up", *_line_lines(node)]
+    return [*lines, f"link set {end} addrgenmode none master br0 up"]
+
+
+def insert_line_lines(node: Node) -> list[str]:
+    """For `ip -batch` in the wire: makes room for a line in a link that has none."""
+    return [f"link set {node.wire_end} nomaster", *_line_lines(node)]
+
+
+def _line_lines(node: Node) -> list[str]:
+    return [
+        f"link add {node.slow_end} type veth peer name {node.line_end}",
+        f"link set {node.line_end} addrgenmode none up",
+        f"link set {node.slow_end} addrgenmode none master br0 up",
     ]
-    if plan.is_delayed(node):
-        lines += [
-            f"link add {node.slow_end} type veth peer name {node.line_end}",
-            f"link set {node.line_end} addrgenmode none up",
-            f"link set {end} up",
-        ]
-    port = plan.port(node)
-    return [*lines, f"link set {port} addrgenmode none master br0 up"]
 
 
 def node_lines(node: Node) -> list[str]:

@@ -5,7 +5,7 @@
     POST /v1/operator                 Recover -> Standing                (this host itself)
     GET  /v1/sessions/ID/control      WebSocket: the messages of core/messages.py; with ?heard=N it
                                       goes on where the former connection broke
-    GET  /v1/sessions/ID/rootfs       WebSocket: one pass of rsync
+    GET  /v1/sessions/ID/rootfs?pass=N  WebSocket: one pass of rsync
     the data port                     pages and image files (transport.receiver)
 
 A caller is who its certificate says; a session answers only to the host that opened it.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import socket
 from functools import partial
@@ -41,7 +42,7 @@ from migrate.errors import JournalError, MigrateError, ProtocolError
 from migrate.facts import free_memory_bytes, host_versions
 from migrate.journal import JournalWriter
 from migrate.recovery import facts_of
-from migrate.rootfs import CHUNK_BYTES, serve_rsync
+from migrate.rootfs import CHUNK_BYTES
 from transport import tls
 from transport.receiver import DataListener
 
@@ -64,6 +65,9 @@ UNDECIDED = frozenset({S.HELD, S.IN_DOUBT})
 
 # What is answered about a migration that this host knows nothing of: no evidence for anything.
 UNKNOWN = "unknown"
+
+# ASCII digits alone; nobody makes more passes.
+_PASS = re.compile(r"[0-9]{1,6}")
 
 # Ended sessions that may still be asked about by their source.
 ENDED_MAX = 64
@@ -337,10 +341,15 @@ class Agent:
         session = self._session_of(request)
         if not session.is_receiving:
             raise web.HTTPConflict(text="this session takes no files any more")
+        number = request.query.get("pass", "")
+        if not _PASS.fullmatch(number):
+            raise web.HTTPBadRequest(text="pass is the number of a pass")
+        if not session.passes.can_serve(int(number)):
+            raise web.HTTPConflict(text="so many passes at once are not served")
         channel = web.WebSocketResponse(compress=False, max_msg_size=4 * CHUNK_BYTES)
         await channel.prepare(request)
         with contextlib.suppress(ConnectionError):
-            await serve_rsync(channel, session.workspace.rootfs, session.workspace.work_dir)
+            await session.passes.serve(int(number), channel)
         return channel
 
     async def _word(self, request: web.Request) -> web.Response:

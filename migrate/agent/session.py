@@ -34,6 +34,7 @@ from migrate.core.states import TARGET_TERMINAL
 from migrate.core.states import TargetState as S
 from migrate.driver import Driver, quietly
 from migrate.errors import JournalError, MigrateError, ProtocolError, TransferFailed
+from migrate.rootfs import Passes
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -79,6 +80,7 @@ class Session:
         self._journal = journal
         self._data = data
         self.workspace = Workspace(request, paths)
+        self.passes = Passes(self.workspace.rootfs, self.workspace.work_dir)
         self._network: network.NetworkHandle | None = None
         self._announcer: Announcer | None = None
         self._restoring: Restoring | AdoptedRestoring | None = None
@@ -284,7 +286,7 @@ class Session:
         assert self._restore is not None
         assert self._network is not None
         self._check_files(self._restore.files)
-        await asyncio.to_thread(self._revoke)
+        await self._revoke()
         netns = Path(self._network.netns)
         await asyncio.to_thread(network.hint_neighbours, netns, self.request.network)
         self._marks = await self._restoring.restore()
@@ -345,7 +347,7 @@ class Session:
         await self.channel.tell(self._fill)
 
     async def _clean_up(self) -> None:
-        await asyncio.to_thread(self._revoke)
+        await self._revoke()
         if self._watching is not None:
             self._watching.cancel()
         if self._announcing is not None:
@@ -354,7 +356,7 @@ class Session:
         await asyncio.to_thread(self.workspace.wipe_session)
 
     async def _discard(self) -> E:
-        await asyncio.to_thread(self._revoke)
+        await self._revoke()
         if self._watching is not None:
             self._watching.cancel()
         if self._restoring is not None:
@@ -365,10 +367,11 @@ class Session:
         await asyncio.to_thread(self.workspace.discard)
         return E.DISCARDED
 
-    def _revoke(self) -> None:
-        """No stream writes here any more, and none is let in."""
+    async def _revoke(self) -> None:
+        """No stream and no rsync writes here any more, and none is let in."""
         self.is_receiving = False
-        self._data.revoke(self.ticket)
+        await self.passes.end()
+        await asyncio.to_thread(self._data.revoke, self.ticket)
 
     def _close_announcer(self) -> None:
         if self._announcer is not None:

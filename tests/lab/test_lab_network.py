@@ -166,3 +166,80 @@ def test_hosts_can_be_isolated_from_each_other_only(
     assert _reaches(lab.client, "B")
     lab.set_isolated(["A", "B"], isolated=False)
     wait_until("A finds B again", lambda: _reaches(lab.host("A"), "B"))
+
+
+def test_a_link_can_be_given_faults_while_the_lab_runs(new_lab: Callable[..., Lab]) -> None:
+    lab = new_lab(["A", "B"])
+    a, b = lab.host("A"), lab.host("B")
+    assert _reaches(a, "B")
+    lab.set_fault("A", loss=1.0)
+    assert _is_cut_off(a, "B")
+    lab.set_fault("A", delay_ms=30)
+    out = b.run(["ping", "-4", "-q", "-c2", "-i0.2", "-W5", "A"]).stdout
+    fastest = re.search(r"= ([\d.]+)/", out)
+    assert fastest is not None, out
+    assert float(fastest.group(1)) >= 30
+    lab.set_fault("A", loss=0.02, reorder=0.05)
+    a.run(["sh", "-c", "head -c 3000000 /dev/urandom >/root/data"])
+    script = "scp -q /root/data B:/root/data && sha256sum /root/data && ssh B sha256sum /root/data"
+    sent, arrived = a.run(["sh", "-c", script]).stdout.splitlines()
+    assert sent == arrived
+    assert _retransmitted(a) > 0
+    lab.set_fault("A")
+    lab.crash("A")
+    lab.boot("A")
+    wait_until("A is back", lambda: _reaches(a, "B"))
+
+
+def _retransmitted(host: Host) -> int:
+    """TCP segments that a host has sent again (Tcp of /proc/net/snmp)."""
+    names, values = [
+        line.split()
+        for line in host.run(["cat", "/proc/net/snmp"]).stdout.splitlines()
+        if line.startswith("Tcp:")
+    ]
+    return int(values[names.index("RetransSegs")])
+
+
+# Listens on the agent's control port, and on another one; says what becomes of who connects there.
+LISTEN = """
+import socket, sys
+ports = [7337, 9000]
+servers = [socket.create_server(("0.0.0.0", port)) for port in ports]
+print("ready", flush=True)
+peers = [server.accept()[0] for server in servers]
+print("connected", flush=True)
+for port, peer in zip(ports, peers):
+    try:
+        print(port, peer.recv(1), flush=True)
+    except OSError as error:
+        print(port, error.errno, flush=True)
+"""
+CONNECT = """
+import socket, sys
+peers = [socket.create_connection((sys.argv[1], port)) for port in (7337, 9000)]
+try:
+    peers[0].recv(1)
+except OSError as error:
+    print(error.errno, flush=True)
+peers[1].sendall(b"x")
+"""
+
+
+def test_connections_between_agents_can_be_reset(new_lab: Callable[..., Lab]) -> None:
+    lab = new_lab(["A", "B"])
+    assert lab.reset_connections("A", "B") == 0
+    listen = lab.host("B").popen(["python3", "-c", LISTEN], stdout=-1)
+    with listen as listening:
+        assert listening.stdout is not None
+        assert listening.stdout.readline() == "ready\n"
+        connect = ["python3", "-c", CONNECT, lab.host("B").address]
+        with lab.host("A").popen(connect, stdout=-1) as connecting:
+            assert listening.stdout.readline() == "connected\n"
+            assert lab.reset_connections("A", "B") > 0
+            told = [listening.stdout.readline() for _ in range(2)]
+            out, _ = connecting.communicate()
+    # ECONNRESET, ECONNABORTED: what is not the agents' stays.
+    assert told[0] == "7337 104\n"
+    assert told[1] == "9000 b'x'\n"
+    assert out in ("103\n", "104\n")

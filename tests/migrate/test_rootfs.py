@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from aiohttp import web
 
 from migrate.errors import TransferFailed
-from migrate.rootfs import RootfsSource, serve_rsync, shared_file_mappings
+from migrate.rootfs import PASSES_MAX, Passes, RootfsSource, shared_file_mappings
+from tests.migrate.wire import Wire
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -22,27 +24,36 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the daemon's chroot n
 
 
 class Pair:
-    """A source directory, a target directory, and a way between them."""
+    """A source directory, a target directory, and a wire between them."""
 
-    def __init__(self, base: Path, session: aiohttp.ClientSession, url: str) -> None:
+    def __init__(self, base: Path, session: aiohttp.ClientSession, wire: Wire) -> None:
+        self.wire = wire
         self.source = base / "source"
         self.target = base / "target"
         self.work = base / "work"
         self.copier = RootfsSource(
             self.source,
             self.work,
-            lambda: session.ws_connect(url, compress=0),
+            lambda number: session.ws_connect(
+                f"http://127.0.0.1:{wire.port}/rootfs?pass={number}", compress=0
+            ),
             host="A",
             target="B",
+            patience_s=2.0,
         )
 
 
 @pytest.fixture
 async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
+    passes = Passes(tmp_path / "target", tmp_path / "target-work")
+
     async def rootfs(request: web.Request) -> web.WebSocketResponse:
+        if not passes.can_serve(int(request.query["pass"])):
+            raise web.HTTPConflict
         channel = web.WebSocketResponse(compress=False)
         await channel.prepare(request)
-        await serve_rsync(channel, tmp_path / "target", tmp_path / "target-work")
+        with contextlib.suppress(ConnectionError):
+            await passes.serve(int(request.query["pass"]), channel)
         return channel
 
     app = web.Application()
@@ -51,11 +62,14 @@ async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    port = runner.addresses[0][1]
+    wire = Wire(runner.addresses[0][1])
+    await wire.start()
     for name in ("source", "target", "work", "target-work"):
         (tmp_path / name).mkdir()
     async with aiohttp.ClientSession() as session:
-        yield Pair(tmp_path, session, f"http://127.0.0.1:{port}/rootfs")
+        yield Pair(tmp_path, session, wire)
+    await passes.end()
+    await wire.close()
     await runner.cleanup()
 
 
@@ -175,6 +189,57 @@ async def test_a_pass_waits_for_another_one_to_end(pair: Pair) -> None:
         done = [await first.wait(), await second.wait()]
     assert done[0].ended_us < done[1].ended_us
     assert tree(pair.target) == tree(pair.source)
+
+
+BIG_BYTES = 24 << 20
+
+
+async def test_a_pass_goes_on_where_its_channel_broke(pair: Pair) -> None:
+    """A file that was under way is not begun anew, and nothing of the tries is left over."""
+    populate(pair.source)
+    (pair.source / "big").write_bytes(os.urandom(BIG_BYTES))
+    budgets = iter([BIG_BYTES // 2, 1 << 40, BIG_BYTES // 4, 1 << 40])
+    pair.wire.budget = lambda: next(budgets, 1 << 40)
+    run = pair.copier.start(gated=False)
+    await run.wait()
+    assert run.tries == 3
+    assert tree(pair.target) == tree(pair.source)
+    # What rsync's protocol and the sockets' buffers had on the way comes on top.
+    assert run.bytes_sent < BIG_BYTES + (12 << 20)
+
+
+async def test_a_pass_at_its_gate_gets_a_new_channel_before_it_is_needed(pair: Pair) -> None:
+    populate(pair.source)
+    await pair.copier.start(gated=False).wait()
+    run = pair.copier.start(gated=True)
+    for tries in (1, 2, 3):
+        async with asyncio.timeout(30):
+            await run.wait_ready()
+            while run.tries < tries or pair.wire.connections < tries + 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+        pair.wire.reset()
+    (pair.source / "log").write_text("written while the pass waits")
+    run.release()
+    await run.wait()
+    assert run.tries >= 4
+    assert tree(pair.target) == tree(pair.source)
+
+
+async def test_the_end_of_patience_ends_a_pass(pair: Pair) -> None:
+    await pair.wire.stop()
+    with pytest.raises(TransferFailed, match="the channel of the root file system broke"):
+        await pair.copier.start(gated=False).wait()
+
+
+async def test_a_target_that_takes_no_files_is_not_asked_again(pair: Pair) -> None:
+    runs = [pair.copier.start(gated=True) for _ in range(PASSES_MAX)]
+    for run in runs:
+        await run.wait_ready()
+    more = pair.copier.start(gated=False)
+    with pytest.raises(TransferFailed, match="409"):
+        await more.wait()
+    assert more.tries == 1
+    pair.copier.cancel()
 
 
 def test_shared_writable_file_mappings_are_found() -> None:
