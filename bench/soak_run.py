@@ -52,7 +52,8 @@ since_s = time.time() - 86400
 with Journal.open(seed) as journal:
     for number in range(MAX_FINISHED):
         role, name, at_s = ("source", "target")[number % 2], f"seed{number}", since_s + number
-        facts = {"session": "/run/migrate/sessions/" + name, "padding": "x" * 400}
+        # No less than what a migration notes: its rows must fit where these have been.
+        facts = {"session": "/run/migrate/sessions/" + name, "padding": "x" * 2000}
         journal.begin(Migration(name, role, 1, "seed", "runc", "nobody", at_s, facts))
         for state in ways[role]:
             journal.append(name, role, state, "seeded", at_wall_s=at_s)
