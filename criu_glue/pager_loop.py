@@ -74,6 +74,8 @@ class Pager:
         self._memories: dict[int, UffdMemory] = {}
         # Userfaultfds of address spaces that can't be filled, for a reason that should not occur.
         self._broken: list[int] = []
+        # What those of them still miss that were given up by this worker.
+        self._broken_bytes = 0
         # Tasks whose images can't be read.
         self._unreadable: set[int] = set()
         self._waiting: list[tuple[UffdMemory, int]] = []
@@ -96,6 +98,7 @@ class Pager:
             if space.root not in stores:
                 stores[space.root] = self._open_store(space.task)
             self._resume(space, stores[space.root])
+        self._count_missing()
         connections = open_connections(self._pair.common)
         if connections:
             self._connect(socket.socket(fileno=connections[0]))
@@ -149,6 +152,7 @@ class Pager:
         memory = UffdMemory(space, store, self._journal, self._state)
         self._take(memory)
         memory.wake_all()
+        self._state.beat += 1
 
     def leave(self) -> list[object]:
         """For a process that was forked from the worker and is none: forget everything without
@@ -276,6 +280,8 @@ class Pager:
             return
         space = Space(number, task, number, uffd, missing)
         self._take(UffdMemory(space, store, self._journal, self._state))
+        # Rather too much than too little, until it is counted again.
+        self._state.missing_bytes += missing.bytes
         self._state.tasks += 1
         tell(self._pair.alive)
 
@@ -325,6 +331,7 @@ class Pager:
         """Leave one task waiting for ever rather than give it wrong memory; serve the others."""
         self._forget(memory)
         self._broken.append(memory.uffd)
+        self._broken_bytes += memory.missing.bytes
         self._report_error(f"task {memory.task}: {error}")
 
     def _read_events(self, memory: UffdMemory) -> None:
@@ -344,6 +351,7 @@ class Pager:
             return
         for child in events.children:
             self._take(child)
+            self._state.missing_bytes += child.missing.bytes
         for address in dict.fromkeys(events.faults):
             self._serve(memory, address)
         if self._is_held(memory):
@@ -407,11 +415,14 @@ class Pager:
         if now_s - self._counted_s < _COUNT_S:
             return
         self._counted_s = now_s
-        missing = sum(memory.missing.bytes for memory in self._memories.values())
-        self._state.missing_bytes = missing
+        self._count_missing()
         if now_s - self._reported_s >= _REPORT_S:
             self._reported_s = now_s
             tell(self._pair.alive)
+
+    def _count_missing(self) -> None:
+        missing = sum(memory.missing.bytes for memory in self._memories.values())
+        self._state.missing_bytes = missing + self._broken_bytes
 
     def _report_error(self, reason: str) -> None:
         # The first one is the cause of those that follow.

@@ -84,7 +84,7 @@ class PagerState:
     workers = _Word(9)
     # Restored tasks.
     tasks = _Word(10)
-    # A twentieth of a second old at most.
+    # Never too few; counted anew twenty times a second.
     missing_bytes = _Word(11)
     # Pages that were needed before the fill brought them.
     faults = _Word(12)

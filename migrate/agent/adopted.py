@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from criu_glue import hooks
+from criu_glue import hooks, pager_watch
 from migrate import config
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
@@ -110,6 +110,9 @@ def end_restore(session: Path) -> None:
         return False
 
     _waited(has_ended, config.RUNTIME_EXIT_DEADLINE_S)
+    # As one: the pager's processes replace each other.
+    with contextlib.suppress(pager_watch.PagerStaysError):
+        pager_watch.kill(session / "work", config.RUNTIME_EXIT_DEADLINE_S)
     for process in users_of(session):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -126,7 +126,7 @@ def test_processes_may_die_in_the_middle_of_the_fill(restore: Restore, roles: li
     killed = 0
     settled = 0
     while restore.state.phase is not Phase.DONE and restore.is_alive():
-        if restore.state.settled_bytes > settled:
+        if restore.state.settled_bytes > settled and killed < 40:
             settled = restore.state.settled_bytes
             kill(restore, roles[killed % len(roles)])
             killed += 1
