@@ -8,7 +8,6 @@ does not) and `freezing.py` (what holds it); here it is put in order, and undone
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ from migrate.core import messages, source_machine
 from migrate.core.actions import SourceAction as A
 from migrate.core.clock_relation import ClockRelation
 from migrate.core.convergence import Verdict
-from migrate.core.downtime import Marks, downtime_parts
+from migrate.core.downtime import Marks, MarksError, downtime_parts
 from migrate.core.events import SourceEventKind as E
 from migrate.core.events import target_reported
 from migrate.core.states import SOURCE_TERMINAL
@@ -48,7 +47,7 @@ from migrate.errors import (
 )
 from migrate.freezing import Freezing
 from migrate.journal import JournalWriter
-from migrate.mounts import mount_tmpfs, unmount
+from migrate.mounts import mount_tmpfs
 from migrate.report import ReportBuilder
 from migrate.standstill import Standstill
 from migrate.target_link import TargetLink
@@ -264,6 +263,7 @@ class Coordinator:
             patience_s=config.FORMER_PATIENCE_S,
             container=self.options.container,
         )
+        await recovery.sweep(self._journal, self._paths)
         for migration, error in left:
             if migration.container == self.options.container:
                 raise error
@@ -462,7 +462,14 @@ class Coordinator:
         await asyncio.to_thread(network.destroy, self._facts.network_handle)
         bundle = self._facts.container.bundle
         await asyncio.to_thread(recovery.forget_bundle, bundle, self._paths)
+        await self._wipe()
         return E.RELEASED
+
+    async def _wipe(self) -> None:
+        """Give up the streams and the session's directory."""
+        if self._copying is not None:
+            await quietly(self._copying.close())
+        await asyncio.to_thread(recovery.wipe, self._session)
 
     # --- ends ---
 
@@ -474,8 +481,7 @@ class Coordinator:
             self._copying.abort()
         if self._freezing is not None:
             await self._freezing.undo()
-        if self._copying is not None:
-            await quietly(self._copying.close())
+        await self._wipe()
         if self._target is not None and self._target.link.opened is not None:
             # A target that can't be told hears the broken link, and keeps nothing unless it holds a
             # copy already; then it asks.
@@ -525,10 +531,14 @@ class Coordinator:
     async def _report_done(self) -> None:
         assert self._standstill is not None
         assert self._target is not None
-        marks = Marks.from_names(self._standstill.marks, self._target.marks)
-        self._builder.add_downtime(downtime_parts(marks, self._clocks), self._clocks)
+        try:
+            marks = Marks.from_names(self._standstill.marks, self._target.marks)
+        except MarksError:
+            # It was said by an agent that had not seen all of it, or in a word without marks.
+            self._warn(f"the downtime is not known: {self.options.target} was lost in between")
+        else:
+            self._builder.add_downtime(downtime_parts(marks, self._clocks), self._clocks)
         so_far = self._builder.build("done")
-        assert so_far.downtime_ms is not None
         self._observer.tell(progress.Moved(so_far.downtime_ms, so_far.predicted_downtime_ms))
         async with asyncio.timeout(config.FILL_DEADLINE_S):
             fill = await self._target.fill
@@ -552,9 +562,6 @@ class Coordinator:
             await quietly(self._copying.close())
         if self._target is not None:
             await self._target.close()
-        if self.driver.state in SOURCE_TERMINAL:
-            await asyncio.to_thread(unmount, self._session)
-            await asyncio.to_thread(shutil.rmtree, self._session, ignore_errors=True)
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)
         if self._claim is not None:

@@ -75,9 +75,9 @@ class Warned(msgspec.Struct, frozen=True, tag="warning", tag_field="event"):
 
 
 class Moved(msgspec.Struct, frozen=True, tag="moved", tag_field="event"):
-    """The container runs on the target."""
+    """The container runs on the target. downtime_ms: None when a side was lost meanwhile."""
 
-    downtime_ms: float
+    downtime_ms: float | None
     predicted_downtime_ms: float | None
 
 
@@ -178,7 +178,9 @@ def describe(event: Event) -> Text:
         case Moved():
             return Text.assemble(
                 "  moved      downtime ",
-                (f"{event.downtime_ms:.0f} ms", "bold green"),
+                ("unknown", "bold yellow")
+                if event.downtime_ms is None
+                else (f"{event.downtime_ms:.0f} ms", "bold green"),
                 f" (predicted {event.predicted_downtime_ms:.0f} ms)"
                 if event.predicted_downtime_ms is not None
                 else "",

@@ -223,9 +223,7 @@ class Recovery:
         self._wipe()
 
     def _wipe(self) -> None:
-        session = self._paths.session(self._migration.migration_id, "source")
-        unmount(session)
-        shutil.rmtree(session, ignore_errors=True)
+        wipe(self._paths.session(self._migration.migration_id, "source"))
 
     async def _report(self) -> None:
         log.info(
@@ -266,6 +264,38 @@ async def recover_orphans(
         *(_recover(one, journal, runtimes, paths, patience_s) for one in ours)
     )
     return [(one, error) for one, error in zip(ours, ended, strict=True) if error is not None]
+
+
+async def sweep(journal: JournalWriter, paths: config.HostPaths) -> None:
+    """Remove directories and claims of migrations that have ended and that nobody drives: what a
+    process leaves that dies between its last record and its end. Raises JournalError."""
+    found = await journal.call(lambda opened: opened.unfinished())
+    open_ones = {f"{one.migration_id}.{one.role}" for one, _ in found}
+    await asyncio.to_thread(_sweep, paths, open_ones)
+
+
+def _sweep(paths: config.HostPaths, open_ones: set[str]) -> None:
+    sessions, claims = paths.run / "sessions", paths.run / "claims"
+    names = {path.name for directory in (sessions, claims) for path in _list(directory)}
+    for name in names - open_ones:
+        if "." not in name:
+            continue
+        try:
+            # Whoever has it is still at work, or has just begun and is not in the journal yet.
+            with Claim.take(claims / name, "recovery"):
+                wipe(sessions / name)
+        except MigrateError:
+            continue
+
+
+def _list(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []
+
+
+def wipe(session: Path) -> None:
+    """Give back the memory of a session. Idempotent; blocking."""
+    unmount(session)
+    shutil.rmtree(session, ignore_errors=True)
 
 
 async def _recover(

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from aiohttp import web
 
-from migrate import config, peer, preflight
+from migrate import config, peer, preflight, recovery
 from migrate.agent import remains
 from migrate.agent.custodian import Custodian
 from migrate.agent.session import Session, new_ticket
@@ -41,7 +41,6 @@ from migrate.core.states import TargetState as S
 from migrate.errors import JournalError, MigrateError, ProtocolError
 from migrate.facts import free_memory_bytes, host_versions
 from migrate.journal import JournalWriter
-from migrate.recovery import facts_of
 from migrate.rootfs import CHUNK_BYTES
 from transport import tls
 from transport.receiver import DataListener
@@ -69,8 +68,9 @@ UNKNOWN = "unknown"
 # ASCII digits alone; nobody makes more passes.
 _PASS = re.compile(r"[0-9]{1,6}")
 
-# Ended sessions that may still be asked about by their source.
-ENDED_MAX = 64
+# Ended sessions whose sources may come back for the last words, some 30 KiB each: as many as are
+# served at once. States of earlier ones are in the journal.
+ENDED_MAX = config.SESSIONS_MAX
 
 
 class Agent:
@@ -377,7 +377,10 @@ class Agent:
 
         def read(journal: Journal) -> str | None:
             migration = journal.migration(message.migration_id, "source")
-            if (facts_of(migration).peer_host, migration.attempt) != (caller, message.attempt):
+            if (recovery.facts_of(migration).peer_host, migration.attempt) != (
+                caller,
+                message.attempt,
+            ):
                 return None
             return journal.state(message.migration_id, "source") or "new"
 
@@ -395,7 +398,7 @@ class Agent:
         self, message: messages.Ask | messages.Commit | messages.Abort, caller: str
     ) -> str:
         session = self._sessions.get(message.migration_id)
-        if session is not None and session.peer == caller:
+        if session is not None and session.peer == caller and not session.ended.is_set():
             await session.hear(message)
             if not isinstance(message, messages.Ask):
                 await session.wait_beyond(UNDECIDED | {S.COMMITTED}, config.HANDOVER_DEADLINE_S)
@@ -424,7 +427,7 @@ class Agent:
             raise web.HTTPBadRequest(text="that is no word of an operator")
         session = self._sessions.get(message.migration_id)
         migration = self._unknown.get(message.migration_id)
-        if session is not None:
+        if session is not None and not session.ended.is_set():
             standing = await self._recover_session(session, message)
         elif migration is not None:
             standing = await self._recover_unknown(migration, message)
@@ -453,7 +456,7 @@ class Agent:
         if message.owner == "target":
             state = str(S.DONE)
             await asyncio.to_thread(
-                remains.wipe, self._paths.session(migration.migration_id, "target")
+                recovery.wipe, self._paths.session(migration.migration_id, "target")
             )
             await self._journal.record(migration.migration_id, "target", str(S.RUNNING), "operator")
             await self._end_unknown(migration, state)
@@ -477,7 +480,8 @@ class Agent:
     def _session_of(self, request: web.Request) -> Session:
         """The session of the URL, if it is the caller's; otherwise there is none for it."""
         session = self._sessions.get(request.match_info["id"])
-        if session is None or session.peer != _peer(request):
+        # What has ended is in the journal, and can be asked for (`_word`).
+        if session is None or session.peer != _peer(request) or session.ended.is_set():
             raise web.HTTPNotFound(text="no such session")
         return session
 

@@ -1,4 +1,4 @@
-"""Looks after migrations that left this host and whose coordinator is dead: see `recovery.py`."""
+"""Looks after what dead processes of this host have left: see `recovery.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import structlog
 
 from migrate import config
 from migrate.errors import JournalError
-from migrate.recovery import recover_orphans
+from migrate.recovery import recover_orphans, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,6 +53,7 @@ class Custodian:
     async def _round(self) -> None:
         """One look at all of them. None is waited for: who claims it next shall find it free."""
         left = await recover_orphans(self._journal, self._runtimes, self._paths, patience_s=0)
+        await sweep(self._journal, self._paths)
         for migration, error in left:
             self._tell(migration.migration_id, str(error))
         for migration_id in self._told.keys() - {one.migration_id for one, _ in left}:

@@ -14,12 +14,10 @@ import msgspec
 from migrate import network
 from migrate.agent.adopted import end_restore
 from migrate.core.states import TargetState
-from migrate.mounts import unmount
+from migrate.recovery import wipe
 from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from migrate.config import HostPaths
     from migrate.journal import Migration
     from migrate.runtimes.base import Runtime
@@ -51,9 +49,3 @@ def discard(migration: Migration, runtime: Runtime, paths: HostPaths) -> None:
     wipe(session)
     if migration.facts.get("made_bundle"):
         shutil.rmtree(paths.containers / migration.container, ignore_errors=True)
-
-
-def wipe(session: Path) -> None:
-    """Give back the memory of a session. Idempotent; blocking."""
-    unmount(session)
-    shutil.rmtree(session, ignore_errors=True)
