@@ -179,7 +179,8 @@ def main() -> int:
             environment(options.jobs),
             simulate(),
             silence_s=trial.SILENCE_S,
-            deadline_s=trial.SETTLED_DEADLINE_S,
+            alone_s=trial.OPERATOR_AFTER_S,
+            helped_s=trial.RECOVERED_AFTER_S,
             period_ms=watch.PERIOD_S * 1000,
         )
         DOCUMENT.write_text(text)

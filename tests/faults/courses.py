@@ -234,7 +234,7 @@ SILENCED: Final = (
             ("source.record_commit.after", Victim.LINK),
             ("source.ask_target.before", Deed.MEND_LINK),
         ),
-        ways={"target": (("tell_state", "doubt"),)},
+        ways={"source": (("tell_state", "doubt"),), "target": (("tell_state", "doubt"),)},
         lives=_both(WHOLE, WHOLE, Victim.COORDINATOR, Victim.AGENT, Victim.LINK),
     ),
 )

@@ -25,7 +25,8 @@ nobody is told). An agent that was killed is started again at once; a coordinato
 are made from the tables of the state machines (`tests/faults`): every moment, times everybody who
 is alive then. Acts that only a failure asks for are reached by a first fault (a *course*).
 
-A point has passed when, within {deadline_s:g} seconds,
+A point has passed when, {alone_s:g} seconds after the fault at the latest, or {helped_s:g} seconds
+after somebody has called `migrate recover` on both hosts,
 
 - the container executes on exactly one host, and its client is answered over the connection that it
   had opened before: no answer lost, doubled or out of order;
@@ -35,8 +36,8 @@ A point has passed when, within {deadline_s:g} seconds,
 - neither journal has an open question;
 - the container's tasks never executed on both hosts at once (looked at every {period_ms:g} ms).
 
-*Held* counts points that ended only after somebody called `migrate recover`, which must then have
-been enough. *Idle* is the longest time in which the container executed nowhere, from the fault on;
+*Held* counts the points that needed `migrate recover`; `migrate status` must name the container
+then. *Idle* is the longest time in which the container executed nowhere, from the fault on;
 the stop at the moment itself, some tenths of a second, is not part of it, a silent link is.
 """
 

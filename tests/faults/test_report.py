@@ -36,7 +36,8 @@ def document(*outcomes: Outcome) -> str:
         {"kernel": "6.12"},
         Simulation(faults=2, worlds=180_000, walks=60, walk_faults=8),
         silence_s=7.0,
-        deadline_s=90.0,
+        alone_s=25.0,
+        helped_s=30.0,
         period_ms=30.0,
     )
 

@@ -36,7 +36,8 @@ SILENCE_S: Final = 7.0
 # What recovers by itself has done so by then.
 OPERATOR_AFTER_S: Final = 25.0
 RECOVER_DEADLINE_S: Final = 40.0
-SETTLED_DEADLINE_S: Final = 90.0
+# What the operator has had recovered is complete by then.
+RECOVERED_AFTER_S: Final = 30.0
 POLL_S: Final = 0.1
 CLIENT_PER_S: Final = 200.0
 
@@ -91,7 +92,7 @@ class Trial:
                 self._lead_there()
                 self._strike()
                 problems += self._settle()
-                problems += self._faults_left()
+                problems += self._faults_left() if self._has_ended() else []
             except (AssertionError, LabError, OSError) as error:
                 problems.append(f"{type(error).__name__}: {error}"[:2000])
             finally:
@@ -246,16 +247,16 @@ class Trial:
 
     def _settle(self) -> list[str]:
         """Waits until nothing is left to do; an operator helps if it does not end by itself."""
-        begin_s = time.monotonic()
+        limit_s = time.monotonic() + OPERATOR_AFTER_S
         while problems := self._unsettled():
-            waited_s = time.monotonic() - begin_s
-            if waited_s > SETTLED_DEADLINE_S:
-                return problems
-            if waited_s > OPERATOR_AFTER_S and not self._operator:
+            if time.monotonic() > limit_s:
+                if self._operator:
+                    return problems
                 self._operator = True
                 told = self._recover()
                 if told:
                     return [*problems, *told]
+                limit_s = time.monotonic() + RECOVERED_AFTER_S
             time.sleep(POLL_S)
         return []
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from migrate.core import source_machine, target_machine
 from migrate.core.events import source_reported, target_reported
-from migrate.core.source_machine import VERDICTS
 from migrate.core.states import SourceState, TargetState
 
 if TYPE_CHECKING:
@@ -179,7 +178,8 @@ class Protocol:
         self.target_recovery = _plain(target_machine.RECOVERY)
         self.source_follow = _plain_sets(source_machine.MAY_FOLLOW)
         self.target_follow = _plain_sets(target_machine.MAY_FOLLOW)
-        self.verdicts = {str(state): str(verdict) for state, verdict in VERDICTS.items()}
+        self.source_verdicts = _plain_verdicts(source_machine.VERDICTS)
+        self.target_verdicts = _plain_verdicts(target_machine.VERDICTS)
 
 
 def _plain(recovery: Mapping[Any, tuple[Any, tuple[Any, ...]]]) -> Rows:
@@ -187,6 +187,10 @@ def _plain(recovery: Mapping[Any, tuple[Any, tuple[Any, ...]]]) -> Rows:
         (str(state), "recovery"): (str(after), tuple(str(act) for act in acts))
         for state, (after, acts) in recovery.items()
     }
+
+
+def _plain_verdicts(verdicts: Mapping[Any, Any]) -> dict[str, str]:
+    return {str(state): str(verdict) for state, verdict in verdicts.items()}
 
 
 def _plain_sets(follow: Mapping[Any, frozenset[Any]]) -> dict[str, set[str]]:
@@ -412,14 +416,19 @@ def _restarted(host: Host, recovery: Rows, recorded: set[str], first: str) -> Ho
 def _repairs(protocol: Protocol, world: World) -> Iterator[tuple[str, World]]:
     """What happens sooner or later after a fault: restarts, reconnects, questions asked again."""
     source, target = world.source, world.target
+    # Guard and holder may act or be dead too: the restart goes another way from the same world.
     if source.state == CRASHED:
-        verdict = protocol.verdicts[source.log or "new"]
+        verdict = protocol.source_verdicts[source.log or "new"]
         if source.tree == FROZEN and verdict != "hold":
             tree = RUNS if verdict == "undo" else NONE
             yield f"guard: {verdict}", world._replace(source=source._replace(tree=tree))
         host = _restarted(source, protocol.source_recovery, protocol.source_recorded, "new")
         yield "source restarts", _with(world, "source", host)
     if target.state == CRASHED:
+        verdict = protocol.target_verdicts[target.log or "open"]
+        if target.tree == HELD and verdict != "hold":
+            tree = RUNS if verdict == "let_go" else NONE
+            yield f"holder: {verdict}", world._replace(target=target._replace(tree=tree))
         host = _restarted(target, protocol.target_recovery, protocol.target_recorded, "open")
         yield "target restarts", _with(world, "target", host)
     if CRASHED in (source.state, target.state):

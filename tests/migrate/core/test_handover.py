@@ -102,11 +102,15 @@ def _restart_forgets_the_commit(protocol: Protocol) -> None:
 
 
 def _guard_thaws_a_committed_tree(protocol: Protocol) -> None:
-    protocol.verdicts["committed"] = "undo"
+    protocol.source_verdicts["committed"] = "undo"
 
 
 def _guard_kills_a_committed_tree(protocol: Protocol) -> None:
-    protocol.verdicts["committed"] = "let_go"
+    protocol.source_verdicts["committed"] = "let_go"
+
+
+def _holder_lets_an_uncommitted_copy_go(protocol: Protocol) -> None:
+    protocol.target_verdicts["prepared"] = "let_go"
 
 
 def _target_restart_drops_a_committed_copy(protocol: Protocol) -> None:
@@ -143,6 +147,7 @@ UNSAFE = {
     "forgets the commit": _restart_forgets_the_commit,
     "thaws a committed tree": _guard_thaws_a_committed_tree,
     "kills a committed tree": _guard_kills_a_committed_tree,
+    "lets a copy go that is not committed": _holder_lets_an_uncommitted_copy_go,
     "drops a committed copy": _target_restart_drops_a_committed_copy,
     "forgets that it may hold": _target_forgets_that_it_may_hold,
 }
@@ -187,7 +192,7 @@ def test_search_finds_what_never_settles(flaw: str) -> None:
 def test_a_violation_shows_the_way_to_it() -> None:
     protocol = Protocol()
     UNSAFE["rolls back when the link breaks"](protocol)
-    with pytest.raises(Violation, match=r"(?s)link breaks\nsource << !lost\n.*World\("):
+    with pytest.raises(Violation, match=r"(?s)\nsource << !lost\n.*World\("):
         Search(protocol, faults=1).run()
 
 
