@@ -142,7 +142,7 @@ def test_a_link_of_one_megabit(lab: Lab) -> None:
 )
 def test_a_bad_link(lab: Lab, fault: dict[str, float]) -> None:
     (kind,) = fault
-    with threatened(lab, f"k-{kind[:5]}", memory_mib=8) as under:
+    with threatened(lab, f"k-{kind[:5]}", memory_mib=4) as under:
         lab.set_fault("A", **fault)
         try:
             with attempt(under) as underway:
