@@ -227,6 +227,17 @@ async def _recover_target(
     standing = await _tell_agent(messages.Recover(migration.migration_id, owner or ""), host, paths)
     lines = [f"{migration.migration_id} {migration.container}: {host} says {standing.state};"]
     lines[0] += f" {standing.peer}"
+    if standing.stopped:
+        raise InDoubt(
+            standing.stopped,
+            host=host,
+            phase=standing.state,
+            container_state=f"is frozen on {host}",
+            remedy=(
+                f"end it and start it anew; or, if it may go on with what it has: migrate recover"
+                f" {migration.migration_id} --force-target"
+            ),
+        )
     if standing.state in (TargetState.HELD, TargetState.IN_DOUBT, TargetState.COMMITTED):
         raise InDoubt(
             f"{migration.peer} has not said whose {migration.container} is: {standing.peer}",

@@ -201,6 +201,9 @@ def _explain_target(migration: Migration, state: str, driver: Claimant | None) -
             return runs_on(here), "arrived"
         case TargetState.ABORTED:
             return "", f"nothing of it is here; it is {there}'s"
+        case TargetState.RUNNING if migration.facts.get("stopped"):
+            why = str(migration.facts["stopped"])
+            return f"is frozen on {here}", f"{why}: migrate recover {migration.migration_id}"
         case TargetState.RUNNING:
             return runs_on(here), "its memory is filled in"
         case TargetState.COMMITTED:

@@ -7,21 +7,19 @@ from the marks that CRIU's hook has left, and its words are said at the hook's F
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
-import psutil
-
-from criu_glue import hooks, pager_watch
+from criu_glue import hooks
 from migrate import config
+from migrate.agent.ending import end_restore, stop_on_zeros, waited
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
-from migrate.processes import is_alive, users_of
+from migrate.processes import is_alive
 from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from migrate.agent.pager_process import FillResult
@@ -73,7 +71,7 @@ class AdoptedRestoring:
                 hooks.say(self._hold, "commit")
             return False
 
-        if not _waited(is_resumed, config.HANDOVER_DEADLINE_S):
+        if not waited(is_resumed, config.HANDOVER_DEADLINE_S):
             raise RestoreFailed(
                 f"{self.plan.container} was let go and did not come to run",
                 host=self._host,
@@ -86,7 +84,8 @@ class AdoptedRestoring:
         if not self.plan.lazy:
             return None
         self._pager = await PagerProcess.adopt(self.plan.work_dir)
-        return await self._pager.wait_filled(config.FILL_DEADLINE_S)
+        on_lost = partial(stop_on_zeros, self.plan)
+        return await self._pager.wait_filled(config.FILL_DEADLINE_S, on_lost=on_lost)
 
     async def abort(self) -> None:
         """Nothing restored remains, neither do the processes that did it."""
@@ -97,31 +96,3 @@ class AdoptedRestoring:
 
     def close(self) -> None:
         """There is nothing to give up."""
-
-
-def end_restore(session: Path) -> None:
-    """Let a restore undo itself, since a CRIU that is killed leaves its mounts behind; then kill
-    what is left of it and its pager. Blocking."""
-
-    def has_ended() -> bool:
-        if not any("restore" in process.info["cmdline"] for process in users_of(session)):
-            return True
-        hooks.abort_from_outside(session / "work" / "hold")
-        return False
-
-    _waited(has_ended, config.RUNTIME_EXIT_DEADLINE_S)
-    # As one: the pager's processes replace each other.
-    with contextlib.suppress(pager_watch.PagerStaysError):
-        pager_watch.kill(session / "work", config.RUNTIME_EXIT_DEADLINE_S)
-    for process in users_of(session):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def _waited(is_so: Callable[[], bool], deadline_s: float) -> bool:
-    limit_s = time.monotonic() + deadline_s
-    while not is_so():
-        if time.monotonic() > limit_s:
-            return False
-        time.sleep(_STEP_S)
-    return True

@@ -446,7 +446,7 @@ class Agent:
             await session.decide(message.owner)
         await session.wait_beyond(UNDECIDED | {S.COMMITTED, S.ABORTING}, config.WORD_DEADLINE_S / 2)
         state = str(session.driver.settled_state)
-        return messages.Standing(message.migration_id, state, said)
+        return messages.Standing(message.migration_id, state, said, session.stopped)
 
     async def _recover_unknown(
         self, migration: Migration, message: messages.Recover

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from migrate import network
-from migrate.agent.adopted import end_restore
+from migrate.agent.ending import end_restore
 from migrate.core.states import TargetState
 from migrate.recovery import wipe
 from migrate.runtimes.runc import bundle_cgroup

@@ -15,16 +15,18 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from criu_glue import images
 from criu_glue.core.log_hints import explain
-from criu_glue.hooks import CriuHold, HoldPlan, criu_pid, is_let_go
+from criu_glue.hooks import CriuHold, HoldPlan, is_let_go
 from migrate import config, output_keeper
+from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
 from migrate.mounts import is_full
-from migrate.processes import Outliving, is_alive, kill_tree, last_message, tail
+from migrate.processes import Outliving, last_message, tail
 from migrate.runtimes.runc import DESCRIPTORS_NAME, LOG_NAME, bundle_cgroup, descriptors_json
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
 # CRIU's log of a large container is a few MiB; the lines that matter are at its end.
 LOG_BYTES_MAX = 4 << 20
-_STEP_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,45 +152,41 @@ class Restoring:
         """Returns when the runtime has ended: whether without the copy having been let go.
 
         It is dead then: a runtime ends with its CRIU, and a CRIU that has lost its runtime, and
-        could not tell it of the restore's end, is killed here.
+        could not tell it of the restore's end, is told to undo it.
         """
         assert self._process is not None
         await self._process.wait()
         hold = self.plan.work_dir / "hold"
         if is_let_go(hold):
             return False
-        criu = criu_pid(hold)
-        while criu is not None and is_alive(criu):
-            kill_tree(criu)
-            await asyncio.sleep(_STEP_S)
+        if self._hold is not None:
+            self._hold.decide("abort")
+        await asyncio.to_thread(wait_criu_ended, hold, config.RUNTIME_EXIT_DEADLINE_S)
         return not is_let_go(hold)
 
     async def finish(self) -> FillResult | None:
-        """Wait for the runtime's end and for the last page; None for an eager restore."""
+        """Wait for the runtime's end and for the last page; None for an eager restore. Raises
+        PagerLost, with the container frozen, when memory is lost."""
         assert self._process is not None
         async with asyncio.timeout(config.RUNTIME_EXIT_DEADLINE_S):
             await self._process.wait()
         self.close()
         if self._pager is None:
             return None
-        return await self._pager.wait_filled(config.FILL_DEADLINE_S)
+        on_lost = partial(stop_on_zeros, self.plan)
+        return await self._pager.wait_filled(config.FILL_DEADLINE_S, on_lost=on_lost)
 
     async def abort(self) -> None:
         """Undo all of it: nothing restored remains, neither do the processes that did it."""
-        if self._hold is not None:
-            self._hold.decide("abort")
+        # As long as it is open here, its words would be taken for heard.
+        self.close()
         if self._process is not None:
-            try:
-                async with asyncio.timeout(config.RUNTIME_EXIT_DEADLINE_S):
-                    await self._process.wait()
-            except TimeoutError:
-                kill_tree(self._process.pid)
-                await self._process.wait()
+            await asyncio.to_thread(end_restore, self.plan.session)
+            await self._process.wait()
         if self._pager is not None:
             await self._pager.end()
         if self._process is not None:
             await asyncio.to_thread(self._delete)
-        self.close()
 
     def _delete(self) -> None:
         """Blocking. A restore that failed leaves a cgroup that the runtime may know nothing of."""

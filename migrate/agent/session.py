@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from migrate import config, holder, network, peer
+from migrate import cgroup, config, holder, network, peer
 from migrate.agent.adopted import AdoptedRestoring
 from migrate.agent.channel import ControlChannel
+from migrate.agent.pager_process import PagerLost
 from migrate.agent.restoring import RestorePlan, Restoring
 from migrate.agent.workspace import Workspace
 from migrate.announce import Announcer
@@ -33,8 +34,15 @@ from migrate.core.events import event_of_source_message, source_reported
 from migrate.core.states import TARGET_TERMINAL
 from migrate.core.states import TargetState as S
 from migrate.driver import Driver, quietly
-from migrate.errors import JournalError, MigrateError, ProtocolError, TransferFailed
+from migrate.errors import (
+    JournalError,
+    MigrateError,
+    ProtocolError,
+    RestoreFailed,
+    TransferFailed,
+)
 from migrate.rootfs import Passes
+from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -86,6 +94,8 @@ class Session:
         self._restoring: Restoring | AdoptedRestoring | None = None
         self._watching: asyncio.Task[None] | None = None
         self._held_in: S | None = None
+        # Why the container is frozen here though it is this host's; empty for one that runs.
+        self.stopped = ""
         self.channel = ControlChannel(
             self.hear,
             lost=lambda: self.driver.post(E.LINK_LOST, from_peer=True),
@@ -162,6 +172,7 @@ class Session:
         self.ready.set_result(None)
         self.workspace = Workspace.adopt(request, paths)
         self._network = msgspec.convert(migration.facts["network"], network.NetworkHandle)
+        self.stopped = str(migration.facts.get("stopped", ""))
         self._restoring = AdoptedRestoring(self._restore_plan(), runtime, host)
         return self
 
@@ -186,6 +197,18 @@ class Session:
             await self.driver.post(word)
         elif self.driver.state is S.COMMITTED and owner == "source":
             await self.driver.post(E.COPY_LOST)
+        elif self.stopped and owner == "target":
+            await self._go_on_without()
+
+    async def _go_on_without(self) -> None:
+        """The operator lets a container run whose memory is lost in part."""
+        group = bundle_cgroup(self.workspace.bundle, self.request.container)
+        if group is not None:
+            await asyncio.to_thread(cgroup.thaw, group)
+        self.stopped = ""
+        await self._journal.note(self.request.migration_id, "target", stopped="")
+        self._fill = messages.FillDone(fill_ms=0.0, faults=0, filled_bytes=0)
+        await self.driver.post(E.FILL_DONE)
 
     async def run(self) -> S:
         """Drive the session to its end."""
@@ -334,7 +357,15 @@ class Session:
 
     async def _do_fill(self) -> E:
         assert self._restoring is not None
-        result = await self._restoring.finish()
+        if self.stopped:
+            # Known since before a restart of the agent: only the operator can say what now.
+            raise RestoreFailed(self.stopped, phase="fill")
+        try:
+            result = await self._restoring.finish()
+        except PagerLost as error:
+            self.stopped = error.message
+            await self._journal.note(self.request.migration_id, "target", stopped=self.stopped)
+            raise
         self._fill = messages.FillDone(
             fill_ms=result.fill_ms if result else 0.0,
             faults=result.faults if result else 0,

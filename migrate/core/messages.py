@@ -242,11 +242,13 @@ class Recover(Message, frozen=True, tag="recover"):
 
 
 class Standing(Message, frozen=True, tag="standing"):
-    """Answers Recover. state: of this host's side afterwards. peer: what the source says."""
+    """Answers Recover. state: of this host's side afterwards. peer: what the source says. stopped:
+    why a container that is this host's is frozen here; empty for one that runs."""
 
     migration_id: MigrationId
     state: Code
     peer: Text
+    stopped: Text = ""
 
 
 # --- target to source ---

@@ -147,7 +147,8 @@ FROM_TARGET = [
     (m.State("m1", 7, "held"), b'{"type":"state","migration_id":"m1","attempt":7,"name":"held"}'),
     (
         m.Standing("m1", "in_doubt", "alpha is silent"),
-        b'{"type":"standing","migration_id":"m1","state":"in_doubt","peer":"alpha is silent"}',
+        b'{"type":"standing","migration_id":"m1","state":"in_doubt","peer":"alpha is silent",'
+        b'"stopped":""}',
     ),
 ]
 

@@ -1,0 +1,79 @@
+"""The end of a restore that is not to be, whoever began it, and of a container that lost memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+import structlog
+
+from criu_glue import hooks, pager_watch
+from migrate import cgroup, config
+from migrate.processes import is_alive, kill_tree, users_of
+from migrate.runtimes.runc import bundle_cgroup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from migrate.agent.restoring import RestorePlan
+
+log = structlog.get_logger()
+
+_STEP_S = 0.01
+
+
+def end_restore(session: Path) -> None:
+    """Let a restore undo itself, since a CRIU that is killed leaves its mounts behind; then kill
+    what is left of it and its pager. Blocking."""
+    hold = session / "work" / "hold"
+
+    def has_ended() -> bool:
+        runtimes = [one for one in users_of(session) if "restore" in one.info["cmdline"]]
+        if not runtimes and _criu(hold) is None:
+            return True
+        hooks.abort_from_outside(hold)
+        return False
+
+    waited(has_ended, config.RUNTIME_EXIT_DEADLINE_S)
+    wait_criu_ended(hold, 0.0)
+    # As one: the pager's processes replace each other.
+    with contextlib.suppress(pager_watch.PagerStaysError):
+        pager_watch.kill(session / "work", config.RUNTIME_EXIT_DEADLINE_S)
+    for process in users_of(session):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def wait_criu_ended(hold: Path, deadline_s: float) -> None:
+    """Returns when the CRIU of a hold is gone; it is killed at the deadline. Blocking."""
+    if not waited(lambda: _criu(hold) is None, deadline_s):
+        while (criu := _criu(hold)) is not None:
+            kill_tree(criu)
+            time.sleep(_STEP_S)
+
+
+async def stop_on_zeros(plan: RestorePlan, lost_bytes: int) -> None:
+    """What a container reads from now on is not its memory any more: freeze it at once."""
+    group = bundle_cgroup(plan.bundle, plan.container)
+    log.error("memory is lost, the container is frozen", container=plan.container, bytes=lost_bytes)
+    if group is not None:
+        await asyncio.to_thread(cgroup.freeze, group, config.FREEZE_DEADLINE_S)
+
+
+def waited(is_so: Callable[[], bool], deadline_s: float) -> bool:
+    """Whether something came true within the deadline. Blocking."""
+    limit_s = time.monotonic() + deadline_s
+    while not is_so():
+        if time.monotonic() > limit_s:
+            return False
+        time.sleep(_STEP_S)
+    return True
+
+
+def _criu(hold: Path) -> int | None:
+    pid = hooks.criu_pid(hold)
+    return pid if pid is not None and is_alive(pid) else None
