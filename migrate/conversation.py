@@ -150,7 +150,9 @@ class Conversation:
             except NobodyListens as refusal:
                 error = refusal
                 refused_s = refused_s or time.monotonic()
-                if time.monotonic() - refused_s > config.LINK_REFUSED_S:
+                # Nobody stands still for longer than it takes to be told so twice.
+                limit_s = config.LINK_REFUSED_S if self._watching is None else 0.0
+                if time.monotonic() - refused_s > limit_s:
                     raise
             except Unreachable as failure:
                 error, refused_s = failure, None

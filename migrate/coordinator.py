@@ -400,7 +400,8 @@ class Coordinator:
     # --- while it stands still ---
 
     async def _freeze_and_dump(self) -> E:
-        async with asyncio.timeout(config.PREPARE_DEADLINE_S):
+        deadline_s = config.PREPARE_DEADLINE_S + self.options.link_patience_s
+        async with asyncio.timeout(deadline_s):
             await self._prepared_here.wait()
         assert self._standstill is not None
         assert self._target is not None

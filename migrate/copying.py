@@ -117,7 +117,9 @@ class Copying:
     async def make_ready(self) -> None:
         """Everything that can be done before the freeze, and then a last short round."""
         self.final_rootfs = self.rootfs.start(gated=True)
-        async with asyncio.timeout(config.PREPARE_DEADLINE_S):
+        # A break of the link is waited for within it.
+        deadline_s = config.PREPARE_DEADLINE_S + self._options.link_patience_s
+        async with asyncio.timeout(deadline_s):
             await self.final_rootfs.wait_ready()
         if self.has_rounds:
             self._report.add_round(await asyncio.to_thread(self.memory.round))
