@@ -17,6 +17,7 @@ from bench.lab.host import Host
 from bench.lab.lab import Lab
 from tests.lab.brake import Brake
 from tests.lab.invariants import (
+    FAST,
     SLOW,
     Threatened,
     assert_moves,
@@ -31,6 +32,7 @@ from tests.lab.invariants import (
 from tests.lab.migrating import Migration, migrate
 
 NAME: Final = "short"
+STATE: Final = "/var/lib/migrate"
 REPORT: Final = "/tmp/limited-report.json"
 
 
@@ -60,7 +62,7 @@ def test_the_page_store_runs_full(lab: Lab) -> None:
 def test_no_space_for_the_root_file_system(lab: Lab) -> None:
     """A container has more files than any number of bytes can tell before."""
     with threatened(lab, "r-root") as under:
-        with small_filesystem(lab.host("B"), "/var/lib/migrate/containers", "size=80m,nr_inodes=6"):
+        with small_filesystem(lab.host("B"), f"{STATE}/containers", "size=80m,nr_inodes=6"):
             told = explained(migrate(lab.host("A"), under.name, "B"))
         assert "No space left on device" in told.error
         assert (told.host, told.phase, told.container) == ("B", "rootfs", "runs on A")
@@ -92,7 +94,7 @@ def test_the_agent_runs_out_of_descriptors(lab: Lab) -> None:
         with attempt(under) as underway:
             wait_round(underway)
             with few_descriptors(target, agent_pid(target), spare=2):
-                lab.set_rate("A", "10gbit")
+                lab.set_rate("A", FAST)
                 told = explained(underway.finish())
         assert "Too many open files" in told.error
         assert (told.host, told.container) == ("B", "runs on A")
@@ -109,7 +111,7 @@ def test_the_coordinator_runs_out_of_descriptors(lab: Lab) -> None:
             wait_round(underway)
             pid = inside_pid(source.command_pid(underway.process))
             with few_descriptors(source, pid, spare=2):
-                lab.set_rate("A", "10gbit")
+                lab.set_rate("A", FAST)
                 told = explained(underway.finish())
         assert "Too many open files" in told.error
         assert (told.host, told.container) == ("A", "runs on A")
@@ -145,7 +147,7 @@ def under(lab: Lab) -> Iterator[Threatened]:
 
 
 @pytest.mark.parametrize("where", ["A", "B"])
-@pytest.mark.parametrize("directory", ["/var/lib/migrate", "/run/migrate"])
+@pytest.mark.parametrize("directory", [STATE, "/run/migrate"])
 def test_no_space_for_what_the_project_keeps(under: Threatened, where: str, directory: str) -> None:
     """The journal, and the directories of sessions."""
     with small_filesystem(under.lab.host(where), directory, "size=200k"):
@@ -154,6 +156,20 @@ def test_no_space_for_what_the_project_keeps(under: Threatened, where: str, dire
     assert message.startswith(f"{directory} has room for ")
     assert remedy == f"free space in {directory}"
     assert (told.host, told.container) == (where, "runs on A")
+    assert_undone(under)
+
+
+def test_the_source_can_not_write_its_journal(under: Threatened) -> None:
+    """There is not even room to note that a migration was refused."""
+    source = under.lab.host("A")
+    with small_filesystem(source, STATE, "size=200k"):
+        fill(source, STATE)
+        done = source.run(["migrate", NAME, "--to", "B"], check=False)
+    assert done.returncode in (1, 2), done
+    error, *rest = done.stderr.splitlines()
+    assert error.startswith(f"{STATE}/journal.sqlite cannot be used: ")
+    assert any("disk full" in line for line in rest), done.stderr
+    assert "Traceback" not in done.stderr
     assert_undone(under)
 
 
@@ -204,6 +220,11 @@ def small_filesystem(host: Host, directory: str, options: str) -> Iterator[None]
         yield
     finally:
         host.run(["umount", directory])
+
+
+def fill(host: Host, directory: str) -> None:
+    """Leaves a file system no room at all."""
+    host.run(["sh", "-c", f"dd if=/dev/zero of={directory}/filling bs=4k 2>/dev/null || :"])
 
 
 def shrink(host: Host, directory: str, spare_kib: int = 4) -> None:
