@@ -39,6 +39,14 @@ def freeze(cgroup: Path, deadline_s: float) -> int:
     return time.monotonic_ns() // 1000
 
 
+def is_frozen(cgroup: Path) -> bool:
+    """Whether it was told to freeze; one that is gone was not."""
+    try:
+        return (cgroup / "cgroup.freeze").read_text().strip() == "1"
+    except OSError:
+        return False
+
+
 def own() -> Path:
     """The directory of this process's cgroup."""
     lines = Path("/proc/self/cgroup").read_text().splitlines()

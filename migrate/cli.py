@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from migrate.recovery import Owner
     from migrate.runtimes.base import Runtime
 
-# Of a table that goes to a file or another program.
-WIDE_COLUMNS = 200
-
 
 class _ContainerFirst(click.Group):
     """`migrate NAME …` means `migrate container NAME …`, unless NAME is a command."""
@@ -75,9 +72,7 @@ def status(migration_id: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(found).decode())
     elif found:
-        # A pipe has no width to fit into.
-        console = Console() if sys.stdout.isatty() else Console(width=WIDE_COLUMNS)
-        console.print(standing.status_table(found))
+        click.echo("\n".join(standing.status_lines(found)))
     else:
         click.echo("no migration is known here")
 
@@ -112,8 +107,7 @@ def recover(migration_id: str | None, owner: Owner | None) -> None:
         raise click.UsageError("--force-source and --force-target need the migration's id")
     _log_to_stderr(logging.WARNING)
     paths = config.HostPaths()
-    lines = asyncio.run(oversight.recover(paths, _runtimes(), migration_id, owner))
-    click.echo("\n".join(lines))
+    asyncio.run(oversight.recover(paths, _runtimes(), migration_id, owner, click.echo))
 
 
 @cli.command()

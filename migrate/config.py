@@ -69,6 +69,9 @@ RECONNECT_PAUSE_S = 0.5
 ASK_AGAIN_S = 5.0
 # A word to the peer's agent outside of a session: it may wait for its own journal first.
 WORD_DEADLINE_S = 15.0
+# A host that is there answers a connection in four round trips at most, 500 ms of delay and a lost
+# packet included; whoever asks has a person waiting, or a claim that others want.
+WORD_CONNECT_DEADLINE_S = 5.0
 # The agent's rounds over migrations whose coordinator is dead.
 RECOVERY_PERIOD_S = 5.0
 # How long a decision that the journal can't take is tried again.
@@ -122,6 +125,11 @@ class HostPaths:
     def containers(self) -> Path:
         """Bundles of containers that came here."""
         return self.state / "containers"
+
+    @property
+    def agent_claim(self) -> Path:
+        """What is locked by the agent of this host as long as it runs."""
+        return self.run / "claims" / "agent"
 
     def claim(self, migration_id: str, role: str) -> Path:
         """What is locked by the process that drives one side of a migration: see `claim.py`."""

@@ -12,22 +12,22 @@ import os
 import signal
 import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
 
-from migrate import config, recovery
+from migrate import config, peer, recovery
 from migrate.claim import Claim, Claimant, ClaimTakenError, claimant
 from migrate.core import messages
 from migrate.core.states import SOURCE_TERMINAL, SourceState, TargetState
 from migrate.core.table import Verdict
 from migrate.errors import InDoubt, MigrateError, ProtocolError, UsageError, held_on, runs_on
 from migrate.journal import Journal, JournalWriter
-from migrate.standing import ROLES, is_known, last_state, reading, unknown_migration
+from migrate.standing import is_known, last_state, reading, status, unknown_migration
 from migrate.target_link import client_context, unreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from migrate.journal import Migration
@@ -47,9 +47,10 @@ async def cancel(
     with reading(paths) as journal:
         if journal is None or not is_known(journal, migration_id, "source"):
             if journal is not None and is_known(journal, migration_id, "target"):
-                peer = journal.migration(migration_id, "target").peer
+                source = journal.migration(migration_id, "target").peer
                 raise UsageError(
-                    f"{migration_id} comes from {peer}", remedy=f"run on {peer}: migrate cancel"
+                    f"{migration_id} comes from {source}",
+                    remedy=f"run on {source}: migrate cancel {migration_id}",
                 )
             raise unknown_migration(migration_id)
         migration = journal.migration(migration_id, "source")
@@ -59,7 +60,7 @@ async def cancel(
     if driver is not None and driver.kind == "coordinator":
         await _terminate(claim, driver)
     else:
-        await _recover_source(migration, paths, runtimes, None)
+        await _recover_source(migration, paths, runtimes, None, tell=lambda _: None)
     state = last_state(paths, migration)
     host = socket.gethostname()
     if state == SourceState.ABORTED:
@@ -77,30 +78,37 @@ async def recover(
     runtimes: Mapping[str, Runtime],
     migration_id: str | None,
     owner: Owner | None,
-) -> list[str]:
-    """Finish or undo what nobody drives: a line for each. Raises MigrateError for the first one
-    that stays in doubt, after the others. `owner`: the operator's word where nobody can know."""
+    tell: Callable[[str], None],
+) -> None:
+    """Finish or undo what nobody drives, and `tell` what each side says and what became of it.
+
+    Raises MigrateError for the last one that stays as it is, after all others were tried. `owner`:
+    the operator's word where nobody can know.
+    """
     with reading(paths) as journal:
         found = [] if journal is None else [one for one, _ in journal.unfinished()]
-        if migration_id is not None:
-            found = [one for one in found if one.migration_id == migration_id]
-            if not found and not (
-                journal is not None and any(is_known(journal, migration_id, role) for role in ROLES)
-            ):
-                raise unknown_migration(migration_id)
-    lines: list[str] = []
+    if migration_id is not None:
+        found = [one for one in found if one.migration_id == migration_id]
+        if not found:
+            for standing in status(paths, migration_id):
+                tell(f"{migration_id} has ended: {standing.container} {standing.meaning}")
+            return
+    if not found:
+        tell("nothing is under way")
     errors: list[MigrateError] = []
     for migration in found:
         try:
             if migration.role == "source":
-                lines += await _recover_source(migration, paths, runtimes, owner)
+                await _recover_source(migration, paths, runtimes, owner, tell)
             else:
-                lines += await _recover_target(migration, paths, owner)
+                await _recover_target(migration, paths, owner, tell)
         except MigrateError as error:
             errors.append(error)
     if errors:
-        raise errors[0]
-    return lines or ["nothing is under way"]
+        *others, last = errors
+        for other in others:
+            tell(other.render())
+        raise last
 
 
 # --- the source's side ---
@@ -111,21 +119,22 @@ async def _recover_source(
     paths: config.HostPaths,
     runtimes: Mapping[str, Runtime],
     owner: Owner | None,
-) -> list[str]:
-    host = socket.gethostname()
+    tell: Callable[[str], None],
+) -> None:
+    host, name = socket.gethostname(), migration.container
     claim = await _claimed(paths, migration)
     journal = await asyncio.to_thread(JournalWriter, paths.journal)
     try:
-        before = last_state(paths, migration)
+        before = last_state(paths, migration) or "begun"
         said = await _target_says(migration, paths)
-        lines = [
-            f"{migration.migration_id} {migration.container}:"
-            f" {host} says {before or 'begun'}; {said}"
-        ]
+        tell(f"{migration.migration_id} {name}: {host} says {before}; {said.text}")
         state = await _finish(migration, journal, paths, runtimes, owner)
-        where = migration.peer if state is SourceState.DONE else host
-        lines.append(f"{migration.migration_id} {state}: {migration.container} {runs_on(where)}")
-        return lines
+        where = runs_on(host)
+        if state is SourceState.DONE:
+            where = runs_on(migration.peer)
+        elif not runtimes[migration.runtime].exists(name):
+            where = f"has ended on {host}"
+        tell(f"{migration.migration_id} {state}: {name} {where}")
     finally:
         claim.release()
         await asyncio.to_thread(journal.close)
@@ -145,6 +154,13 @@ async def _finish(
             migration, journal, runtimes, paths, patience_s=patience_s
         )
     except InDoubt as error:
+        said = await _target_says(migration, paths)
+        if said.decides:
+            # It may let its copy run at any moment.
+            error.remedy = (
+                f"{said.text}, and it is for {migration.peer} to go on: see migrate status there"
+            )
+            raise
         if owner is None:
             error.remedy = (
                 f"bring {migration.peer} back; if it is gone for good: migrate recover"
@@ -157,11 +173,19 @@ async def _finish(
     )
 
 
-async def _target_says(migration: Migration, paths: config.HostPaths) -> str:
+class _Said(NamedTuple):
+    """The target's word. decides: it was heard, and knows of the migration."""
+
+    text: str
+    decides: bool
+
+
+async def _target_says(migration: Migration, paths: config.HostPaths) -> _Said:
     try:
-        return f"{migration.peer} says {await recovery.ask_target(migration, paths)}"
+        state = await recovery.ask_target(migration, paths)
     except MigrateError as error:
-        return error.message
+        return _Said(error.message, decides=False)
+    return _Said(f"{migration.peer} says {state}", decides=state != peer.UNKNOWN)
 
 
 async def _claimed(paths: config.HostPaths, migration: Migration) -> Claim:
@@ -186,7 +210,11 @@ async def _claimed(paths: config.HostPaths, migration: Migration) -> Claim:
 def _refuse_late(paths: config.HostPaths, migration: Migration) -> None:
     state = last_state(paths, migration)
     if state in SOURCE_TERMINAL:
-        raise UsageError(f"{migration.migration_id} has ended: {state}")
+        (standing,) = (one for one in status(paths, migration.migration_id) if one.role == "source")
+        raise UsageError(
+            f"{migration.migration_id} has ended: {migration.container} {standing.meaning}",
+            phase=state,
+        )
     with Journal.open_read_only(paths.journal) as journal:
         if journal.verdict(migration.migration_id, "source") is not Verdict.UNDO:
             raise UsageError(
@@ -221,12 +249,14 @@ async def _terminate(path: Path, driver: Claimant) -> None:
 
 
 async def _recover_target(
-    migration: Migration, paths: config.HostPaths, owner: Owner | None
-) -> list[str]:
-    host = socket.gethostname()
+    migration: Migration,
+    paths: config.HostPaths,
+    owner: Owner | None,
+    tell: Callable[[str], None],
+) -> None:
+    host, name = socket.gethostname(), migration.container
     standing = await _tell_agent(messages.Recover(migration.migration_id, owner or ""), host, paths)
-    lines = [f"{migration.migration_id} {migration.container}: {host} says {standing.state};"]
-    lines[0] += f" {standing.peer}"
+    tell(f"{migration.migration_id} {name}: {standing.peer}; {host} says {standing.state}")
     if standing.stopped:
         raise InDoubt(
             standing.stopped,
@@ -250,7 +280,6 @@ async def _recover_target(
                 " (what is held here ends). Never both, on either host"
             ),
         )
-    return lines
 
 
 async def _tell_agent(

@@ -20,6 +20,9 @@ from migrate.target_link import client_context, unreachable
 if TYPE_CHECKING:
     from migrate.journal import Role
 
+# What is answered about a migration that a host knows nothing of: no evidence for anything.
+UNKNOWN = "unknown"
+
 
 async def say(
     host: str,
@@ -28,13 +31,15 @@ async def say(
     role: Role,
     message: messages.Ask | messages.Commit | messages.Abort,
 ) -> str:
-    """The state that the peer answers with, "unknown" when it knows of no such migration.
+    """The state that the peer answers with, UNKNOWN when it knows of no such migration.
 
     Raises Unreachable, ProtocolError.
     """
     url = f"https://{host}:{port}/v1/migrations/{message.migration_id}/{role}"
     connector = aiohttp.TCPConnector(ssl=client_context(paths))
-    timeout = aiohttp.ClientTimeout(total=config.WORD_DEADLINE_S)
+    timeout = aiohttp.ClientTimeout(
+        total=config.WORD_DEADLINE_S, sock_connect=config.WORD_CONNECT_DEADLINE_S
+    )
     try:
         async with (
             aiohttp.ClientSession(connector=connector, timeout=timeout) as http,

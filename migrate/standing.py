@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import socket
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
-from rich.table import Table
 
+from criu_glue import hooks
+from migrate.cgroup import is_frozen
 from migrate.claim import Claimant, claimant
 from migrate.core.states import SOURCE_TERMINAL, TARGET_TERMINAL, SourceState, TargetState
 from migrate.errors import JournalError, UsageError, held_on, runs_on
+from migrate.guard import GuardPlan
 from migrate.journal import Journal
 
 if TYPE_CHECKING:
@@ -34,8 +37,8 @@ _ALL = 1 << 20
 
 class Standing(msgspec.Struct, frozen=True):
     """One side of a migration as `status` shows it. since_wall_s: Unix time of the last record.
-    driver: who drives it now, empty for nobody. container_state: in the words of errors.
-    meaning: what that is, and what to do."""
+    driver: who drives it now, empty for nobody. container_state: where it is, in the words of
+    errors, of a migration that has not ended. meaning: what that is. remedy: what to do."""
 
     migration_id: str
     role: str
@@ -48,6 +51,7 @@ class Standing(msgspec.Struct, frozen=True):
     driver: str
     container_state: str
     meaning: str
+    remedy: str
 
 
 def status(paths: config.HostPaths, migration_id: str | None) -> list[Standing]:
@@ -92,25 +96,27 @@ def log_lines(paths: config.HostPaths, migration_id: str) -> list[str]:
     return lines
 
 
-def status_table(found: list[Standing]) -> Table:
-    """A line for each side of each migration."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("migration", "container", "way", "state", "since"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("", overflow="fold")
+def status_lines(found: list[Standing]) -> list[str]:
+    """A line for each side of each migration; below one that has not ended what is up with it."""
+    rows = [("migration", "container", "way", "state", "since (UTC)", "")]
     for one in found:
         arrow = "→" if one.role == "source" else "←"
-        words = (one.container_state and f"{one.container} {one.container_state}", one.meaning)
-        driver = one.driver and f"({one.driver})"
-        table.add_row(
-            one.migration_id,
-            one.container,
-            f"{arrow} {one.peer}",
-            one.state,
-            _clock(one.since_wall_s)[:-4],
-            " ".join(filter(None, ("; ".join(filter(None, words)), driver))),
-        )
-    return table
+        since = _clock(one.since_wall_s)[:-4]
+        where = one.meaning if one.ended else one.container_state
+        way = f"{arrow} {one.peer}"
+        rows.append((one.migration_id, one.container, way, one.state, since, where))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    for number in reversed(range(len(found))):
+        one = found[number]
+        if not one.ended:
+            driver = one.driver and f" ({one.driver})"
+            below = [f"{one.meaning}{driver}", one.remedy and f"remedy: {one.remedy}"]
+            lines[number + 2 : number + 2] = [f"    {line}" for line in below if line]
+    return lines
 
 
 @contextlib.contextmanager
@@ -150,8 +156,9 @@ def _standing(migration: Migration, records: list[Record], paths: config.HostPat
     state = records[-1].state if records else ""
     driver = claimant(paths.claim(migration.migration_id, migration.role))
     terminal = SOURCE_TERMINAL if migration.role == "source" else TARGET_TERMINAL
+    view = _View(migration, state, driver, paths)
     explain = _explain_source if migration.role == "source" else _explain_target
-    where, meaning = explain(migration, state, driver)
+    where, meaning, remedy = explain(view)
     return Standing(
         migration_id=migration.migration_id,
         role=migration.role,
@@ -164,54 +171,107 @@ def _standing(migration: Migration, records: list[Record], paths: config.HostPat
         driver=str(driver) if driver else "",
         container_state=where,
         meaning=meaning,
+        remedy=remedy,
     )
 
 
-def _explain_source(migration: Migration, state: str, driver: Claimant | None) -> tuple[str, str]:
-    here, there, recover_it = (
-        socket.gethostname(),
-        migration.peer,
-        f"migrate recover {migration.migration_id}",
-    )
-    match state:
+class _View:
+    """What is looked at on this host to explain one side of a migration."""
+
+    def __init__(
+        self, migration: Migration, state: str, driver: Claimant | None, paths: config.HostPaths
+    ) -> None:
+        self.migration = migration
+        self.state = state
+        self.driver = driver
+        self.here = socket.gethostname()
+        self.there = migration.peer
+        self.recover = f"migrate recover {migration.migration_id}"
+        self._paths = paths
+
+    @property
+    def has_coordinator(self) -> bool:
+        return self.driver is not None and self.driver.kind == "coordinator"
+
+    @property
+    def has_agent(self) -> bool:
+        """Whether this host's agent runs, which goes on with everything by itself."""
+        return claimant(self._paths.agent_claim) is not None
+
+    def is_held(self) -> bool:
+        """Whether a restored copy waits here for somebody's word."""
+        session = self._paths.session(self.migration.migration_id, self.migration.role)
+        return hooks.is_held(session / "work" / "hold")
+
+    def is_frozen(self) -> bool:
+        """Whether the container's cgroup is frozen, as far as it was told to the journal."""
+        try:
+            guard = msgspec.convert(self.migration.facts.get("guard"), GuardPlan | None)
+        except msgspec.ValidationError:
+            return False
+        return guard is not None and is_frozen(Path(guard.cgroup))
+
+    def back(self, host: str) -> str:
+        """What to do where only another host knows."""
+        itself = "it goes on by itself then" if self.has_agent else "then"
+        at_once = ", at once with" if self.has_agent else ""
+        return f"bring {host} back, {itself}{at_once}: {self.recover}"
+
+
+_Explained: TypeAlias = tuple[str, str, str]
+"""Where the container is, what is up with the migration, and what to do."""
+
+
+def _explain_source(view: _View) -> _Explained:
+    here, there = view.here, view.there
+    match view.state:
         case SourceState.DONE:
-            return runs_on(there), "moved"
+            return "", f"moved to {there}", ""
         case SourceState.ABORTED:
-            return runs_on(here), "undone"
+            return "", f"undone, it stayed on {here}", ""
         case SourceState.RELEASING:
-            return runs_on(there), f"its frozen tree here is removed, or: {recover_it}"
-        case SourceState.COMMITTED if driver is None:
-            return held_on(here), f"committed, and {there} has not been heard: {recover_it}"
+            why = "what is left of it here is being removed"
+            return runs_on(there), why, "" if view.has_coordinator else view.recover
+        case SourceState.COMMITTED if view.has_coordinator:
+            return held_on(here), f"handed over; waits to hear that it runs on {there}", ""
         case SourceState.COMMITTED:
-            return held_on(here), f"committed, waits for {there}"
-        case _ if driver is None:
-            return runs_on(here), f"its coordinator is dead; undone by the agent, or: {recover_it}"
-        case SourceState.FROZEN:
-            return f"stands still on {here}", "the final delta travels"
-        case _:
-            return runs_on(here), "under way"
+            why = f"handed over, and {there} has not said that it runs there"
+            if not view.is_held():
+                return "", f"{why}; what was held here ended with this host", view.back(there)
+            return held_on(here), why, view.back(there)
+    where = f"stands still on {here}" if view.is_frozen() else runs_on(here)
+    if view.has_coordinator:
+        undoing = view.state == SourceState.ROLLING_BACK
+        return where, "being undone" if undoing else "under way", ""
+    if view.has_agent:
+        return where, "its coordinator is dead; the agent of this host undoes it", ""
+    return where, "its coordinator is dead, and no agent runs here to undo it", view.recover
 
 
-def _explain_target(migration: Migration, state: str, driver: Claimant | None) -> tuple[str, str]:
-    here, there = socket.gethostname(), migration.peer
-    if driver is None and state not in TARGET_TERMINAL:
-        return "", "no agent runs here; start `migrate agent`: it goes on with this"
-    match state:
-        case TargetState.DONE:
-            return runs_on(here), "arrived"
-        case TargetState.ABORTED:
-            return "", f"nothing of it is here; it is {there}'s"
-        case TargetState.RUNNING if migration.facts.get("stopped"):
-            why = str(migration.facts["stopped"])
-            return f"is frozen on {here}", f"{why}: migrate recover {migration.migration_id}"
+def _explain_target(view: _View) -> _Explained:
+    here, there = view.here, view.there
+    if view.state == TargetState.DONE:
+        return "", f"arrived from {there}", ""
+    if view.state == TargetState.ABORTED:
+        return "", f"given up, it stayed on {there}", ""
+    where = held_on(here) if view.is_held() else ""
+    if not view.has_agent:
+        where = runs_on(here) if view.state == TargetState.RUNNING else where
+        return where, "no agent runs here", "start `migrate agent` here: it goes on with this"
+    if stopped := str(view.migration.facts.get("stopped", "")):
+        remedy = f"end it and start it anew; if it may go on: {view.recover} --force-target"
+        return f"is frozen on {here}", stopped, remedy
+    match view.state:
         case TargetState.RUNNING:
-            return runs_on(here), "its memory is filled in"
+            return runs_on(here), "the rest of its memory is brought in", ""
+        case TargetState.COMMITTED if view.driver is None:
+            why = f"{here} went down before it was known whether it had run here"
+            return "", why, f"{view.recover} --force-target (it had) | --force-source (it had not)"
         case TargetState.COMMITTED:
-            return held_on(here), f"is let go, or: migrate recover {migration.migration_id}"
+            return where, "it is let go", f"if that lasts: {view.recover}"
+        case TargetState.PREPARED if where:
+            return where, f"waits for {there} to say whose it is", view.back(there)
         case TargetState.PREPARED:
-            return "", (
-                f"a copy may be held here until {there} says whose it is:"
-                f" migrate recover {migration.migration_id}"
-            )
+            return "", "everything is ready for its restore", ""
         case _:
-            return runs_on(there), "memory and files arrive"
+            return runs_on(there), "memory and files arrive", ""

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from migrate import network
+from migrate import network, recovery
 from migrate.agent.ending import end_restore
 from migrate.core.states import TargetState
-from migrate.recovery import wipe
 from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
@@ -23,12 +22,14 @@ if TYPE_CHECKING:
     from migrate.runtimes.base import Runtime
 
 
-def settle(migration: Migration, state: str, runtime: Runtime, paths: HostPaths) -> str | None:
+def settle(
+    migration: Migration, state: str, runtime: Runtime, paths: HostPaths
+) -> TargetState | None:
     """Remove what is left, as far as that is right; the state in which the session ends, None when
     nobody but an operator can know whether the copy has run. Blocking. Raises MigrateError."""
     if state == TargetState.RUNNING:
         # It ran here, as the source knows, and ended with the host.
-        wipe(paths.session(migration.migration_id, "target"))
+        recovery.wipe(paths.session(migration.migration_id, "target"))
         return TargetState.DONE
     if state == TargetState.COMMITTED:
         return None
@@ -46,6 +47,6 @@ def discard(migration: Migration, runtime: Runtime, paths: HostPaths) -> None:
         runtime.delete(migration.container, cgroup=cgroup)
     if "network" in migration.facts:
         network.destroy(msgspec.convert(migration.facts["network"], network.NetworkHandle))
-    wipe(session)
+    recovery.wipe(session)
     if migration.facts.get("made_bundle"):
         shutil.rmtree(paths.containers / migration.container, ignore_errors=True)
