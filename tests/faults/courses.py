@@ -80,6 +80,11 @@ PLAIN: Final = Course(
         **_both(WHOLE, WHOLE, Victim.AGENT),
         **_both(("run_preflight.after", ""), ("", "tell_filled.after"), Victim.LINK),
         **_both(
+            ("open_session.after", "enter_done.before"),
+            ("prepare.before", "tell_filled.before"),
+            Victim.CONNECTIONS,
+        ),
+        **_both(
             ("prepare_target.after", "release.before"),
             ("tell_prepared.before", "tell_running.before"),
             *DUMPERS,
@@ -108,7 +113,7 @@ FILLING: Final = Course(
     lives=_both(
         None,
         ("enter_running.before", "fill.before"),
-        *(Victim.COORDINATOR, Victim.AGENT, Victim.LINK, *PAGERS),
+        *(Victim.COORDINATOR, Victim.AGENT, Victim.LINK, Victim.CONNECTIONS, *PAGERS),
     ),
 )
 
@@ -133,7 +138,7 @@ def _cancelled(name: str, at: str, *held: Victim) -> Course:
         lives={
             **_both(WHOLE, None, Victim.COORDINATOR),
             **_both(WHOLE, WHOLE, Victim.AGENT),
-            **_both(_UNTIL_ROLLBACK, None, Victim.LINK),
+            **_both(_UNTIL_ROLLBACK, None, Victim.LINK, Victim.CONNECTIONS),
             **_both(_UNTIL_ROLLBACK, None, *(one for one in held if one in DUMPERS)),
             **_both(_UNTIL_ROLLBACK, _UNTIL_DISCARD, *(one for one in held if one not in DUMPERS)),
         },
@@ -199,7 +204,7 @@ ORPHANED: Final = (
 RESTARTED: Final = (
     Course(
         name="agent-lost-held",
-        steps=(("target.tell_held.after", Victim.AGENT),),
+        steps=(("source.record_commit.after", Victim.AGENT),),
         ways={"target": (("check_copy", "doubt"), ("ask_source", "doubt"))},
         lives={
             **_both(None, WHOLE, Victim.COORDINATOR, Victim.AGENT, Victim.LINK),

@@ -26,7 +26,7 @@ AFTER: Final = "after"
 
 
 class Victim(StrEnum):
-    """Who is killed with SIGKILL, and the link, which falls silent."""
+    """Who is killed with SIGKILL; the link falls silent, connections are reset."""
 
     COORDINATOR = "coordinator"
     AGENT = "agent"  # the target's
@@ -39,11 +39,14 @@ class Victim(StrEnum):
     PAGER_WORKER = "pager-worker"
     PAGER_KEEPER = "pager-keeper"
     LINK = "link"
+    CONNECTIONS = "connections"
 
     @property
     def fault(self) -> str:
         """As it is called in the name of a point."""
-        return "cut-link" if self is Victim.LINK else f"kill-{self}"
+        if self is Victim.LINK:
+            return "cut-link"
+        return f"reset-{self}" if self is Victim.CONNECTIONS else f"kill-{self}"
 
 
 class Deed(StrEnum):

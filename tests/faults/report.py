@@ -21,9 +21,10 @@ A container with a self-checking memory workload and a streaming client moves ba
 two hosts. Every migration is stopped at one moment: before or after an act of one of the two state
 machines, or before or after the record of a state in its journal. Then one process is killed with
 SIGKILL, or the link between the hosts falls silent for {silence_s:g} seconds (packets are dropped,
-nobody is told). An agent that was killed is started again at once; a coordinator is not. The points
-are made from the tables of the state machines (`tests/faults`): every moment, times everybody who
-is alive then. Acts that only a failure asks for are reached by a first fault (a *course*).
+nobody is told), or all connections between the two agents' ports are reset. An agent that was
+killed is started again at once; a coordinator is not. The points are made from the tables of the
+state machines (`tests/faults`): every moment, times everybody who is alive then. Acts that only a
+failure asks for are reached by a first fault (a *course*).
 
 A point has passed when, {alone_s:g} seconds after the fault at the latest, or {helped_s:g} seconds
 after somebody has called `migrate recover` on both hosts,

@@ -105,8 +105,9 @@ class Trial:
                 problems.append(str(error))
         if report is not None and not report.clean:
             problems.append(f"the client: {report}"[:600])
-        for window in self.watch.twice():
-            problems.append(f"executed on both hosts at once, {window.end_s - self._fault_s:.2f} s")
+        if twice := self.watch.twice():
+            begin, end = (window.end_s - self._fault_s for window in (twice[0], twice[-1]))
+            problems.append(f"executed on both hosts at once, {begin:.2f} s to {end:.2f} s later")
         assert self.command is not None
         return Outcome(
             point=str(self.point),
@@ -168,6 +169,9 @@ class Trial:
             case Victim.LINK:
                 self._cut_s = time.monotonic()
                 self.scene.set_link(up=False)
+            case Victim.CONNECTIONS:
+                count = self.scene.lab.reset_connections(self.source.name, self.target.name)
+                assert count, "there was no connection to reset"
             case Deed.MEND_LINK:
                 self._mend()
             case Deed.INTERRUPT:

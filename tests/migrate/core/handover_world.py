@@ -5,6 +5,9 @@ whose state is recorded if it must be, and only then its acts begin, one after a
 of earlier transitions; ROLLBACK and DISCARD stop all others but the writing of a record. An act
 that is over queues its event.
 
+A target in doubt may also ask the agent of its source's host, which answers from the journal, at
+any moment: whether the link stands or not, and whether the coordinator lives or not.
+
 The link keeps order and loses whatever is under way when it breaks. A crash loses all of a host but
 its journal and its tree of tasks: trees are held by processes of their own. Faults are drawn from a
 budget, so the graph of worlds is finite, and it is searched completely: there is no depth limit.
@@ -180,6 +183,9 @@ class Protocol:
         self.target_follow = _plain_sets(target_machine.MAY_FOLLOW)
         self.source_verdicts = _plain_verdicts(source_machine.VERDICTS)
         self.target_verdicts = _plain_verdicts(target_machine.VERDICTS)
+        self.decided = {"rolling_back", "aborted", "releasing", "done"}
+        """What the source's agent says of a migration whose coordinator lives. A commit is not
+        among it: the coordinator may be about to record a rollback behind it."""
 
 
 def _plain(recovery: Mapping[Any, tuple[Any, tuple[Any, ...]]]) -> Rows:
@@ -450,6 +456,18 @@ def _repairs(protocol: Protocol, world: World) -> Iterator[tuple[str, World]]:
         yield "operator recovers the target", _with(world, "target", host)
 
 
+def _agent_answers(protocol: Protocol, world: World) -> Iterator[tuple[str, World]]:
+    """The source's agent tells a target in doubt what the journal says."""
+    source, target = world.source, world.target
+    if target.state != "in_doubt" or target.entering or target.acts or target.events:
+        return
+    kind = TARGET_MESSAGES[f"state:{source.log or 'new'}"]
+    is_said = source.state == CRASHED or source.log in protocol.decided
+    if is_said and kind != "source_undecided":
+        told = world._replace(target=target._replace(events=(kind,)))
+        yield f"source's agent: {source.log}", told
+
+
 def _is_quiet_but_for_fill(world: World) -> bool:
     acts = all(acts == ("fill",) for acts in world.target.acts)
     return (
@@ -539,7 +557,7 @@ def steps(protocol: Protocol, world: World) -> list[tuple[str, World]]:
     """Every step that is no fault. Raises `Violation` for one that must not be possible."""
     return [
         (label, _sent(after))
-        for some in (_source_moves, _target_moves, _repairs)
+        for some in (_source_moves, _target_moves, _agent_answers, _repairs)
         for label, after in some(protocol, world)
     ]
 

@@ -109,6 +109,10 @@ def _guard_kills_a_committed_tree(protocol: Protocol) -> None:
     protocol.source_verdicts["committed"] = "let_go"
 
 
+def _agent_speaks_for_a_living_coordinator(protocol: Protocol) -> None:
+    protocol.decided.add("committed")
+
+
 def _holder_lets_an_uncommitted_copy_go(protocol: Protocol) -> None:
     protocol.target_verdicts["prepared"] = "let_go"
 
@@ -147,6 +151,7 @@ UNSAFE = {
     "forgets the commit": _restart_forgets_the_commit,
     "thaws a committed tree": _guard_thaws_a_committed_tree,
     "kills a committed tree": _guard_kills_a_committed_tree,
+    "speaks for a coordinator that lives": _agent_speaks_for_a_living_coordinator,
     "lets a copy go that is not committed": _holder_lets_an_uncommitted_copy_go,
     "drops a committed copy": _target_restart_drops_a_committed_copy,
     "forgets that it may hold": _target_forgets_that_it_may_hold,
