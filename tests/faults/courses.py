@@ -204,7 +204,7 @@ ORPHANED: Final = (
 RESTARTED: Final = (
     Course(
         name="agent-lost-held",
-        steps=(("source.record_commit.after", Victim.AGENT),),
+        steps=(("source.send_commit.before", Victim.AGENT),),
         ways={"target": (("check_copy", "doubt"), ("ask_source", "doubt"))},
         lives={
             **_both(None, WHOLE, Victim.COORDINATOR, Victim.AGENT, Victim.LINK),

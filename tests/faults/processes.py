@@ -38,9 +38,10 @@ class Process:
 
 def processes(host: Host) -> Iterator[Process]:
     """Every process on a host."""
-    for file in host.cgroup.rglob("cgroup.procs"):
+    # A walk that comes to a cgroup that has just been removed goes on.
+    for directory, _, _ in os.walk(host.cgroup):
         with contextlib.suppress(OSError):
-            for pid in file.read_text().split():
+            for pid in Path(directory, "cgroup.procs").read_text().split():
                 with contextlib.suppress(OSError):
                     yield _process(int(pid))
 

@@ -106,8 +106,8 @@ class Trial:
         if report is not None and not report.clean:
             problems.append(f"the client: {report}"[:600])
         if twice := self.watch.twice():
-            begin, end = (window.end_s - self._fault_s for window in (twice[0], twice[-1]))
-            problems.append(f"executed on both hosts at once, {begin:.2f} s to {end:.2f} s later")
+            first, last = (window.end_s - self._fault_s for window in (twice[0], twice[-1]))
+            problems.append(f"executed on both hosts at once, {first:.2f} s to {last:.2f} s later")
         assert self.command is not None
         return Outcome(
             point=str(self.point),
