@@ -270,6 +270,12 @@ class Coordinator:
         for migration, _ in await self._journal.call(lambda journal: journal.unfinished()):
             is_ours = migration.role == "source" and migration.container == self.options.container
             driver = claimant(self._paths.claim(migration.migration_id, "source"))
+            if is_ours and driver is not None and driver.kind != "coordinator":
+                raise UsageError(
+                    f"{migration.container} is in the hands of {driver}",
+                    host=self._host,
+                    remedy=f"try again, or see: migrate status {migration.migration_id}",
+                )
             if is_ours and driver is not None:
                 raise UsageError(
                     f"{migration.container} is being migrated to {migration.peer} already,"

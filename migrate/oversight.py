@@ -128,7 +128,7 @@ async def _recover_source(
         before = last_state(paths, migration) or "begun"
         said = await _target_says(migration, paths)
         tell(f"{migration.migration_id} {name}: {host} says {before}; {said.text}")
-        state = await _finish(migration, journal, paths, runtimes, owner)
+        state = await _finish(migration, journal, paths, runtimes, owner, said)
         where = runs_on(host)
         if state is SourceState.DONE:
             where = runs_on(migration.peer)
@@ -146,6 +146,7 @@ async def _finish(
     paths: config.HostPaths,
     runtimes: Mapping[str, Runtime],
     owner: Owner | None,
+    said: _Said,
 ) -> SourceState:
     """The target's word first; the operator's only where there is none."""
     patience_s = RECOVER_PATIENCE_S if owner is None else 0.0
@@ -154,7 +155,8 @@ async def _finish(
             migration, journal, runtimes, paths, patience_s=patience_s
         )
     except InDoubt as error:
-        said = await _target_says(migration, paths)
+        if owner is not None:
+            said = await _target_says(migration, paths)
         if said.decides:
             # It may let its copy run at any moment.
             error.remedy = (

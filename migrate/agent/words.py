@@ -93,13 +93,13 @@ class Words:
         """The source's word first; the operator's where it can't be asked, or knows nothing."""
         said, state_there = await self._source_says(word, session.request.attempt, session.peer)
         kind = source_reported(state_there)
-        if session.driver.state not in UNDECIDED:
-            if word.owner:
-                await session.decide(word.owner)
-        elif kind is not E.SOURCE_UNDECIDED:
+        is_undecided = session.driver.state in UNDECIDED
+        if is_undecided and kind is not E.SOURCE_UNDECIDED:
             await session.driver.post(kind)
-        elif word.owner and state_there == peer.UNKNOWN:
+        elif word.owner and (state_there == peer.UNKNOWN or not is_undecided):
             await session.decide(word.owner)
+        elif is_undecided:
+            return messages.Standing(word.migration_id, str(session.driver.settled_state), said)
         await session.wait_beyond(UNDECIDED | {S.COMMITTED, S.ABORTING}, config.WORD_DEADLINE_S / 2)
         state = str(session.driver.settled_state)
         return messages.Standing(word.migration_id, state, said, session.stopped)
