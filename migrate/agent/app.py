@@ -102,7 +102,7 @@ class Agent:
     async def _open(self, request: web.Request) -> web.Response:
         peer = _peer(request)
         try:
-            message = messages.decode_from_source(await request.read())
+            message = messages.decode_from_source(await _body(request))
             if not isinstance(message, messages.OpenSession):
                 raise ProtocolError("a session is opened by OpenSession")
             if message.host != peer:
@@ -184,7 +184,7 @@ class Agent:
         caller, migration_id = _peer(request), request.match_info["id"]
         answer = {"source": self._words.as_source, "target": self._words.as_target}
         try:
-            word = messages.decode_from_source(await request.read())
+            word = messages.decode_from_source(await _body(request))
             if getattr(word, "migration_id", None) != migration_id:
                 raise ProtocolError("the word is about another migration")
             return _answer(await answer[request.match_info["role"]](word, caller))
@@ -196,7 +196,7 @@ class Agent:
         if _peer(request) != self._host:
             raise web.HTTPForbidden(text="only this host itself may say that")
         try:
-            word = messages.decode_from_source(await request.read())
+            word = messages.decode_from_source(await _body(request))
             if not isinstance(word, messages.Recover):
                 raise ProtocolError("that is no word of an operator")
             standing = await self._words.operate(word)
@@ -212,6 +212,14 @@ class Agent:
         if session is None:
             raise web.HTTPNotFound(text="no such session")
         return session
+
+
+async def _body(request: web.Request) -> bytes:
+    """What the caller sends; one that hangs up meanwhile hears no answer either."""
+    try:
+        return await request.read()
+    except ConnectionError as error:
+        raise web.HTTPBadRequest(text="the request broke off") from error
 
 
 def _peer(request: web.Request) -> str:

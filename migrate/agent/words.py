@@ -10,6 +10,7 @@ from migrate.claim import claimant
 from migrate.core import messages
 from migrate.core.events import TargetEventKind as E
 from migrate.core.events import source_reported
+from migrate.core.states import SourceState
 from migrate.core.states import TargetState as S
 from migrate.errors import JournalError, MigrateError, ProtocolError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from migrate.journal import Journal, JournalWriter, Migration
 
 UNDECIDED = frozenset({S.HELD, S.IN_DOUBT})
+COMMITTED = frozenset({SourceState.COMMITTED, SourceState.IN_DOUBT})
 
 
 class Words:
@@ -40,7 +42,12 @@ class Words:
         self._paths = paths
 
     async def as_source(self, word: messages.SourceMessage, caller: str) -> messages.State:
-        """Asked about a migration that leaves, or left, this host: its last record."""
+        """Asked about a migration that leaves, or left, this host: its last record.
+
+        While somebody drives it here, a commit is no evidence: a coordinator whose link breaks as
+        it records the commit, and that has told nobody, undoes it (`core/source_machine.py`). Only
+        when nobody has the claim it stays, since a recovery goes on from it.
+        """
         if not isinstance(word, messages.Ask):
             raise ProtocolError("a source is only asked")
 
@@ -51,9 +58,13 @@ class Words:
                 return None
             return journal.state(word.migration_id, "source") or "new"
 
+        # In this order: one that dies in between does no harm, one that begins in between would.
+        state = await self._read(read)
         if claimant(self._paths.claim(word.migration_id, "source")) is None:
             self._custodian.look()
-        return messages.State(word.migration_id, word.attempt, await self._read(read))
+        elif state in COMMITTED:
+            state = peer.UNKNOWN
+        return messages.State(word.migration_id, word.attempt, state)
 
     async def as_target(self, word: messages.SourceMessage, caller: str) -> messages.State:
         """Asked or told about a container that comes, or came, here."""

@@ -42,8 +42,9 @@ RECORD_COMMIT was asked for, go on (every earlier record replays as a rollback);
 nothing out and hold.
 
 RECORD_COMMIT is the point at which ownership passes. A rollback that is decided while it is being
-written is recorded after it, before anything is undone, and no COMMIT was sent: it stays safe, and
-a crash between the two records leaves a commit that goes forward.
+written is recorded after it, before anything is undone, and no COMMIT was sent, nor may anybody
+else tell the target of one as long as this coordinator lives: it stays safe, and a crash between
+the two records leaves a commit that goes forward.
 
 There is one way back after the commit: TARGET_ABORTED. A target says so only after it has recorded
 that it has no copy and will refuse any later COMMIT, so the frozen tree here is the only copy that
