@@ -20,7 +20,7 @@ import msgspec
 
 from criu_glue.core.log_hints import explain
 from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
-from migrate import cgroup, config, holder
+from migrate import cgroup, config, holder, tcp_repair
 from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan, end_criu
 from migrate.mounts import is_full
@@ -145,6 +145,7 @@ class Freezing:
             await asyncio.to_thread(end_criu, directory, self._process.pid)
         try:
             if self._is_frozen:
+                await asyncio.to_thread(tcp_repair.leave, self.container.cgroup)
                 cgroup.thaw(self.container.cgroup)
                 for port in self._ports:
                     port.plug()

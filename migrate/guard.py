@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from criu_glue.hooks import abort_from_outside, criu_pid
-from migrate import cgroup
+from migrate import cgroup, tcp_repair
 from migrate.core.table import Verdict
 from migrate.errors import JournalError
 from migrate.journal import Journal
@@ -99,6 +99,7 @@ def busy(hold_directory: Path, runtime_pid: int) -> list[int]:
 def give_back(plan: GuardPlan) -> None:
     """Undo the freeze: CRIU aborts, the cgroup thaws, the port is plugged in."""
     end_criu(Path(plan.hold_directory), plan.runtime_pid)
+    tcp_repair.leave(Path(plan.cgroup))
     cgroup.thaw(Path(plan.cgroup))
     for port, bridge in plan.ports:
         # A container that ended meanwhile may have taken its port with it.
