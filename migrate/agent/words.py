@@ -63,7 +63,7 @@ class Words:
         if claimant(self._paths.claim(word.migration_id, "source")) is None:
             self._custodian.look()
         elif state in COMMITTED:
-            state = peer.UNKNOWN
+            state = str(SourceState.HELD)
         return messages.State(word.migration_id, word.attempt, state)
 
     async def as_target(self, word: messages.SourceMessage, caller: str) -> messages.State:
