@@ -13,7 +13,7 @@ from typing import Final
 
 from tests.faults.points import WHOLE, Course, Deed, Side, Span, Victim
 
-Lives = Mapping[Victim, Mapping[Side, Span]]
+Lives = Mapping[Victim, Mapping[Side, tuple[Span, ...]]]
 
 PHASES: Final = ("copy", "prepare", "standstill", "handover", "after", "undo", "doubt")
 
@@ -58,12 +58,13 @@ PLAIN_WAYS: Final[Mapping[Side, tuple[tuple[str, str], ...]]] = {
 
 
 def _both(source: Span | None, target: Span | None, *victims: Victim) -> Lives:
-    spans: dict[Side, Span] = {}
-    if source is not None:
-        spans["source"] = source
-    if target is not None:
-        spans["target"] = target
-    return dict.fromkeys(victims, spans)
+    """The same lifetime of several, on each side."""
+    return _each((source,) if source else (), (target,) if target else (), *victims)
+
+
+def _each(source: tuple[Span, ...], target: tuple[Span, ...], *victims: Victim) -> Lives:
+    """The same, with gaps."""
+    return dict.fromkeys(victims, {"source": source, "target": target})
 
 
 # Who holds something on the source, and on the target.
@@ -84,14 +85,19 @@ PLAIN: Final = Course(
             ("prepare.before", "tell_filled.before"),
             Victim.CONNECTIONS,
         ),
-        **_both(
-            ("prepare_target.after", "release.before"),
-            ("tell_prepared.before", "tell_running.before"),
+        # After a word to the peer everything goes on, whether its sender waits or not: when COMMIT
+        # was sent the dump is soon released, and when Held was sent the copy may soon run.
+        **_each(
+            (
+                ("prepare_target.after", "send_commit.before"),
+                ("enter_releasing.before", "release.before"),
+            ),
+            (("tell_prepared.before", "tell_running.before"),),
             *DUMPERS,
         ),
-        **_both(
-            ("enter_frozen.before", "send_commit.before"),
-            ("prepare.after", "resume.before"),
+        **_each(
+            (("enter_frozen.before", "send_commit.before"),),
+            (("prepare.after", "tell_held.before"), ("record_commit.before", "resume.before")),
             *RESTORERS,
             *PAGERS,
         ),

@@ -89,13 +89,14 @@ class Course:
 
     steps: what has to be done to it, and at which moments, to lead it this way; in their order.
     ways: for each side the acts and records that come then, with the phase each belongs to.
-    lives: who is alive on this way, for each side from when to when. The two sides go on beside
-    each other: a lifetime is given in the moments of the side on which the point lies.
+    lives: who is alive on this way, for each side from when to when, without a moment or two at
+    which that is a matter of luck. The two sides go on beside each other: a lifetime is given in
+    the moments of the side on which the point lies.
     """
 
     name: str
     ways: Mapping[Side, tuple[tuple[str, str], ...]]
-    lives: Mapping[Victim, Mapping[Side, Span]]
+    lives: Mapping[Victim, Mapping[Side, tuple[Span, ...]]]
     steps: tuple[tuple[str, Deed | Victim], ...] = ()
 
     def moments(self, side: Side) -> list[tuple[Moment, str]]:
@@ -108,15 +109,14 @@ class Course:
 
     def alive(self, victim: Victim, side: Side) -> list[tuple[Moment, str]]:
         """The moments of one side at which somebody is alive."""
-        span = self.lives.get(victim, {}).get(side)
         moments = self.moments(side)
-        if span is None or not moments:
-            return []
         names = [f"{at.what}.{at.when}" for at, _ in moments]
-        first, last = span
-        begin = names.index(first) if first else 0
-        end = names.index(last) if last else len(names) - 1
-        return moments[begin : end + 1]
+        found = []
+        for first, last in self.lives.get(victim, {}).get(side, ()):
+            begin = names.index(first) if first else 0
+            end = names.index(last) if last else len(names) - 1
+            found += moments[begin : end + 1]
+        return found
 
 
 @dataclass(frozen=True)
