@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from migrate import config
+from migrate.agent import criu_roots
 from migrate.errors import JournalError
 from migrate.recovery import recover_orphans, sweep
 
@@ -54,6 +55,7 @@ class Custodian:
         """One look at all of them. None is waited for: who claims it next shall find it free."""
         left = await recover_orphans(self._journal, self._runtimes, self._paths, patience_s=0)
         await sweep(self._journal, self._paths)
+        await asyncio.to_thread(criu_roots.sweep)
         for migration, error in left:
             self._tell(migration.migration_id, str(error))
         for migration_id in self._told.keys() - {one.migration_id for one, _ in left}:

@@ -21,6 +21,7 @@ import msgspec
 import structlog
 
 from migrate import cgroup, config, holder, network, peer
+from migrate.agent import criu_roots
 from migrate.agent.adopted import AdoptedRestoring
 from migrate.agent.channel import ControlChannel
 from migrate.agent.pager_process import PagerLost
@@ -392,6 +393,7 @@ class Session:
             self._watching.cancel()
         if self._restoring is not None:
             await self._restoring.abort()
+            await asyncio.to_thread(criu_roots.sweep)
         self._close_announcer()
         if self._network is not None:
             await asyncio.to_thread(network.destroy, self._network)
