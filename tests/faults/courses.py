@@ -64,7 +64,7 @@ def _both(source: Span | None, target: Span | None, *victims: Victim) -> Lives:
 
 def _each(source: tuple[Span, ...], target: tuple[Span, ...], *victims: Victim) -> Lives:
     """The same, with gaps."""
-    return dict.fromkeys(victims, {"source": source, "target": target})
+    return {victim: {"source": source, "target": target} for victim in victims}
 
 
 # Who holds something on the source, and on the target.
