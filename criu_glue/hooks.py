@@ -101,7 +101,9 @@ action=$CRTOOLS_SCRIPT_ACTION holds=
 echo "$action" 1<> {events}
 [ "$holds" ] || exit 0
 {watch}read -r verdict <> {verdict}
-{unwatch}[ "$verdict" = commit ] && : > {committed}
+{unwatch}# An orphan decides nothing: nobody would run what it lets go.
+read -r _ _ _ parent _ < /proc/self/stat
+[ "$verdict" = commit ] && [ "$parent" = $PPID ] && : > {committed}
 """
 
 _FREEZE = """\
@@ -289,7 +291,7 @@ def has_seen(directory: Path, action: str) -> bool:
 
 
 def is_let_go(directory: Path) -> bool:
-    """Whether the hook has read "commit": from then on the tasks may have run."""
+    """Whether the hook has read "commit" with CRIU alive: from then on the tasks may have run."""
     return (directory / "committed").exists()
 
 

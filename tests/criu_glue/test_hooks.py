@@ -17,7 +17,14 @@ import psutil
 import pytest
 
 from criu_glue.errors import CriuGlueError
-from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan, abort_from_outside
+from criu_glue.hooks import (
+    PAGE_SERVER_FD,
+    CriuHold,
+    HoldPlan,
+    abort_from_outside,
+    is_held,
+    is_let_go,
+)
 from tests.lab.waiting import wait_until
 
 VERSION, DUMP, RESTORE = b"\x08\x0a", b"\x08\x01", b"\x08\x02"
@@ -250,6 +257,26 @@ async def test_a_hold_outlives_whoever_made_it(directory: Path) -> None:
     # Nobody waits any more, and nothing is left in the pipes for one that comes later.
     assert not abort_from_outside(directory)
     assert not abort_from_outside(directory / "gone")
+
+
+async def test_a_hook_whose_criu_was_killed_lets_nothing_go(directory: Path) -> None:
+    hold = prepare(directory)
+    hold.open_gate()
+    runtime = Runtime(hold, DUMP, ["post-dump"])
+    await runtime.start()
+    assert await hold.wait_or_end("post-dump", runtime.process, DEADLINE_S)
+    runtime.process.kill()
+    await runtime.end()
+    assert is_held(directory)
+    hold.decide("commit")
+    await asyncio.to_thread(wait_until, "the hook ends", lambda: not hooks_of(directory))
+    assert not is_let_go(directory)
+    hold.close()
+
+
+def hooks_of(directory: Path) -> list[psutil.Process]:
+    processes = psutil.process_iter(["cmdline"])
+    return [one for one in processes if str(directory / "hook") in (one.info["cmdline"] or ())]
 
 
 async def test_a_runtime_that_ends_before(directory: Path) -> None:
