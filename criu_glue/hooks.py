@@ -96,9 +96,9 @@ _HOOK = """\
 #!/bin/sh
 # CRIU runs this at each of its actions; see criu_glue/hooks.py.
 action=$CRTOOLS_SCRIPT_ACTION holds=
+true > {seen}."$action"
 {at_unlock}[ "$action" = {hold_at} ] && holds=1
-{freeze}true > {seen}."$action"
-echo "$action" 1<> {events}
+{freeze}echo "$action" 1<> {events}
 [ "$holds" ] || exit 0
 {watch}read -r verdict <> {verdict}
 {unwatch}# An orphan decides nothing: nobody would run what it lets go.
@@ -291,8 +291,15 @@ def has_seen(directory: Path, action: str) -> bool:
 
 
 def is_let_go(directory: Path) -> bool:
-    """Whether the hook has read "commit" with CRIU alive: from then on the tasks may have run."""
+    """Whether the hook has read "commit" with CRIU alive."""
     return (directory / "committed").exists()
+
+
+def may_have_run(directory: Path) -> bool:
+    """Whether restored tasks may have executed something: CRIU was let go and came as far as to
+    unlock the network, which is the last that it does before (`criu/cr-restore.c:
+    restore_root_task`). It also does so after a restore that failed, with the tasks dead."""
+    return is_let_go(directory) and has_seen(directory, "network-unlock")
 
 
 def criu_pid(directory: Path) -> int | None:

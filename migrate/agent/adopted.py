@@ -43,16 +43,16 @@ class AdoptedRestoring:
         return self.plan.work_dir / "hold"
 
     async def is_there(self) -> bool:
-        """Whether the copy is held, or was let go already; waits for a restore under way."""
+        """Whether the copy is held, or may have run already; waits for a restore under way."""
         return await asyncio.to_thread(self._is_there)
 
     def _is_there(self) -> bool:
         limit_s = time.monotonic() + config.RESTORE_DEADLINE_S
-        while not hooks.is_let_go(self._hold):
+        while not hooks.has_seen(self._hold, "post-resume"):
             criu = hooks.criu_pid(self._hold)
             is_restoring = criu is not None and is_alive(criu)
             if not is_restoring or time.monotonic() > limit_s:
-                return hooks.is_let_go(self._hold)
+                return hooks.may_have_run(self._hold)
             if hooks.is_held(self._hold):
                 return True
             time.sleep(_STEP_S)

@@ -14,15 +14,23 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from criu_glue import images
 from criu_glue.core.log_hints import explain
-from criu_glue.hooks import CriuHold, HoldPlan, is_let_go
+from criu_glue.hooks import (
+    CriuHold,
+    HoldPlan,
+    criu_pid,
+    has_seen,
+    is_let_go,
+    may_have_run,
+)
 from migrate import config, output_keeper
-from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended
+from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended, waited
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
 from migrate.mounts import is_full
@@ -145,7 +153,14 @@ class Restoring:
         """Let the container run; returns the marks (µs) of the release and of the first run."""
         assert self._hold is not None
         marks = {"released": self._hold.decide("commit")}
-        marks["resumed"] = await self._until("post-resume", config.HANDOVER_DEADLINE_S)
+        deadline_s = config.HANDOVER_DEADLINE_S
+        try:
+            marks["resumed"] = await self._until("post-resume", deadline_s)
+        except RestoreFailed:
+            # A runtime that was killed does not keep its CRIU from letting the tasks run.
+            if not await asyncio.to_thread(self._is_resumed, deadline_s):
+                raise
+            marks["resumed"] = time.monotonic_ns() // 1000
         return marks
 
     async def is_lost(self) -> bool:
@@ -157,12 +172,21 @@ class Restoring:
         assert self._process is not None
         await self._process.wait()
         hold = self.plan.work_dir / "hold"
-        if is_let_go(hold):
+        if may_have_run(hold):
             return False
-        if self._hold is not None:
+        if self._hold is not None and not is_let_go(hold):
             self._hold.decide("abort")
         await asyncio.to_thread(wait_criu_ended, hold, config.RUNTIME_EXIT_DEADLINE_S)
-        return not is_let_go(hold)
+        return not may_have_run(hold)
+
+    def _is_resumed(self, deadline_s: float) -> bool:
+        """Whether CRIU comes to its end by itself. Blocking."""
+        hold = self.plan.work_dir / "hold"
+
+        def is_over() -> bool:
+            return has_seen(hold, "post-resume") or criu_pid(hold) is None
+
+        return waited(is_over, deadline_s) and has_seen(hold, "post-resume")
 
     async def finish(self) -> FillResult | None:
         """Wait for the runtime's end and for the last page; None for an eager restore. Raises
