@@ -21,6 +21,7 @@ from migrate.core.states import SOURCE_TERMINAL, TARGET_TERMINAL, SourceState, T
 from migrate.errors import JournalError, UsageError, held_on, runs_on
 from migrate.guard import GuardPlan
 from migrate.journal import Journal
+from migrate.processes import is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -199,9 +200,14 @@ class _View:
         return claimant(self._paths.agent_claim) is not None
 
     def is_held(self) -> bool:
-        """Whether a restored copy waits here for somebody's word."""
-        session = self._paths.session(self.migration.migration_id, self.migration.role)
-        return hooks.is_held(session / "work" / "hold")
+        """Whether a CRIU waits here for somebody's word. Its FIFO does not tell: whoever made it
+        has both ends open."""
+        role = self.migration.role
+        hold = self._paths.session(self.migration.migration_id, role) / "work" / "hold"
+        at = "post-dump" if role == "source" else "post-restore"
+        criu = hooks.criu_pid(hold)
+        is_there = criu is not None and is_alive(criu)
+        return is_there and hooks.has_seen(hold, at) and not hooks.is_let_go(hold)
 
     def is_frozen(self) -> bool:
         """Whether the container's cgroup is frozen, as far as it was told to the journal."""
