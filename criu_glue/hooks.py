@@ -74,7 +74,7 @@ if len(sys.argv) > 2 and sys.argv[1] == "swrk":
         ours.close()
         theirs.close()
         with open({pid!r}, "w") as pid:
-            pid.write(str(os.getpid()))
+            pid.write(f"{{os.getpid()}} {{os.getppid()}}\\n")
         with open({events!r}, "r+b", buffering=0) as events:
             events.write(b"gate\\n")
         # Whoever made the gate keeps it open for writing: no writer, or its end, is his end.
@@ -101,10 +101,15 @@ true > {seen}."$action"
 {freeze}echo "$action" 1<> {events}
 [ "$holds" ] || exit 0
 {watch}read -r verdict <> {verdict}
-{unwatch}# An orphan decides nothing: nobody would run what it lets go.
-read -r _ _ _ parent _ < /proc/self/stat
-[ "$verdict" = commit ] && [ "$parent" = $PPID ] && : > {committed}
+{unwatch}[ "$verdict" = commit ] && {check}: > {committed}
 """
+
+# A copy may only be let go by a CRIU that lives on (neither PF_EXITING nor with SIGKILL pending:
+# proc_pid_stat(5)) and whose runtime is its parent still: without it CRIU dies of the next thing
+# that it has to tell, with the tasks let go and the network not.
+_CHECK = """\
+read -r _ runtime < {pid} && read -r stat < /proc/$PPID/stat && set -- $stat &&
+    [ "$4" = "$runtime" ] && [ $((($9 & 4) | (${{31}} & 256))) = 0 ] && """
 
 _FREEZE = """\
 [ "$holds" ] && echo 1 > {cgroup_freeze}
@@ -291,15 +296,8 @@ def has_seen(directory: Path, action: str) -> bool:
 
 
 def is_let_go(directory: Path) -> bool:
-    """Whether the hook has read "commit" with CRIU alive."""
+    """Whether the hook has let CRIU go on: from then on restored tasks may have run."""
     return (directory / "committed").exists()
-
-
-def may_have_run(directory: Path) -> bool:
-    """Whether restored tasks may have executed something: CRIU was let go and came as far as to
-    unlock the network, which is the last that it does before (`criu/cr-restore.c:
-    restore_root_task`). It also does so after a restore that failed, with the tasks dead."""
-    return is_let_go(directory) and has_seen(directory, "network-unlock")
 
 
 def criu_pid(directory: Path) -> int | None:
@@ -308,9 +306,9 @@ def criu_pid(directory: Path) -> int | None:
     Its number may be another's by now, so its name must be right. CRIU overwrites its command line.
     """
     try:
-        pid = int((directory / "criu.pid").read_text())
+        pid = int((directory / "criu.pid").read_text().split()[0])
         name = Path("/proc", str(pid), "comm").read_text().strip()
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError):
         return None
     return pid if name == "criu" else None
 
@@ -348,6 +346,7 @@ def _hook_text(directory: Path, plan: HoldPlan) -> str:
         freeze=freeze,
         watch=watch,
         unwatch=_UNWATCH if watch else "",
+        check=_CHECK.format(pid=quoted("criu.pid")) if plan.hold_at == "post-restore" else "",
         committed=quoted("committed"),
         events=quoted("events"),
         seen=quoted("seen"),

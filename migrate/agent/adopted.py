@@ -52,7 +52,7 @@ class AdoptedRestoring:
             criu = hooks.criu_pid(self._hold)
             is_restoring = criu is not None and is_alive(criu)
             if not is_restoring or time.monotonic() > limit_s:
-                return hooks.may_have_run(self._hold)
+                return hooks.is_let_go(self._hold)
             if hooks.is_held(self._hold):
                 return True
             time.sleep(_STEP_S)

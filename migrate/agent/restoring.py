@@ -27,7 +27,6 @@ from criu_glue.hooks import (
     criu_pid,
     has_seen,
     is_let_go,
-    may_have_run,
 )
 from migrate import config, output_keeper
 from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended, waited
@@ -172,12 +171,12 @@ class Restoring:
         assert self._process is not None
         await self._process.wait()
         hold = self.plan.work_dir / "hold"
-        if may_have_run(hold):
+        if is_let_go(hold):
             return False
-        if self._hold is not None and not is_let_go(hold):
+        if self._hold is not None:
             self._hold.decide("abort")
         await asyncio.to_thread(wait_criu_ended, hold, config.RUNTIME_EXIT_DEADLINE_S)
-        return not may_have_run(hold)
+        return not is_let_go(hold)
 
     def _is_resumed(self, deadline_s: float) -> bool:
         """Whether CRIU comes to its end by itself. Blocking."""

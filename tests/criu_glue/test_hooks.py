@@ -22,6 +22,7 @@ from criu_glue.hooks import (
     CriuHold,
     HoldPlan,
     abort_from_outside,
+    criu_pid,
     is_held,
     is_let_go,
 )
@@ -61,11 +62,11 @@ class Runtime:
         self._request = request
         self._environment = hold.environment({**os.environ, "ACTIONS": " ".join(actions)})
 
-    async def start(self) -> asyncio.subprocess.Process:
+    async def start(self, *before: str) -> asyncio.subprocess.Process:
         self.socket.send(self._request)
         with self._theirs:
             self.process = await asyncio.create_subprocess_exec(
-                *("env", "criu", "swrk", self.number),
+                *(*before, "env", "criu", "swrk", self.number),
                 env=self._environment,
                 pass_fds=(self._theirs.fileno(),),
                 start_new_session=True,
@@ -260,16 +261,32 @@ async def test_a_hold_outlives_whoever_made_it(directory: Path) -> None:
 
 
 async def test_a_hook_whose_criu_was_killed_lets_nothing_go(directory: Path) -> None:
-    hold = prepare(directory)
+    hold = prepare(directory, dump=False)
     hold.open_gate()
-    runtime = Runtime(hold, DUMP, ["post-dump"])
+    runtime = Runtime(hold, RESTORE, ["post-restore"])
     await runtime.start()
-    assert await hold.wait_or_end("post-dump", runtime.process, DEADLINE_S)
+    assert await hold.wait_or_end("post-restore", runtime.process, DEADLINE_S)
     runtime.process.kill()
     await runtime.end()
     assert is_held(directory)
     hold.decide("commit")
     await asyncio.to_thread(wait_until, "the hook ends", lambda: not hooks_of(directory))
+    assert not is_let_go(directory)
+    hold.close()
+
+
+async def test_a_restore_whose_runtime_was_killed_is_not_let_go(directory: Path) -> None:
+    hold = prepare(directory, dump=False)
+    hold.open_gate()
+    runtime = Runtime(hold, RESTORE, ["post-restore"])
+    # The runtime is a process of its own here, and CRIU its child.
+    process = await runtime.start("sh", "-c", '"$@" & wait', "sh")
+    assert await hold.wait_or_end("post-restore", process, DEADLINE_S)
+    assert criu_pid(directory) is not None
+    process.kill()
+    await runtime.end()
+    hold.decide("commit")
+    await asyncio.to_thread(wait_until, "CRIU ends", lambda: criu_pid(directory) is None)
     assert not is_let_go(directory)
     hold.close()
 
