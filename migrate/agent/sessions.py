@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from migrate import config, recovery
+from migrate import config, heap, recovery
 from migrate.agent import remains
 from migrate.agent.session import Session
 from migrate.agent.workspace import read_request
@@ -237,3 +237,6 @@ class Sessions:
         ended = [one for one, other in self._sessions.items() if other.ended.is_set()]
         for migration_id in ended[:-ENDED_MAX]:
             del self._sessions[migration_id]
+        if not self.live():
+            # With a session under way nobody waits for the heap; then the next end does it.
+            heap.give_back()
