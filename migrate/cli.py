@@ -20,7 +20,7 @@ import msgspec
 import structlog
 from rich.console import Console
 
-from migrate import config, oversight, progress, standing
+from migrate import config, heap, oversight, progress, standing
 from migrate.agent.app import Agent
 from migrate.coordinator import Coordinator
 from migrate.dry_run import dry_run
@@ -231,6 +231,7 @@ def container(
 def agent(address: str, port: int) -> None:
     """Receive containers on this host."""
     _log_to_stderr(logging.INFO)
+    heap.keep_small()
 
     async def serve() -> None:
         await Agent(config.HostPaths(), _runtimes(), address).serve(address, port)
