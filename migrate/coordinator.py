@@ -36,6 +36,7 @@ from migrate.errors import (
     DeadlineExceeded,
     InDoubt,
     JournalError,
+    JournalUnusable,
     MigrateError,
     NotConverging,
     RollbackFailed,
@@ -157,7 +158,12 @@ class Coordinator:
     async def run(self) -> Report:
         """Migrate. Raises MigrateError, which says where the container is now."""
         try:
-            await self._open_journal()
+            try:
+                await self._open_journal()
+            except JournalError as error:
+                raise JournalUnusable(
+                    error.message, host=self._host, phase="preflight", remedy=error.remedy
+                ) from error
             state = await self.driver.run(E.STARTED)
         finally:
             await self._close()

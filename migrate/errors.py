@@ -215,6 +215,12 @@ class JournalError(MigrateError):
     """The journal cannot be read or written; without it no ownership changes."""
 
 
+class JournalUnusable(JournalError):
+    """The journal could not be opened or begun: nothing was touched."""
+
+    exit_code = EXIT_REFUSED
+
+
 class InvalidTransition(MigrateError):
     """A state machine was given an event that its table has no row for; its state is unchanged."""
 
