@@ -177,7 +177,8 @@ ORPHANED: Final = (
         lives={
             **_both(WHOLE, WHOLE, Victim.AGENT, Victim.SOURCE_AGENT),
             **_both(_UNTIL_ROLLBACK, ("", "ask_source.after"), Victim.LINK),
-            **_both(None, ("", "ask_source.after"), *RESTORERS, *PAGERS),
+            # The answer comes at once, and ends the copy.
+            **_both(None, ("", "ask_source.before"), *RESTORERS, *PAGERS),
         },
     ),
     # The container is the target's: it must go on there.
@@ -223,7 +224,8 @@ RESTARTED: Final = (
         ways={"target": (("resume", "doubt"), ("enter_running", "doubt"))},
         lives={
             **_both(None, WHOLE, Victim.COORDINATOR, Victim.AGENT, Victim.LINK),
-            **_both(None, ("", "resume.before"), *DUMPERS, *RESTORERS, *PAGERS),
+            # A holder lets a committed copy go when the agent is dead, before the next one comes.
+            **_both(None, ("", "resume.before"), *DUMPERS),
         },
     ),
 )
