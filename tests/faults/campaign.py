@@ -6,7 +6,8 @@
 
 Several labs run side by side, each in a thread; a lab in which a point failed is replaced, since
 what the failure left would be blamed on the next. Results are JSON lines, with what there was to
-see of each failure beside them.
+see of each failure beside them. A campaign that finds results in its directory goes on: points that
+passed are not carried out again. The document names those that had failed before.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from tests.migrate.core import test_handover
 from tests.migrate.core.handover_world import Protocol, Search
 
 DOCUMENT: Final = Path(__file__).resolve().parents[2] / "docs/reliability.md"
+RESULTS: Final = "results.jsonl"
 # A point mostly waits: for programs to start, for timers.
 JOBS: Final = 2
 
@@ -50,16 +52,16 @@ class Campaign:
 
     def __init__(self, points: Sequence[Point], directory: Path) -> None:
         self.outcomes: list[Outcome] = []
-        self.count = len(points)
+        self._count = len(points)
         self._directory = directory
         self._waiting: queue.SimpleQueue[Point] = queue.SimpleQueue()
         for point in points:
             self._waiting.put(point)
         self._lock = threading.Lock()
-        self._results = (directory / "results.jsonl").open("ab")
+        self._results = (directory / RESULTS).open("ab")
         self._broken: list[BaseException] = []
 
-    def run(self, jobs: int) -> list[Outcome]:
+    def run(self, jobs: int) -> None:
         """All of them. Raises what made a lab break."""
         threads = [threading.Thread(target=self._work, name=f"lab-{one}") for one in range(jobs)]
         for thread in threads:
@@ -69,7 +71,6 @@ class Campaign:
         self._results.close()
         if self._broken:
             raise self._broken[0]
-        return self.outcomes
 
     def _work(self) -> None:
         try:
@@ -97,7 +98,7 @@ class Campaign:
             self.outcomes.append(outcome)
             self._results.write(msgspec.json.encode(outcome) + b"\n")
             self._results.flush()
-            number = f"{len(self.outcomes):{len(str(self.count))}}/{self.count}"
+            number = f"{len(self.outcomes):{len(str(self._count))}}/{self._count}"
             print(f"{number} {outcome.line()}", flush=True)
 
 
@@ -152,12 +153,21 @@ def chosen(patterns: Sequence[str]) -> list[Point]:
     ]
 
 
+def read_outcomes(directory: Path, points: Sequence[Point]) -> list[Outcome]:
+    """What has become of these points before, the oldest first; nothing of others."""
+    file = directory / RESULTS
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    names = {str(point) for point in points}
+    found = [msgspec.json.decode(line, type=Outcome) for line in lines]
+    return [one for one in found if one.point in names]
+
+
 def main() -> int:
     """The command line; 0 when every point passed."""
     parser = argparse.ArgumentParser(prog="scripts/test --faults")
     parser.add_argument("patterns", nargs="+", metavar="all|sample|PATTERN")
     parser.add_argument("--jobs", type=int, default=JOBS, help="labs side by side")
-    parser.add_argument("--results", type=Path, help="directory for the results")
+    parser.add_argument("--results", type=Path, help="directory of the results, to go on with")
     parser.add_argument("--list", action="store_true", help="only name the points")
     options = parser.parse_args()
     points = chosen(options.patterns)
@@ -169,13 +179,17 @@ def main() -> int:
     directory = options.results or Path(tempfile.mkdtemp(prefix="dolly-faults-"))
     directory.mkdir(parents=True, exist_ok=True)
     begin_s = time.monotonic()
-    outcomes = Campaign(points, directory).run(options.jobs)
-    failed = sum(not one.passed for one in outcomes)
+    earlier = read_outcomes(directory, points)
+    passed = {one.point for one in earlier if one.passed}
+    campaign = Campaign([point for point in points if str(point) not in passed], directory)
+    campaign.run(options.jobs)
+    failed = sum(not one.passed for one in campaign.outcomes)
     minutes = (time.monotonic() - begin_s) / 60
-    print(f"{len(outcomes)} points in {minutes:.1f} min, {failed} failed; results in {directory}")
+    done = f"{len(campaign.outcomes)} points in {minutes:.1f} min, {failed} failed"
+    print(f"{done}; results in {directory}")
     if "all" in options.patterns:
         text = render(
-            outcomes,
+            [*earlier, *campaign.outcomes],
             environment(options.jobs),
             simulate(),
             silence_s=trial.SILENCE_S,

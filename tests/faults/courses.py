@@ -157,11 +157,11 @@ CANCELLED: Final = (
     _cancelled("cancelled-held", "source.record_commit.before", *DUMPERS, *RESTORERS, *PAGERS),
 )
 
-# A target that hears the link end has no copy yet: it gives up by itself.
+# The source's agent recovers, and tells the target, which has no copy yet.
 ABANDONED: Final = Course(
     name="coordinator-lost-copying",
     steps=(("source.run_round.before", Victim.COORDINATOR),),
-    ways={"source": UNDO_SOURCE, "target": (("tell_failed", "undo"), *UNDO_TARGET)},
+    ways={"source": UNDO_SOURCE, "target": UNDO_TARGET},
     lives={
         **_both(WHOLE, WHOLE, Victim.AGENT, Victim.SOURCE_AGENT),
         **_both(_UNTIL_ROLLBACK, ("", "discard.after"), Victim.LINK),

@@ -43,6 +43,9 @@ the stop at the moment itself, some tenths of a second, is not part of it, a sil
 """
 
 
+PROBLEM_LENGTH_MAX: Final = 200
+
+
 @dataclass(frozen=True)
 class Simulation:
     """What the exhaustive search of the two tables has visited."""
@@ -59,7 +62,11 @@ def render(
     simulation: Simulation,
     **numbers: float,
 ) -> str:
-    """The whole document. `numbers` are those that HEAD names."""
+    """The whole document. Of a point that was carried out several times the last one counts, and
+    what failed before is named. `numbers` are those that HEAD names."""
+    latest = {one.point: one for one in outcomes}
+    earlier = [one for one in outcomes if not one.passed and one is not latest[one.point]]
+    outcomes = list(latest.values())
     failed = [one for one in outcomes if not one.passed]
     parts = [
         HEAD.format(**numbers),
@@ -71,6 +78,9 @@ def render(
     ]
     if failed:
         parts += ["## Failures\n", *(_failure(one) for one in failed), ""]
+    if earlier:
+        head = "These had failed before, and were carried out again after a change:\n"
+        parts += [head, *(_failure(one) for one in earlier), ""]
     parts += ["## By victim\n", _table(outcomes, ["victim"], _by_victim), ""]
     parts += [
         "## By side, phase and victim\n",
@@ -89,7 +99,8 @@ def _verdict(outcomes: Sequence[Outcome], failed: Sequence[Outcome]) -> str:
 
 
 def _failure(outcome: Outcome) -> str:
-    return "\n".join([f"- `{outcome.point}`", *(f"  - {line}" for line in outcome.problems)])
+    problems = [problem.splitlines()[0][:PROBLEM_LENGTH_MAX] for problem in outcome.problems]
+    return "\n".join([f"- `{outcome.point}`", *(f"  - {problem}" for problem in problems)])
 
 
 Key = tuple[int, ...]

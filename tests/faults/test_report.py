@@ -58,6 +58,15 @@ def test_a_failure_is_counted_and_named_with_what_was_wrong() -> None:
     assert "- `d`\n  - it executes on no host" in text
 
 
+def test_a_point_counts_once_and_an_earlier_failure_is_named() -> None:
+    again = msgspec.structs.replace(FAILED, problems=())
+    text = document(PASSED, FAILED, again)
+    assert "**2 points on 1 courses, 0 failed.**" in text
+    assert "| agent | 2 | 0 | 2 | 0 | 0.50 s | 0.50 s | 0 |" in text
+    assert "failed before" in text
+    assert "- `d`\n  - it executes on no host" in text
+
+
 def test_nothing_but_failures_has_no_times() -> None:
     assert "| agent | 1 | 0 | 0 | 0 | - | - | 1 |" in document(FAILED)
 
