@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from migrate import config
 from migrate.core import messages
@@ -48,7 +48,7 @@ class Conversation:
     ) -> None:
         self.link = link
         self.marks: dict[str, int] = {}
-        self.fill: asyncio.Future[messages.FillDone | None] = (
+        self._fill: asyncio.Future[messages.FillDone | None] = (
             asyncio.get_running_loop().create_future()
         )
         self._post = post
@@ -93,6 +93,15 @@ class Conversation:
                 if self._is_lost or not self.link.is_open:
                     await self.connect()
                 await self.link.tell(message)
+
+    async def wait_filled(self) -> messages.FillDone | None:
+        """What the target tells of the end of the fill; None when it can't be heard any more."""
+        ways: set[asyncio.Future[Any]] = {self._fill}
+        if self._listening is not None:
+            ways.add(self._listening)
+        # The last try to connect may have failed, and then nobody listens.
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        return self._fill.result() if self._fill.done() else None
 
     def watch(self) -> None:
         """From now on a target that is silent for too long is a lost link."""
@@ -185,8 +194,8 @@ class Conversation:
         await self._post(E.LINK_LOST)
 
     def _filled(self, fill: messages.FillDone | None) -> None:
-        if not self.fill.done():
-            self.fill.set_result(fill)
+        if not self._fill.done():
+            self._fill.set_result(fill)
 
     async def _hear(self, message: TargetMessage) -> None:
         match message:

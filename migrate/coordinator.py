@@ -554,7 +554,7 @@ class Coordinator:
         so_far = self._builder.build("done")
         self._observer.tell(progress.Moved(so_far.downtime_ms, so_far.predicted_downtime_ms))
         async with asyncio.timeout(config.FILL_DEADLINE_S):
-            fill = await self._target.fill
+            fill = await self._target.wait_filled()
         if fill is None:
             self._warn(f"the fill on {self.options.target} was not heard of: the link was lost")
         else:

@@ -102,6 +102,32 @@ def test_the_journal_can_not_be_written_when_it_is_time_to_commit(lab: Lab) -> N
         assert_moves(under)
 
 
+def test_the_target_can_not_record_the_commit_for_a_while(lab: Lab) -> None:
+    """It says so, both hold, and the source says COMMIT again until it is recorded."""
+    brake, target = Brake(lab.host("B")), lab.host("B")
+    with threatened(lab, "c-t-journal") as under:
+        with brake.on("restore"), attempt(under) as underway:
+            brake.wait_reached(underway)
+            locker = target.popen(
+                ["python3", "-c", LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            with locker:
+                assert locker.stdout is not None
+                assert locker.stdout.readline() == "locked\n"
+                brake.release()
+                failed = "action=<TargetAction.RECORD_COMMIT"
+                wait_until("it can't be recorded", lambda: failed in target.read_text(AGENT_LOG))
+                assert is_held(target, under.name)
+                locker.communicate("")
+                done = underway.finish()
+        assert done.code == 0, done
+        assert running_on(lab, under.name) == ["B"]
+        wait_clean(lab.host("A"))
+        wait_clean(target, under.name)
+        under.guest.wait_answers()
+        under.guest.verify()
+
+
 def test_killed_in_the_restore(lab: Lab) -> None:
     """The target has not told that it holds a copy, so it gives up by itself."""
     brake = Brake(lab.host("B"))
