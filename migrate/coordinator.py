@@ -123,6 +123,7 @@ class Coordinator:
         self._clocks = ClockRelation(0, 0)
         self._prepared_here = asyncio.Event()
         self._doubted_s: float | None = None
+        self._asking = asyncio.Lock()
         self._error: MigrateError | None = None
         self._act_error: MigrateError | None = None
         self.driver = Driver(
@@ -451,12 +452,16 @@ class Coordinator:
         """Ask, over a new control channel, or, if its session is gone, the agent itself. Asked
         again by the state's deadline."""
         assert self._target is not None
-        ask = messages.Ask(self.migration_id, self._attempt)
-        try:
-            await self._target.connect()
-            await self._target.tell(ask)
-        except Unreachable:
-            return await self._ask_agent(ask)
+        if self._asking.locked():
+            # A host that is silent takes longer to find out than the state's deadline.
+            return None
+        async with self._asking:
+            ask = messages.Ask(self.migration_id, self._attempt)
+            try:
+                await self._target.connect()
+                await self._target.tell(ask)
+            except Unreachable:
+                return await self._ask_agent(ask)
         return None
 
     async def _ask_agent(self, ask: messages.Ask) -> E | None:
