@@ -272,11 +272,9 @@ class Trial:
         if len(hosts) != 1:
             return [f"it executes on {hosts or 'no host'}"]
         self.scene.is_now_on(self.scene.lab.host(hosts[0]))
-        asked = [
-            f"the journal of {host.name}: {line}"
-            for host in self.hosts
-            for line in unfinished(host)
-        ]
+        asked: list[str] = []
+        for host in self.hosts:
+            asked += [f"the journal of {host.name}: {line}" for line in unfinished(host)]
         # Looking at everything on a host costs it more than a recovery does.
         return asked or [
             f"left on {host.name}: {line}"
