@@ -6,8 +6,10 @@ freeze_processes`), and finds nothing to wait for when the cgroup is frozen alre
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import threading
 import time
 from pathlib import Path
 
@@ -60,3 +62,24 @@ def thaw(cgroup: Path) -> None:
         (cgroup / "cgroup.freeze").write_text("0")
     except FileNotFoundError:
         return
+
+
+def freeze_when_ended(cgroup: Path, pid: int) -> threading.Thread:
+    """Freeze `cgroup` again in the moment that process `pid` ends; the thread that waits for it.
+
+    For tasks that only the ptrace of that process stops: they run as soon as it is killed.
+    """
+    # Opened here, so that the number is not another's by the time that it is waited for.
+    pidfd = os.pidfd_open(pid)
+
+    def wait() -> None:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.poll()
+        os.close(pidfd)
+        with contextlib.suppress(OSError):
+            (cgroup / "cgroup.freeze").write_text("1")
+
+    thread = threading.Thread(target=wait, name="freeze-when-ended", daemon=True)
+    thread.start()
+    return thread

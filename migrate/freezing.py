@@ -13,13 +13,14 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from criu_glue.core.log_hints import explain
-from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
+from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan, criu_pid
 from migrate import cgroup, config, holder, tcp_repair
 from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan, end_criu
@@ -64,6 +65,7 @@ class Freezing:
         self._guard: Outliving | None = None
         self._to_guard: asyncio.StreamWriter | None = None
         self._is_frozen = False
+        self._at_end: threading.Thread | None = None
 
     async def prepare(self, migration_id: str, paths: HostPaths) -> GuardPlan:
         """Start the runtime up to its CRIU's gate, and the guard; returns what that is to do."""
@@ -117,6 +119,10 @@ class Freezing:
     def start_dump(self) -> None:
         """Let CRIU begin."""
         assert self._hold is not None
+        criu = criu_pid(self._work_dir / "hold")
+        if criu is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._at_end = cgroup.freeze_when_ended(self.container.cgroup, criu)
         self._hold.open_gate()
 
     async def dumped(self) -> int:
@@ -143,6 +149,9 @@ class Freezing:
         if self._process is not None:
             directory = self._work_dir / "hold"
             await asyncio.to_thread(end_criu, directory, self._process.pid)
+        if self._at_end is not None:
+            # CRIU has ended; behind the thaw the freeze would stay.
+            await asyncio.to_thread(self._at_end.join)
         try:
             if self._is_frozen:
                 await asyncio.to_thread(tcp_repair.leave, self.container.cgroup)
@@ -202,7 +211,10 @@ class Freezing:
         words = tail(self._work_dir / LOG_NAME, _LOG_BYTES_MAX)
         hint = explain(tail(self._work_dir / "dump.log", _LOG_BYTES_MAX))
         full = "no space left on the session's tmpfs" if is_full(self._work_dir) else ""
-        last = last_message(words) or full or "it ended or hung without a word"
+        assert self._process is not None
+        hangs = self._process.returncode is None
+        silent = "runc or CRIU hangs" if hangs else "it ended without a word"
+        last = last_message(words) or full or silent
         return DumpFailed(
             f"the dump did not come to {action}: {hint.line or last}",
             host=self._host,
