@@ -307,10 +307,16 @@ def criu_pid(directory: Path) -> int | None:
     """
     try:
         pid = int((directory / "criu.pid").read_text().split()[0])
-        name = Path("/proc", str(pid), "comm").read_text().strip()
+        # "PID (NAME) STATE …" (proc_pid_stat(5)); a zombie has ended.
+        name, state = Path("/proc", str(pid), "stat").read_text().split()[1:3]
     except (OSError, ValueError, IndexError):
         return None
-    return pid if name == "criu" else None
+    return pid if name == "(criu)" and state not in "ZX" else None
+
+
+def has_criu_died(directory: Path) -> bool:
+    """Whether there was a CRIU, beyond or at its gate, and is none any more."""
+    return (directory / "criu.pid").exists() and criu_pid(directory) is None
 
 
 def _say(fifo: Path, word: str) -> bool:

@@ -26,7 +26,7 @@ from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan, end_criu
 from migrate.mounts import is_full
 from migrate.network import PortSwitch
-from migrate.processes import Outliving, last_message, module_command, tail
+from migrate.processes import Outliving, last_message, module_command, tail, wait_ended
 from migrate.runtimes.runc import LOG_NAME
 
 if TYPE_CHECKING:
@@ -202,7 +202,8 @@ class Freezing:
     async def _until(self, action: str, deadline_s: float) -> int:
         assert self._hold is not None
         assert self._process is not None
-        seen_us = await self._hold.wait_or_end(action, self._process, deadline_s)
+        either = _RuntimeOrCriu(self._process, self._work_dir / "hold")
+        seen_us = await self._hold.wait_or_end(action, either, deadline_s)
         if seen_us is None:
             raise self._failed(action)
         return seen_us
@@ -221,3 +222,26 @@ class Freezing:
             phase="dump",
             remedy=hint.remedy or ("free memory on this host" if full else ""),
         )
+
+
+class _RuntimeOrCriu:
+    """Ends with either: a CRIU that is killed may leave a child that has its runtime wait on."""
+
+    def __init__(self, process: Outliving, hold: Path) -> None:
+        self._process = process
+        self._criu = criu_pid(hold)
+
+    async def wait(self) -> int:
+        ways = [asyncio.create_task(self._process.wait())]
+        if self._criu is not None:
+            ways.append(asyncio.create_task(self._criu_ended(self._criu)))
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+        return self._process.returncode or 0
+
+    async def _criu_ended(self, pid: int) -> int:
+        await wait_ended(pid)
+        return 0

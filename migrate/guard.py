@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 import msgspec
+import psutil
 
-from criu_glue.hooks import abort_from_outside, criu_pid
+from criu_glue.hooks import abort_from_outside, criu_pid, has_criu_died
 from migrate import cgroup, tcp_repair
 from migrate.core.table import Verdict
 from migrate.errors import JournalError
@@ -26,8 +27,11 @@ from migrate.journal import Journal
 from migrate.network import plug
 from migrate.processes import is_alive, kill_tree
 
-# CRIU undoes a dump in milliseconds; one that has not ended after this hangs, and is killed.
-ABORT_DEADLINE_S = 20.0
+# CRIU undoes a dump in milliseconds; one that has not ended after this hangs, and is killed. The
+# container stands still as long.
+ABORT_DEADLINE_S = 10.0
+# A runtime ends with its CRIU, unless a child of that still has the connection.
+CRIU_DIED_DEADLINE_S = 2.0
 JOURNAL_PAUSE_S = 1.0
 _STEP_MS = 20
 
@@ -81,12 +85,28 @@ def end_criu(hold_directory: Path, runtime_pid: int) -> None:
     The tasks must not be thawed before: CRIU leaves their cgroup as it found it, which is frozen.
     """
     limit_s = time.monotonic() + ABORT_DEADLINE_S
-    while abort_from_outside(hold_directory) or busy(hold_directory, runtime_pid):
-        if time.monotonic() > limit_s:
-            for pid in busy(hold_directory, runtime_pid):
+    while True:
+        told, pids = abort_from_outside(hold_directory), busy(hold_directory, runtime_pid)
+        if not told and not pids:
+            break
+        now_s = time.monotonic()
+        if has_criu_died(hold_directory):
+            limit_s = min(limit_s, now_s + CRIU_DIED_DEADLINE_S)
+        if now_s > limit_s:
+            for pid in pids:
                 kill_tree(pid)
             break
         select.select([], [], [], _STEP_MS / 1000)
+    _kill_orphans(hold_directory)
+
+
+def _kill_orphans(hold_directory: Path) -> None:
+    """Children of a CRIU that was killed: they have its environment, and its connection."""
+    ours = str(hold_directory / "criu.conf")
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("CRIU_CONFIG_FILE") == ours:
+                process.kill()
 
 
 def busy(hold_directory: Path, runtime_pid: int) -> list[int]:

@@ -70,17 +70,26 @@ class Outliving:
     async def wait(self) -> int:
         """Wait for its end. May be cancelled, and called by several at a time."""
         if self._process.poll() is None:
-            ended = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            # Readable when it has ended (pidfd_open(2)); its number is not given away before poll.
-            pidfd = os.pidfd_open(self._process.pid)
-            try:
-                loop.add_reader(pidfd, ended.set)
-                await ended.wait()
-            finally:
-                loop.remove_reader(pidfd)
-                os.close(pidfd)
+            # Its number is not given away before poll.
+            await wait_ended(self._process.pid)
         return self._process.wait()
+
+
+async def wait_ended(pid: int) -> None:
+    """Wait for the end of any process. May be cancelled."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    try:
+        # Readable when it has ended (pidfd_open(2)).
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        loop.add_reader(pidfd, ended.set)
+        await ended.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
 
 
 def is_alive(pid: int) -> bool:
