@@ -37,7 +37,12 @@ RUNTIME_EXIT_DEADLINE_S = 30.0
 # All of a rollback, or of a release; then whoever does it says that it hangs.
 UNDO_DEADLINE_S = 90.0
 ROOTFS_DEADLINE_S = 3600.0
-ROOTFS_FROZEN_DEADLINE_S = 120.0
+# rsync that looks at many files sends their names meanwhile; one that says nothing for so long is
+# at a single huge file, or hangs.
+ROOTFS_SILENCE_S = 120.0
+# The container stands still meanwhile. The passes before took what is to be taken, so this one only
+# looks; whoever has so many files that looking takes longer must not be moved like this.
+ROOTFS_FROZEN_DEADLINE_S = 30.0
 FILL_DEADLINE_S = 3600.0
 
 # While the container stands still: how often the target is asked whether it is there, and how long

@@ -99,8 +99,7 @@ class Copying:
 
     async def copy_rootfs(self) -> None:
         """A pass over the root file system while the container runs."""
-        async with asyncio.timeout(config.ROOTFS_DEADLINE_S):
-            done = await self.rootfs.start(gated=False).wait()
+        done = await self.rootfs.start(gated=False).wait()
         detail = f"{progress.mib(done.bytes_sent)} sent in {done.duration_ms / 1000:.2f} s"
         self._observer.tell(progress.Phase("rootfs", detail))
 
@@ -119,8 +118,7 @@ class Copying:
         self.final_rootfs = self.rootfs.start(gated=True)
         # A break of the link is waited for within it.
         deadline_s = config.PREPARE_DEADLINE_S + self._options.link_patience_s
-        async with asyncio.timeout(deadline_s):
-            await self.final_rootfs.wait_ready()
+        await self.final_rootfs.wait_ready(deadline_s)
         if self.has_rounds:
             self._report.add_round(await asyncio.to_thread(self.memory.round))
         await asyncio.to_thread(self.memory.sender.connect)

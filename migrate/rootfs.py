@@ -105,24 +105,33 @@ class RootfsPassRun:
         if not gated:
             self._gate.set()
         self.bytes_sent = 0
+        self._chunks = 0
         self.tries = 0
         self._target_status: int | None = None
         self._target_words = ""
         self.task: asyncio.Task[RootfsPass] | None = None
 
-    async def wait_ready(self) -> None:
-        """Wait until the pass is at its gate; raises what ended it before."""
+    async def wait_ready(self, deadline_s: float = config.PREPARE_DEADLINE_S) -> None:
+        """Wait until the pass is at its gate; raises what ended it before, or TransferFailed."""
         assert self.task is not None
         ready = asyncio.create_task(self.ready.wait())
-        await asyncio.wait({ready, self.task}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            {ready, self.task}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
+        )
         ready.cancel()
-        if not self.ready.is_set():
+        if self.task.done() and not self.ready.is_set():
             await self.task
+        if not self.ready.is_set():
+            raise _hangs(f"was not ready within {deadline_s:g} s")
 
-    async def wait(self) -> RootfsPass:
+    async def wait(self, deadline_s: float = config.ROOTFS_DEADLINE_S) -> RootfsPass:
         """Wait for the end of the pass. Raises TransferFailed."""
         assert self.task is not None
-        return await self.task
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self.task
+        except TimeoutError as error:
+            raise _hangs(f"did not end within {deadline_s:g} s") from error
 
     def cancel(self) -> None:
         """End rsync and the pass."""
@@ -165,7 +174,7 @@ class RootfsPassRun:
             asyncio.create_task(self._receive(writer, channel)),
         }
         try:
-            await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+            await self._wait_for_first(directions)
             async with asyncio.timeout(END_DEADLINE_S):
                 await asyncio.gather(*directions)
         except TimeoutError as error:
@@ -185,11 +194,25 @@ class RootfsPassRun:
                 f"on {self._target}", self._target_status, self._target_words, self._target
             )
 
+    async def _wait_for_first(self, directions: set[asyncio.Task[None]]) -> None:
+        """Returns when one of them has ended. Raises TransferFailed when nothing moves."""
+        ended: set[asyncio.Task[None]] = set()
+        while not ended:
+            moved = self._chunks
+            ended, _ = await asyncio.wait(
+                directions,
+                timeout=config.ROOTFS_SILENCE_S,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not ended and self._chunks == moved and self._gate.is_set():
+                raise _hangs(f"has said nothing for {config.ROOTFS_SILENCE_S:g} s, on either host")
+
     async def _send(
         self, reader: asyncio.StreamReader, channel: aiohttp.ClientWebSocketResponse
     ) -> None:
         while data := await reader.read(CHUNK_BYTES):
             self.bytes_sent += len(data)
+            self._chunks += 1
             await channel.send_bytes(data)
         # The target's rsync may have ended first: how, its closing frame says.
         with contextlib.suppress(ConnectionError):
@@ -202,6 +225,7 @@ class RootfsPassRun:
         following: Callable[[], Awaitable[aiohttp.WSMessage]] = channel.receive
         while (message := await following()).type is aiohttp.WSMsgType.BINARY:
             following = channel.receive
+            self._chunks += 1
             data: bytes = message.data
             if greeting is not None:
                 # The greeting is lines of text; what comes behind the daemon's "OK" is not.
@@ -351,9 +375,16 @@ class RootfsSource:
                 writer.close()
 
         server = await asyncio.start_unix_server(on_connect, socket_path, limit=CHUNK_BYTES)
+        rsync = asyncio.create_task(self._rsync(socket_path, files))
         try:
+            await asyncio.wait({rsync, carried}, return_when=asyncio.FIRST_COMPLETED)
+            # One whose channel has ended ends too, unless it hangs.
+            await asyncio.wait({rsync}, timeout=END_DEADLINE_S)
+            if not rsync.done():
+                await carried
+                raise _hangs("did not end")
             try:
-                await self._rsync(socket_path, files)
+                await rsync
             except TransferFailed as failure:
                 # An rsync whose channel broke ends badly as well, which is no word of its own.
                 with contextlib.suppress(TransferFailed, TimeoutError):
@@ -362,6 +393,10 @@ class RootfsSource:
                 raise failure from None
             await carried
         finally:
+            rsync.cancel()
+            await asyncio.wait({rsync})
+            # Heard here at the latest, whatever else has ended this.
+            _ = rsync.cancelled() or rsync.exception()
             server.close()
             socket_path.unlink(missing_ok=True)
 
@@ -388,6 +423,14 @@ class RootfsSource:
         if process.returncode not in _RSYNC_DONE:
             words = stderr[-RSYNC_STDERR_BYTES_MAX:].decode("utf-8", "replace").strip()
             raise _failed(f"on {self._host}", process.returncode, words, self._target)
+
+
+def _hangs(how: str) -> TransferFailed:
+    return TransferFailed(
+        f"rsync of the root file system {how}",
+        phase="rootfs",
+        remedy="it hangs, or looks at one file for so long: see the disks of both hosts",
+    )
 
 
 def _failed(where: str, status: int | None, words: str, target: str) -> TransferFailed:

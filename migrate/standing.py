@@ -219,9 +219,8 @@ class _View:
 
     def back(self, host: str) -> str:
         """What to do where only another host knows."""
-        itself = "it goes on by itself then" if self.has_agent else "then"
-        at_once = ", at once with" if self.has_agent else ""
-        return f"bring {host} back, {itself}{at_once}: {self.recover}"
+        then = "it goes on then; at once:" if self.has_agent else "then:"
+        return f"bring {host} back, {then} {self.recover}"
 
 
 _Explained: TypeAlias = tuple[str, str, str]

@@ -81,8 +81,7 @@ class Standstill:
         files = [one for one in found if one.name != DESCRIPTORS_NAME]
         named = [(one.name, one.path) for one in files]
         self._report.add_images(await asyncio.to_thread(memory.sender.send_files, named))
-        async with asyncio.timeout(config.ROOTFS_FROZEN_DEADLINE_S):
-            passes = [await run.wait() for run in self._passes]
+        passes = [await run.wait(config.ROOTFS_FROZEN_DEADLINE_S) for run in self._passes]
         self.marks["rootfs_done"] = max(one.ended_us for one in passes)
         return messages.Restore(
             files=tuple(messages.ImageFile(one.name, one.bytes) for one in files),

@@ -235,7 +235,10 @@ class Restoring:
         words = tail(work_dir / LOG_NAME, LOG_BYTES_MAX)
         hint = explain(tail(work_dir / "restore.log", LOG_BYTES_MAX))
         full = "no space left on the session's tmpfs" if is_full(work_dir) else ""
-        last = last_message(words) or full or "it ended or hung without a word"
+        assert self._process is not None
+        hangs = self._process.returncode is None
+        silent = "runc or CRIU hangs" if hangs else "it ended without a word"
+        last = last_message(words) or full or silent
         return RestoreFailed(
             f"the restore did not come to {action}: {hint.line or last}",
             host=self._host,

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
+import psutil
 import pytest
 from aiohttp import web
 
+from migrate import config, rootfs
 from migrate.errors import TransferFailed
 from migrate.rootfs import PASSES_MAX, Passes, RootfsSource, shared_file_mappings
 from tests.migrate.wire import Wire
@@ -47,7 +49,7 @@ class Pair:
 async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
     passes = Passes(tmp_path / "target", tmp_path / "target-work")
 
-    async def rootfs(request: web.Request) -> web.WebSocketResponse:
+    async def serve(request: web.Request) -> web.WebSocketResponse:
         if not passes.can_serve(int(request.query["pass"])):
             raise web.HTTPConflict
         channel = web.WebSocketResponse(compress=False)
@@ -57,7 +59,7 @@ async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
         return channel
 
     app = web.Application()
-    app.router.add_get("/rootfs", rootfs)
+    app.router.add_get("/rootfs", serve)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -244,3 +246,61 @@ async def test_a_target_that_takes_no_files_is_not_asked_again(pair: Pair) -> No
 def test_shared_writable_file_mappings_are_found() -> None:
     maps = Path("tests/migrate/data/maps-shared.txt").read_bytes()
     assert shared_file_mappings(maps) == {"/var/db/data.mdb", "/srv/with space"}
+
+
+# ---- an rsync that hangs ----
+
+
+def stop_rsync() -> list[psutil.Process]:
+    """Every rsync of this process is stopped, and never answers again."""
+    found = [one for one in psutil.Process().children(recursive=True) if one.name() == "rsync"]
+    for process in found:
+        process.suspend()
+    return found
+
+
+def end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+async def test_rsync_hangs_while_it_looks(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "ROOTFS_SILENCE_S", 0.1)
+    monkeypatch.setattr(rootfs, "END_DEADLINE_S", 1.0)
+    populate(pair.source)
+    run = pair.copier.start(gated=True)
+    await run.wait_ready()
+    stopped = stop_rsync()
+    assert stopped
+    run.release()
+    with pytest.raises(TransferFailed, match=r"has said nothing for 0\.1 s"):
+        await run.wait()
+    end(stopped)
+
+
+async def test_rsync_hangs_while_the_container_stands_still(pair: Pair) -> None:
+    populate(pair.source)
+    run = pair.copier.start(gated=True)
+    await run.wait_ready()
+    stopped = stop_rsync()
+    run.release()
+    with pytest.raises(TransferFailed, match=r"did not end within 0\.2 s"):
+        await run.wait(0.2)
+    end(stopped)
+
+
+async def test_a_pass_is_not_silent_while_it_waits_at_its_gate(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "ROOTFS_SILENCE_S", 0.02)
+    populate(pair.source)
+    run = pair.copier.start(gated=True)
+    await run.wait_ready()
+    assert run.task is not None
+    await asyncio.wait({run.task}, timeout=0.2)
+    assert not run.task.done()
+    monkeypatch.setattr(config, "ROOTFS_SILENCE_S", 60.0)
+    run.release()
+    await run.wait()
+    assert tree(pair.target) == tree(pair.source)

@@ -162,7 +162,7 @@ def test_what_is_held_is_told_as_long_as_it_is(stage: Stage, role: Role) -> None
             one = seen(stage)
             assert one.container_state == f"is held on {HERE}"
             assert f"bring {PEER} back" in one.remedy
-            assert f"at once with: migrate recover {MIGRATION}" in one.remedy
+            assert f"at once: migrate recover {MIGRATION}" in one.remedy
         assert seen(stage).container_state == ""
 
 
