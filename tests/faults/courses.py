@@ -92,7 +92,10 @@ PLAIN: Final = Course(
                 ("prepare_target.after", "send_commit.before"),
                 ("enter_releasing.before", "release.before"),
             ),
-            (("tell_prepared.before", "tell_running.before"),),
+            (
+                ("tell_prepared.before", "tell_held.before"),
+                ("record_commit.before", "tell_running.before"),
+            ),
             *DUMPERS,
         ),
         **_each(
