@@ -82,6 +82,8 @@ RECOVERY_PERIOD_S = 5.0
 # How long a decision that the journal can't take is tried again.
 JOURNAL_PATIENCE_S = 20.0
 JOURNAL_PAUSE_S = 1.0
+# From the answer to OpenSession to the control channel: nothing is in between.
+FIRST_CONNECT_DEADLINE_S = 10.0
 # How long a new migration asks the target of a former one that was left in doubt.
 FORMER_PATIENCE_S = 5.0
 

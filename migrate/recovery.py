@@ -196,7 +196,8 @@ class Recovery:
             # The guard has done so already, unless it died with the coordinator.
             await asyncio.to_thread(give_back_if_there, plan)
         await asyncio.to_thread(self._wipe)
-        if self._facts.peer_host:
+        if self._recorded:
+            # Perhaps it has a session, though its answer was not written down.
             reason = "the migration was undone after its coordinator had ended"
             abort = messages.Abort(self._migration.migration_id, self._migration.attempt, reason)
             # A target that does not hear it asks.

@@ -93,6 +93,8 @@ class ControlChannel:
         self._waiting: asyncio.Task[None] | None = None
         self._is_lost = False
         self._is_over = False
+        # Whether the source has ever come.
+        self.was_open = False
 
     @property
     def is_open(self) -> bool:
@@ -169,6 +171,7 @@ class ControlChannel:
             again = self._outbox.resume(heard)
             self._stop_waiting()
             self._connection = connection
+            self.was_open = True
             for message in (messages.encode(messages.Heard(self._heard)).decode(), *again):
                 await connection.socket.send_str(message)
         if self._is_lost:

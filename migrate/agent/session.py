@@ -94,6 +94,7 @@ class Session:
         self._announcer: Announcer | None = None
         self._restoring: Restoring | AdoptedRestoring | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._expecting: asyncio.Task[None] | None = None
         self._held_in: S | None = None
         # Why the container is frozen here though it is this host's; empty for one that runs.
         self.stopped = ""
@@ -284,6 +285,13 @@ class Session:
 
     async def _tell_opened(self) -> None:
         self.ready.set_result(None)
+        self._expecting = asyncio.create_task(self._expect_source())
+
+    async def _expect_source(self) -> None:
+        """A source that opens a session and dies before it comes has no link that could break."""
+        await asyncio.sleep(config.FIRST_CONNECT_DEADLINE_S)
+        if not self.channel.was_open:
+            await self.driver.post(E.LINK_LOST)
 
     async def _prepare(self) -> E:
         assert self._descriptors is not None

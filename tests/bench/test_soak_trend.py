@@ -54,6 +54,16 @@ def test_what_fills_up_at_the_begin_has_not_grown() -> None:
     assert (found.first, found.last, found.has_grown) == (60_000, 100_000, False)
 
 
+def test_memory_that_fills_its_caches_has_not_grown() -> None:
+    """As seen: three MiB in 128 moves, and none after."""
+    series = [(at, 57_000 + 24 * min(at, 128)) for at in MOVES]
+    assert not trend("A", "agent_uss_kib", series).has_grown
+    assert not trend("A", "agent_uss_kib", series[:40]).has_grown
+    leak = [(at, 57_000 + 24 * at) for at in MOVES]
+    assert trend("A", "agent_uss_kib", leak).has_grown
+    assert trend("A", "agent_uss_kib", [(at, 57_000 + 60 * at) for at in MOVES][:40]).has_grown
+
+
 def test_a_short_run_is_not_judged_by_a_step_of_noise() -> None:
     """Half a MiB over ten moves would be 5 MiB in a hundred."""
     series = [(at, 80_000 + 50 * at) for at in range(0, 11, 2)]
