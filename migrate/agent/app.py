@@ -174,8 +174,8 @@ class Agent:
         if not session.passes.can_serve(int(number)):
             raise web.HTTPConflict(text="so many passes at once are not served")
         channel = web.WebSocketResponse(compress=False, max_msg_size=4 * CHUNK_BYTES)
-        await channel.prepare(request)
         with contextlib.suppress(ConnectionError):
+            await channel.prepare(request)
             await session.passes.serve(int(number), channel)
         return channel
 

@@ -114,6 +114,8 @@ class ControlChannel:
         try:
             await connection.socket.prepare(request)
             await self._serve(connection, heard)
+        except ConnectionError as error:
+            log.info("the connection broke as it began", why=str(error))
         except ProtocolError as error:
             log.warning("message refused", why=str(error))
             await connection.socket.close(
