@@ -64,14 +64,15 @@ class AdoptedRestoring:
         return {}
 
     def _commit(self) -> None:
-        def is_resumed() -> bool:
-            if hooks.has_seen(self._hold, "post-resume"):
+        def is_over() -> bool:
+            if hooks.has_seen(self._hold, "post-resume") or hooks.criu_pid(self._hold) is None:
                 return True
             if not hooks.is_let_go(self._hold):
                 hooks.say(self._hold, "commit")
             return False
 
-        if not waited(is_resumed, config.HANDOVER_DEADLINE_S):
+        waited(is_over, config.HANDOVER_DEADLINE_S)
+        if not hooks.has_seen(self._hold, "post-resume"):
             raise RestoreFailed(
                 f"{self.plan.container} was let go and did not come to run",
                 host=self._host,

@@ -359,7 +359,13 @@ class Session:
         if self._announcer is None:
             netns = Path(self._network.netns)
             self._announcer = await asyncio.to_thread(Announcer, netns, self.request.network)
-        self._marks |= await self._restoring.commit()
+        try:
+            self._marks |= await self._restoring.commit()
+        except RestoreFailed:
+            # A CRIU that has lost its runtime meanwhile has undone its restore when told to go on.
+            if isinstance(self._restoring, Restoring) or await self._restoring.is_there():
+                raise
+            return E.COPY_LOST
         self._announcer.send()
         self._announcing = asyncio.create_task(self._announcer.announce())
         return E.RESUMED
