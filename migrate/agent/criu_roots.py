@@ -9,22 +9,35 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from migrate.mounts import unmount
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _PATTERN = ".criu.mntns.*"
 
 
-def sweep(directory: Path = Path("/tmp")) -> int:  # noqa: S108 - CRIU's choice
+def is_criu_alive() -> bool:
+    """Whether any CRIU runs on this host; a held one is in the mounts of its container."""
+    return any(one.info["name"] == "criu" for one in psutil.process_iter(["name"]))
+
+
+def sweep(
+    directory: Path = Path("/tmp"),  # noqa: S108 - CRIU's choice
+    is_busy: Callable[[], bool] = is_criu_alive,
+) -> int:
     """Remove what no living CRIU can be using; how many there were. Blocking.
 
-    While any CRIU is alive nothing is removed: whose a directory is can't be told from outside.
+    While any CRIU is alive nothing is removed: whose a directory is can't be told from outside, and
+    a CRIU that does not find its own gives its restore up.
     """
     # In this order: what a CRIU makes that begins after the listing is not in it.
     found = list(directory.glob(_PATTERN))
-    if not found or any(_sees(one.pid) for one in _criu_processes()):
+    if not found or is_busy():
         return 0
     count = 0
     for path in found:
@@ -33,14 +46,3 @@ def sweep(directory: Path = Path("/tmp")) -> int:  # noqa: S108 - CRIU's choice
             path.rmdir()
             count += 1
     return count
-
-
-def _criu_processes() -> list[psutil.Process]:
-    return [one for one in psutil.process_iter(["name"]) if one.info["name"] == "criu"]
-
-
-def _sees(pid: int) -> bool:
-    """Whether a process sees the same mounts, and so the same /tmp."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/ns/mnt").stat().st_ino == Path("/proc/self/ns/mnt").stat().st_ino
-    return False

@@ -17,16 +17,17 @@ def test_a_root_is_unmounted_and_removed(tmp_path: Path) -> None:
         directory.mkdir()
     mount_tmpfs(root, 1 << 20)
     (root / "file").write_text("of the container")
-    assert criu_roots.sweep(tmp_path) == 2
+    # A lab beside this test may have a CRIU.
+    assert criu_roots.sweep(tmp_path, lambda: False) == 2
     assert list(tmp_path.iterdir()) == [other]
-    assert criu_roots.sweep(tmp_path) == 0
+    assert criu_roots.sweep(tmp_path, lambda: False) == 0
 
 
 def test_what_is_not_empty_and_no_mount_is_left_alone(tmp_path: Path) -> None:
     root = tmp_path / ".criu.mntns.abc123"
     root.mkdir()
     (root / "file").write_text("whose is that?")
-    assert criu_roots.sweep(tmp_path) == 0
+    assert criu_roots.sweep(tmp_path, lambda: False) == 0
     assert (root / "file").exists()
 
 
