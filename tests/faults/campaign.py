@@ -3,6 +3,7 @@
     python3 -m tests.faults.campaign all                     every point; renews docs/reliability.md
     python3 -m tests.faults.campaign 'source.*.kill-guard'   some, by name (fnmatch)
     python3 -m tests.faults.campaign sample                  those of tests/faults/test_sample.py
+    python3 -m tests.faults.campaign all --results DIR --document     the document once more
 
 Several labs run side by side, each in a thread; a lab in which a point failed is replaced, since
 what the failure left would be blamed on the next. Results are JSON lines, with what there was to
@@ -169,6 +170,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=JOBS, help="labs side by side")
     parser.add_argument("--results", type=Path, help="directory of the results, to go on with")
     parser.add_argument("--list", action="store_true", help="only name the points")
+    parser.add_argument(
+        "--document", action="store_true", help="only make the document, of the results so far"
+    )
     options = parser.parse_args()
     points = chosen(options.patterns)
     if not points:
@@ -178,20 +182,14 @@ def main() -> int:
         return 0
     directory = options.results or Path(tempfile.mkdtemp(prefix="dolly-faults-"))
     directory.mkdir(parents=True, exist_ok=True)
-    begin_s = time.monotonic()
-    earlier = read_outcomes(directory, points)
-    passed = {one.point for one in earlier if one.passed}
-    campaign = Campaign([point for point in points if str(point) not in passed], directory)
-    campaign.run(options.jobs)
-    failed = sum(not one.passed for one in campaign.outcomes)
-    minutes = (time.monotonic() - begin_s) / 60
-    done = f"{len(campaign.outcomes)} points in {minutes:.1f} min, {failed} failed"
-    print(f"{done}; results in {directory}")
+    failed = 0 if options.document else _carry_out(points, directory, options.jobs)
     if "all" in options.patterns:
+        outcomes = read_outcomes(directory, points)
         text = render(
-            [*earlier, *campaign.outcomes],
+            outcomes,
             environment(options.jobs),
             simulate(),
+            len(points),
             silence_s=trial.SILENCE_S,
             alone_s=trial.OPERATOR_AFTER_S,
             helped_s=trial.RECOVERED_AFTER_S,
@@ -200,6 +198,19 @@ def main() -> int:
         DOCUMENT.write_text(text)
         print(f"written: {DOCUMENT}")
     return int(failed > 0)
+
+
+def _carry_out(points: Sequence[Point], directory: Path, jobs: int) -> int:
+    """Those that have not passed yet; how many failed."""
+    begin_s = time.monotonic()
+    passed = {one.point for one in read_outcomes(directory, points) if one.passed}
+    campaign = Campaign([point for point in points if str(point) not in passed], directory)
+    campaign.run(jobs)
+    failed = sum(not one.passed for one in campaign.outcomes)
+    minutes = (time.monotonic() - begin_s) / 60
+    done = f"{len(campaign.outcomes)} points in {minutes:.1f} min, {failed} failed"
+    print(f"{done}; results in {directory}")
+    return failed
 
 
 if __name__ == "__main__":

@@ -60,10 +60,12 @@ def render(
     outcomes: Sequence[Outcome],
     environment: Mapping[str, str],
     simulation: Simulation,
+    generated: int,
     **numbers: float,
 ) -> str:
-    """The whole document. Of a point that was carried out several times the last one counts, and
-    what failed before is named. `numbers` are those that HEAD names."""
+    """The whole document. `generated`: how many points there are. Of a point that was carried out
+    several times the last one counts, and what failed before is named. `numbers` are those that
+    HEAD names."""
     latest = {one.point: one for one in outcomes}
     earlier = [one for one in outcomes if not one.passed and one is not latest[one.point]]
     outcomes = list(latest.values())
@@ -71,7 +73,7 @@ def render(
     parts = [
         HEAD.format(**numbers),
         "## Result\n",
-        _verdict(outcomes, failed),
+        _verdict(outcomes, failed, generated),
         "| | |\n|---|---|",
         *(f"| {name} | {value} |" for name, value in environment.items()),
         "",
@@ -79,7 +81,10 @@ def render(
     if failed:
         parts += ["## Failures\n", *(_failure(one) for one in failed), ""]
     if earlier:
-        head = "These had failed before, and were carried out again after a change:\n"
+        head = (
+            f"{len(earlier)} failures were seen before in this campaign. Their causes were removed,"
+            " and the points carried out again:\n"
+        )
         parts += [head, *(_failure(one) for one in earlier), ""]
     parts += ["## By victim\n", _table(outcomes, ["victim"], _by_victim), ""]
     parts += [
@@ -93,9 +98,12 @@ def render(
     return "\n".join(parts)
 
 
-def _verdict(outcomes: Sequence[Outcome], failed: Sequence[Outcome]) -> str:
+def _verdict(outcomes: Sequence[Outcome], failed: Sequence[Outcome], generated: int) -> str:
     courses = len({one.course for one in outcomes})
-    return f"**{len(outcomes)} points on {courses} courses, {len(failed)} failed.**\n"
+    missing = generated - len(outcomes)
+    verdict = f"**{len(outcomes)} points on {courses} courses, {len(failed)} failed.**"
+    rest = f" {missing} of the {generated} points that there are were not carried out this time."
+    return f"{verdict}{rest if missing else ''}\n"
 
 
 def _failure(outcome: Outcome) -> str:

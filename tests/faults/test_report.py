@@ -30,11 +30,12 @@ ELSEWHERE = msgspec.structs.replace(
 )
 
 
-def document(*outcomes: Outcome) -> str:
+def document(*outcomes: Outcome, generated: int | None = None) -> str:
     return render(
         outcomes,
         {"kernel": "6.12"},
         Simulation(faults=2, worlds=180_000, walks=60, walk_faults=8),
+        len({one.point for one in outcomes}) if generated is None else generated,
         silence_s=7.0,
         alone_s=25.0,
         helped_s=30.0,
@@ -63,8 +64,13 @@ def test_a_point_counts_once_and_an_earlier_failure_is_named() -> None:
     text = document(PASSED, FAILED, again)
     assert "**2 points on 1 courses, 0 failed.**" in text
     assert "| agent | 2 | 0 | 2 | 0 | 0.50 s | 0.50 s | 0 |" in text
-    assert "failed before" in text
+    assert "1 failures were seen before" in text
     assert "- `d`\n  - it executes on no host" in text
+
+
+def test_points_that_were_not_carried_out_are_counted() -> None:
+    assert "2 of the 3 points that there are were not carried out" in document(PASSED, generated=3)
+    assert "not carried out" not in document(PASSED)
 
 
 def test_nothing_but_failures_has_no_times() -> None:
