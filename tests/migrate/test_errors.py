@@ -83,9 +83,9 @@ def test_exit_codes() -> None:
     by_code = {
         code: {kind.__name__ for kind in kinds if kind.exit_code == code} for code in (1, 2, 3)
     }
-    assert by_code[2] == {"UsageError", "PreflightRefused", "SessionRefused"}
+    assert by_code[2] == {"UsageError", "PreflightRefused", "SessionRefused", "JournalUnusable"}
     assert by_code[3] == {"InDoubt", "RollbackFailed"}
-    assert len(by_code[1]) == len(kinds) - 5
+    assert len(by_code[1]) == len(kinds) - 6
     assert all(kind.__doc__ for kind in kinds)
 
 
