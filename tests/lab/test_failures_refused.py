@@ -170,13 +170,13 @@ def test_a_host_without_disk(under: Threatened) -> None:
     assert remedy
 
 
-# `migrate` with an identifier and a journal of the test's own.
+# `migrate` with an identifier, a journal and claims of the test's own.
 KNOWN_ID: Final = """
 import sys
 from pathlib import Path
 from migrate import cli, config
 identifier, real = sys.argv.pop(1), config.HostPaths
-config.HostPaths = lambda: real(state=Path("/run/other"))
+config.HostPaths = lambda: real(state=Path("/run/other"), run=Path("/run/other/run"))
 cli.new_migration_id = lambda: identifier
 cli.main()
 """
