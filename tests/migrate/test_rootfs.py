@@ -293,10 +293,10 @@ async def test_rsync_hangs_while_the_container_stands_still(pair: Pair) -> None:
 async def test_a_pass_is_not_silent_while_it_waits_at_its_gate(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "ROOTFS_SILENCE_S", 0.02)
     populate(pair.source)
     run = pair.copier.start(gated=True)
     await run.wait_ready()
+    monkeypatch.setattr(config, "ROOTFS_SILENCE_S", 0.02)
     assert run.task is not None
     await asyncio.wait({run.task}, timeout=0.2)
     assert not run.task.done()
