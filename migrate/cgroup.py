@@ -49,11 +49,16 @@ def is_frozen(cgroup: Path) -> bool:
         return False
 
 
+def own_name() -> str:
+    """This process's cgroup below the mount, "/…"; "/" without cgroup v2."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    # The line of cgroup v2 begins with the hierarchy 0 and names no controller (cgroups(7)).
+    return next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
+
+
 def own() -> Path:
     """The directory of this process's cgroup."""
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    # The line of cgroup v2 is the last one (cgroups(7)).
-    return MOUNT / lines[-1].partition("::")[2].lstrip("/")
+    return MOUNT / own_name().lstrip("/")
 
 
 def thaw(cgroup: Path) -> None:

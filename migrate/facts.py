@@ -19,6 +19,7 @@ import psutil
 
 from criu_glue.errors import TaskGoneError
 from criu_glue.mappings import cgroup_pids, vpid
+from migrate import cgroup
 from migrate.core import messages
 from migrate.errors import MigrateError
 from migrate.network import NetworkHandle
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 # `criu --version` and `criu cpuinfo` take milliseconds.
 CRIU_DEADLINE_S = 20.0
-_CGROUPS = Path("/sys/fs/cgroup")
 _INACTIVE_FILE = re.compile(r"^inactive_file (\d+)$", re.MULTILINE)
 _STATUS_KB = re.compile(r"^(RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 
@@ -140,9 +140,8 @@ def host_versions(runtime: Runtime) -> messages.Versions:
 def free_memory_bytes() -> int:
     """Memory that a new container could take here: of the host, and within the limits of this
     process's cgroup, which the page store is counted in."""
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    return int(min(psutil.virtual_memory().available, left_bytes(_CGROUPS, own)))
+    own = cgroup.own_name().lstrip("/")
+    return int(min(psutil.virtual_memory().available, left_bytes(cgroup.MOUNT, own)))
 
 
 def left_bytes(cgroups: Path, own: str) -> float:

@@ -115,7 +115,7 @@ def busy(hold_directory: Path, runtime_pid: int) -> list[int]:
     """The processes of a dump; CRIU may be held still when its runtime is dead already."""
     pids = [runtime_pid] if hold_directory.exists() and is_alive(runtime_pid) else []
     criu = criu_pid(hold_directory)
-    return pids if criu is None or not is_alive(criu) else [*pids, criu]
+    return pids if criu is None else [*pids, criu]
 
 
 def give_back(plan: GuardPlan) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrate import blockers, facts, network
+from migrate.cgroup import own_name
 from migrate.container_checks import is_below, judge_container, judge_spec
 from migrate.errors import PreflightRefused, runs_on
 from migrate.host_checks import (
@@ -323,8 +324,7 @@ def _of_configuration(request: OpenSession, paths: HostPaths) -> list[Refusal]:
 
 
 def _of_cgroup(spec: dict[str, Any], name: str) -> list[Refusal]:
-    own = _read(Path("/proc/self/cgroup")).splitlines()
-    path = cgroup_for(spec, name, own_cgroup=own[-1].partition("::")[2] if own else "/")
+    path = cgroup_for(spec, name, own_cgroup=own_name())
     if not path.exists():
         return []
     # Also of what a peer may want: its container would share the fate of whoever is in there.

@@ -16,7 +16,6 @@ from migrate import config
 from migrate.agent.ending import end_restore, stop_on_zeros, waited
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
-from migrate.processes import is_alive
 from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
@@ -49,8 +48,7 @@ class AdoptedRestoring:
     def _is_there(self) -> bool:
         limit_s = time.monotonic() + config.RESTORE_DEADLINE_S
         while not hooks.has_seen(self._hold, "post-resume"):
-            criu = hooks.criu_pid(self._hold)
-            is_restoring = criu is not None and is_alive(criu)
+            is_restoring = hooks.criu_pid(self._hold) is not None
             if not is_restoring or time.monotonic() > limit_s:
                 return hooks.is_let_go(self._hold)
             if hooks.is_held(self._hold):

@@ -12,7 +12,7 @@ import structlog
 
 from criu_glue import hooks, pager_watch
 from migrate import cgroup, config
-from migrate.processes import is_alive, kill_tree, users_of
+from migrate.processes import kill_tree, users_of
 from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def end_restore(session: Path) -> None:
 
     def has_ended() -> bool:
         runtimes = [one for one in users_of(session) if "restore" in one.info["cmdline"]]
-        if not runtimes and _criu(hold) is None:
+        if not runtimes and hooks.criu_pid(hold) is None:
             return True
         hooks.abort_from_outside(hold)
         return False
@@ -50,8 +50,8 @@ def end_restore(session: Path) -> None:
 
 def wait_criu_ended(hold: Path, deadline_s: float) -> None:
     """Returns when the CRIU of a hold is gone; it is killed at the deadline. Blocking."""
-    if not waited(lambda: _criu(hold) is None, deadline_s):
-        while (criu := _criu(hold)) is not None:
+    if not waited(lambda: hooks.criu_pid(hold) is None, deadline_s):
+        while (criu := hooks.criu_pid(hold)) is not None:
             kill_tree(criu)
             time.sleep(_STEP_S)
 
@@ -72,8 +72,3 @@ def waited(is_so: Callable[[], bool], deadline_s: float) -> bool:
             return False
         time.sleep(_STEP_S)
     return True
-
-
-def _criu(hold: Path) -> int | None:
-    pid = hooks.criu_pid(hold)
-    return pid if pid is not None and is_alive(pid) else None

@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+from migrate.cgroup import own_name
 from migrate.runtimes.base import (
     Container,
     ContainerNotFoundError,
@@ -246,9 +247,7 @@ def bundle_cgroup(bundle: Path, name: str) -> Path | None:
     path = bundle / "config.json"
     if not path.exists():
         return None
-    own = Path("/proc/self/cgroup").read_text().splitlines()
-    # The line of cgroup v2 is the last one (cgroups(7)).
-    return cgroup_for(_read_json(path), name, own_cgroup=own[-1].partition("::")[2])
+    return cgroup_for(_read_json(path), name, own_cgroup=own_name())
 
 
 def _directories(image_dir: Path, work_dir: Path) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 from collections.abc import Iterator
 
 import pytest
 
+from bench.lab.host import Host
 from bench.lab.lab import Lab
 from tests.lab.brake import Brake
 from tests.lab.invariants import (
@@ -35,6 +37,17 @@ journal.execute("BEGIN EXCLUSIVE")
 print("locked", flush=True)
 sys.stdin.read()
 """
+
+
+@contextlib.contextmanager
+def locked_journal(host: Host) -> Iterator[None]:
+    """Nobody can write the host's journal within the block."""
+    locker = host.popen(["python3", "-c", LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with locker:
+        assert locker.stdout is not None
+        assert locker.stdout.readline() == "locked\n"
+        yield
+        locker.communicate("")
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +99,9 @@ def test_the_journal_can_not_be_written_when_it_is_time_to_commit(lab: Lab) -> N
     with threatened(lab, "c-journal") as under:
         with brake.on("restore"), attempt(under) as underway:
             brake.wait_reached(underway)
-            locker = source.popen(
-                ["python3", "-c", LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-            with locker:
-                assert locker.stdout is not None
-                assert locker.stdout.readline() == "locked\n"
+            with locked_journal(source):
                 brake.release()
                 done = underway.finish()
-                locker.communicate("")
         assert done.code in (1, 3), done
         assert "journal" in done.stderr
         assert "Traceback" not in done.stderr
@@ -108,18 +115,12 @@ def test_the_target_can_not_record_the_commit_for_a_while(lab: Lab) -> None:
     with threatened(lab, "c-t-journal") as under:
         with brake.on("restore"), attempt(under) as underway:
             brake.wait_reached(underway)
-            locker = target.popen(
-                ["python3", "-c", LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-            with locker:
-                assert locker.stdout is not None
-                assert locker.stdout.readline() == "locked\n"
+            with locked_journal(target):
                 brake.release()
                 failed = "action=<TargetAction.RECORD_COMMIT"
                 wait_until("it can't be recorded", lambda: failed in target.read_text(AGENT_LOG))
                 assert is_held(target, under.name)
-                locker.communicate("")
-                done = underway.finish()
+            done = underway.finish()
         assert done.code == 0, done
         assert running_on(lab, under.name) == ["B"]
         wait_clean(lab.host("A"))
