@@ -27,11 +27,16 @@ def launch(host: Host, env: Mapping[str, str] | None = None) -> None:
     host.run(["setsid", "--fork", "sh", "-c", script], env=env)
 
 
+def listens(host: Host) -> bool:
+    """Whether the agent accepts TCP connections."""
+    probe = f"exec 3<>/dev/tcp/{host.address}/{PORT}"
+    return host.run(["bash", "-c", probe], check=False).returncode == 0
+
+
 def wait_listening(host: Host) -> None:
     """Returns when the agent accepts TCP connections; LabError with its log when it does not."""
-    probe = f"exec 3<>/dev/tcp/{host.address}/{PORT}"
     deadline = time.monotonic() + LISTEN_DEADLINE_S
-    while host.run(["bash", "-c", probe], check=False).returncode != 0:
+    while not listens(host):
         pid = _pid(host)
         gone = pid is not None and not host.path(f"/proc/{pid}").exists()
         if gone or time.monotonic() > deadline:

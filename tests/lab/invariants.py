@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.containers import ContainerSpec, host_device
+from bench.lab import agents
 from bench.lab.host import Host
 from bench.lab.lab import Lab
+from criu_glue import hooks
 from tests.lab.brake import Brake
 from tests.lab.inside import inside
 from tests.lab.migrating import (
@@ -102,8 +104,14 @@ class Threatened:
 def threatened(
     lab: Lab, name: str, *, args: tuple[str, ...] = ("8",), memory_mib: int = 24
 ) -> Iterator[Threatened]:
-    """A container on A; at the end its client must have lost nothing."""
+    """A container on A; at the end its client must have lost nothing.
+
+    Agents that an earlier test has left dead are started, so that its failure is its own.
+    """
     lab.set_rate("A", FAST)
+    for host in lab.hosts:
+        if not agents.listens(host):
+            lab.start_agent(host.name, env=Brake(host).env)
     spec = ContainerSpec(
         name,
         "memory",
@@ -136,9 +144,10 @@ def executed_ns(host: Host, name: str) -> dict[str, int]:
 
 
 def is_held(host: Host, name: str) -> bool:
-    """Whether a restored copy is there that has not executed anything yet."""
-    hooks = host.run(["pgrep", "-f", "/hold/hook"], check=False).stdout
-    return bool(hooks.strip()) and bool(executed_ns(host, name))
+    """Whether a restored copy is there whose CRIU waits for its verdict: before that its tasks
+    still execute CRIU's code."""
+    holds = host.path("/run/migrate/sessions").glob("*.target/work/hold")
+    return any(hooks.is_held(hold) for hold in holds) and bool(executed_ns(host, name))
 
 
 def assert_runs_once(under: Threatened) -> None:
