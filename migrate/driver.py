@@ -44,7 +44,8 @@ RECOVERED = "recovered"
 
 @dataclass(frozen=True, slots=True)
 class _Posted(Generic[KindT]):
-    """An event in the queue. `act` is the task that it answers for, None for one from outside."""
+    """An event in the queue. `act` is the task that posted it: an act's, or the timer of a state;
+    None for one from outside."""
 
     kind: KindT
     from_peer: bool
@@ -153,7 +154,8 @@ class Driver(Generic[StateT, KindT, ActionT]):
         await self._take(posted)
 
     async def _take(self, posted: _Posted[KindT]) -> None:
-        if posted.act in self._overtaken:
+        is_late = posted.kind is self._deadline_passed and posted.act not in (None, self._timer)
+        if is_late or posted.act in self._overtaken:
             return
         before = self.machine.state
         try:
@@ -195,7 +197,8 @@ class Driver(Generic[StateT, KindT, ActionT]):
     async def _tell_deadlines(self, period_s: float) -> None:
         while True:
             await asyncio.sleep(period_s)
-            await self.post(self._deadline_passed)
+            # Of this state: one that is heard when the next has been entered counts no more.
+            await self._answer(self._deadline_passed)
 
     def _begin(self, actions: tuple[ActionT, ...]) -> None:
         if actions:

@@ -173,21 +173,29 @@ class Recovery:
             state = await peer.say(migration.peer, self._facts.port, self._paths, "target", message)
         except MigrateError as error:
             self._said = error.message
-            await self._hold()
+            self._wait_on()
             return None
         self._said = f"{migration.peer} says {state}"
         event = target_reported(state)
         is_slow = event is E.TARGET_HELD and kind is messages.Commit
         if is_slow or event is E.TARGET_COMMITTED:
             # It has heard it, and not recorded it or not resumed yet: asked again in time.
-            await self._hold()
+            self._wait_on()
             return None
         return event
 
     async def _hold(self) -> None:
-        """In doubt: wait as long as there is patience, then leave it to whoever comes next."""
-        undoing = self._driver.state in (S.ROLLING_BACK, S.RELEASING)
-        if undoing or time.monotonic() >= self._limit_s:
+        """Leave it to whoever comes next: at once where an undoing failed, else in time."""
+        if self._driver.state in (S.ROLLING_BACK, S.RELEASING):
+            self._driver.halt(in_doubt(self._migration, self._host, self._said))
+        else:
+            self._wait_on()
+
+    def _wait_on(self) -> None:
+        """In doubt: wait as long as there is patience. Somebody asks again and again, so an answer,
+        or the want of one, may come when another one has decided: it counts for nothing then."""
+        is_open = self._driver.state in (S.COMMITTED, S.IN_DOUBT)
+        if is_open and time.monotonic() >= self._limit_s:
             self._driver.halt(in_doubt(self._migration, self._host, self._said))
 
     async def _rollback(self) -> E:
