@@ -48,6 +48,7 @@ from migrate.errors import (
 )
 from migrate.freezing import Freezing
 from migrate.journal import JournalWriter
+from migrate.ledger import Ledger
 from migrate.mounts import mount_tmpfs
 from migrate.report import ReportBuilder
 from migrate.standstill import Standstill
@@ -113,6 +114,7 @@ class Coordinator:
         self._attempt = 0
         self._claim: Claim | None = None
         self._journal: JournalWriter | None = None
+        self._ledger: Ledger | None = None
         self._commit_is_unknown = False
         self._target: Conversation | None = None
         self._facts: ContainerFacts | None = None
@@ -215,16 +217,17 @@ class Coordinator:
         where nobody knows whether the commit was written, the target may be told that it was: then
         nothing is undone before the journal says that it was not, or that it is undone.
         """
-        assert self._journal is not None
+        assert self._ledger is not None
         limit_s = time.monotonic() + config.JOURNAL_PATIENCE_S
         while True:
             try:
-                await self._journal.record(self.migration_id, "source", str(state), event)
+                await self._ledger.record(str(state), event)
             except JournalError as error:
                 if state in (S.PRECOPY, S.FROZEN, S.COMMITTED):
                     raise
-                log.warning("not recorded", state=str(state), why=str(error))
                 if not self._commit_is_unknown or await self._is_uncommitted():
+                    self._warn(f"{state} is not in the journal: {error.message}")
+                    self._ledger.owe(str(state), event)
                     return
                 if time.monotonic() > limit_s:
                     raise
@@ -246,6 +249,7 @@ class Coordinator:
 
     async def _open_journal(self) -> None:
         self._journal = await asyncio.to_thread(JournalWriter, self._paths.journal)
+        self._ledger = Ledger(self._journal, self.migration_id, "source")
         await self._settle_former()
         self._claim = Claim.take(self._paths.claim(self.migration_id, "source"), "coordinator")
         self._attempt = await self._journal.claim_attempt()

@@ -518,6 +518,12 @@ def _damaged(path: Path, what: str) -> JournalError:
     )
 
 
+def _remedy(path: Path, error: sqlite3.OperationalError) -> str:
+    if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+        return f"free space in {path.parent}"
+    return "is the disk full, the directory writable, another process stuck in it?"
+
+
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
     try:
@@ -525,8 +531,9 @@ def _translated(path: Path) -> Iterator[None]:
     except sqlite3.ProgrammingError:
         raise  # used from another thread, or after `close`: nothing is wrong with the file
     except sqlite3.OperationalError as error:
-        remedy = "is the disk full, the directory writable, another process stuck in it?"
-        raise JournalError(f"{path} cannot be used: {error}", remedy=remedy) from error
+        raise JournalError(
+            f"{path} cannot be used: {error}", remedy=_remedy(path, error)
+        ) from error
     except sqlite3.DatabaseError as error:
         raise _damaged(path, str(error)) from error
     except OSError as error:

@@ -42,6 +42,7 @@ from migrate.errors import (
     RestoreFailed,
     TransferFailed,
 )
+from migrate.ledger import Ledger
 from migrate.rootfs import Passes
 from migrate.runtimes.runc import bundle_cgroup
 
@@ -87,6 +88,7 @@ class Session:
         self._host = host
         self._runtime = runtime
         self._journal = journal
+        self._ledger = Ledger(journal, request.migration_id, "target")
         self._data = data
         self.workspace = Workspace(request, paths)
         self.passes = Passes(self.workspace.rootfs, self.workspace.work_dir)
@@ -255,12 +257,13 @@ class Session:
         """
         while True:
             try:
-                await self._journal.record(self.request.migration_id, "target", str(state), event)
+                await self._ledger.record(str(state), event)
             except JournalError as error:
                 if state in (S.RECEIVING, S.PREPARED):
                     raise
                 log.warning("not recorded", migration=self.request.migration_id, why=str(error))
                 if state is not S.ABORTED:
+                    self._ledger.owe(str(state), event)
                     return
                 await asyncio.sleep(config.JOURNAL_PAUSE_S)
             else:
@@ -345,9 +348,7 @@ class Session:
                 )
 
     async def _record_commit(self) -> E:
-        await self._journal.record(
-            self.request.migration_id, "target", str(S.COMMITTED), str(E.COMMIT_RECEIVED)
-        )
+        await self._ledger.record(str(S.COMMITTED), str(E.COMMIT_RECEIVED))
         self._marks = {"commit": time.monotonic_ns() // 1000}
         return E.COMMIT_RECORDED
 
@@ -399,7 +400,19 @@ class Session:
         if self._announcing is not None:
             await quietly(self._announcing)
         self._close_announcer()
+        await self._settle_ledger()
         await asyncio.to_thread(self.workspace.wipe_session)
+
+    async def _settle_ledger(self) -> None:
+        """Returns when the journal has all of it: without that, the session's directory is what
+        tells the next agent that the container has run."""
+        while True:
+            try:
+                await self._ledger.settle()
+            except JournalError:
+                await asyncio.sleep(config.JOURNAL_PAUSE_S)
+            else:
+                return
 
     async def _discard(self) -> E:
         await self._revoke()

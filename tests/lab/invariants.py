@@ -298,10 +298,11 @@ def _ended(underway: Underway) -> bool:
 
 # ---- the whole lab ----
 
-_UNFINISHED: Final = """
+UNFINISHED: Final = """
 from migrate.journal import Journal
 with Journal.open_read_only(Path("/var/lib/migrate/journal.sqlite")) as journal:
-    answer([[one.migration_id, one.role, one.container] for one, _ in journal.unfinished()])
+    found = journal.unfinished()
+    answer([[one.migration_id, one.role, records[-1].state] for one, records in found])
 """
 
 
@@ -315,5 +316,5 @@ def failure_lab() -> Iterator[Lab]:
         yield lab
         for host in lab.hosts:
             wait_clean(host)
-            assert inside(host, _UNFINISHED) == [], host.name
+            assert inside(host, UNFINISHED) == [], host.name
             assert "Traceback" not in host.read_text(AGENT_LOG), host.read_text(AGENT_LOG)
