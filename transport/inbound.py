@@ -30,6 +30,7 @@ from transport.core.frames import (
     verify,
 )
 from transport.core.tables import RunKind, parse_file, parse_runs
+from transport.core.transcript import Carried, Pieces, StreamDigest, extended, piece_digest
 from transport.errors import (
     StreamBrokenError,
     TargetFailedError,
@@ -40,6 +41,8 @@ from transport.errors import (
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterator
+
+    from transport.core.frames import Data
 
 FRAME_DEADLINE_S = 60.0
 """For the rest of a frame after its first byte: twice what the sender has for writing it."""
@@ -70,11 +73,24 @@ class Session:
 
     rounds: Rounds = field(default_factory=Rounds)
     inboxes: dict[int, Inbox] = field(default_factory=dict)
+    pieces: Pieces = field(default_factory=Pieces)
     failure: TransportError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def inbox(self, stream: int) -> Inbox:
         return self.inboxes.setdefault(stream, Inbox())
+
+    def carried(self) -> Carried:
+        """What was applied; complete once the streams have ended."""
+        with self.lock:
+            return Carried(
+                tuple(
+                    StreamDigest(index, inbox.applied, inbox.digest)
+                    for index, inbox in sorted(self.inboxes.items())
+                    if inbox.applied
+                ),
+                self.pieces.files(),
+            )
 
 
 def send_answer(stream: ssl.SSLSocket, status: Status, sequence: int) -> None:
@@ -133,19 +149,26 @@ class InboundStream:
             self._inbox.expect(header.sequence)
             with self._session.lock:
                 self._session.rounds.admit(header.round)
-            self._apply(header, table, body)
-            self._inbox.done(header.sequence)
+            witness = self._apply(header, table, body)
+            digest = extended(self._inbox.digest, (self._header, table, witness))
+            self._inbox.done(header.sequence, digest)
             self.frames += 1
             send_answer(self._stream, Status.APPLIED, header.sequence)
 
-    def _apply(self, header: FrameHeader, table: memoryview, body: memoryview) -> None:
-        """Everything that the peer says is checked before the sink hears of any of it."""
+    def _apply(self, header: FrameHeader, table: memoryview, body: memoryview) -> Data:
+        """Everything that the peer says is checked before the sink hears of any of it.
+
+        Returns what of the body is the frame's witness.
+        """
         if header.type == FrameType.FILE:
             name, offset = parse_file(header, table)
             raw = self._decoder.decode(header.codec, body, header.raw_bytes)
+            digest = piece_digest(raw)
+            with self._session.lock:
+                self._session.pieces.add(name, offset, len(raw), digest)
             with _sink_errors():
                 self._sink.write_file(name, offset, raw)
-            return
+            return digest
         runs = parse_runs(header, table)
         raw = self._decoder.decode(header.codec, body, header.raw_bytes)
         sink, task, begin = self._sink, header.task, 0
@@ -157,6 +180,7 @@ class InboundStream:
                 end = begin + pages * PAGE_BYTES
                 sink.write(task, address, raw[begin:end])
                 begin = end
+        return body
 
     def _read_header(self) -> bool:
         """Whether another frame came, its header read; False at the end of the stream."""

@@ -25,6 +25,7 @@ import structlog
 
 from transport import tls
 from transport.core.frames import HELLO_BYTES, Hello, Status, parse_hello
+from transport.core.transcript import Carried
 from transport.errors import (
     FrameError,
     StreamBrokenError,
@@ -136,15 +137,16 @@ class DataListener:
     def port(self) -> int:
         return int(self._listening.getsockname()[1])
 
-    def revoke(self, ticket: bytes) -> None:
+    def revoke(self, ticket: bytes) -> Carried:
         """End the streams of a session and forget it; its sink is not called any more afterwards.
 
-        `authorise` must refuse the ticket already. Raises TransportError when a sink call does not
-        return.
+        Returns what they have carried, nothing for a session that is not known. `authorise` must
+        refuse the ticket already. Raises TransportError when a sink call does not return.
         """
         self._end(lambda connection: connection.ticket == ticket)
         with self._changed:
-            self._sessions.pop(ticket, None)
+            session = self._sessions.pop(ticket, None)
+        return session.carried() if session is not None else Carried()
 
     def stop(self) -> None:
         """End the listener and all streams, as `revoke` does. Idempotent."""

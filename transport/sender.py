@@ -33,6 +33,7 @@ from transport.core.batches import batches, checked_runs
 from transport.core.dedup import TABLE_BYTES, PageHashes
 from transport.core.frames import FRAME_PAGES_MAX, FRAME_RAW_BYTES_MAX, STREAMS_MAX
 from transport.core.tables import encode_file
+from transport.core.transcript import Carried, StreamDigest
 from transport.errors import AbortedError, SourceFailedError, TransportError
 from transport.stream import REOPEN_PATIENCE_S, OutFrame, OutStream
 from transport.worker import FileJob, Job, Ledger, PageJob, Progress, ReadPages, Runs, Worker
@@ -132,6 +133,17 @@ class PageSender:
     def progress(self) -> Progress:
         """What was done so far, also while a call is running, from any thread."""
         return sum((worker.progress for worker in self._workers), Progress())
+
+    def carried(self) -> Carried:
+        """What the streams have carried so far; waits for a running call."""
+        with self._calls, self._ledger.lock:
+            streams = [(at, worker.stream) for at, worker in enumerate(self._workers)]
+            return Carried(
+                tuple(
+                    StreamDigest(at, one.frames, one.digest) for at, one in streams if one.frames
+                ),
+                self._ledger.pieces.files(),
+            )
 
     def connect(self) -> None:
         """Open every stream that is not: before the first round, and again before a freeze."""

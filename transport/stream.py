@@ -8,6 +8,7 @@ read in between, as far as they have arrived; only when the window is full is on
 from __future__ import annotations
 
 import fcntl
+import secrets
 import select
 import sys
 import termios
@@ -20,6 +21,7 @@ from transport import tls
 from transport.core.connection import Outbox
 from transport.core.frames import (
     ANSWER_BYTES,
+    USE_BYTES,
     Answer,
     Hello,
     Status,
@@ -27,6 +29,7 @@ from transport.core.frames import (
     encode_hello,
     parse_answer,
 )
+from transport.core.transcript import NOTHING, extended
 from transport.errors import (
     AbortedError,
     StreamBrokenError,
@@ -77,10 +80,14 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class OutFrame:
-    """A frame ready to be sent, and sent again; `buffer` is to be given back once it is applied."""
+    """A frame ready to be sent, and sent again; `buffer` is to be given back once it is applied.
+
+    `witness` is what of it enters the stream's digest (`core/transcript.py`).
+    """
 
     sequence: int
     parts: tuple[Data, ...]
+    witness: tuple[Data, ...]
     delivery: Delivery | None = None
     buffer: object | None = None
 
@@ -109,7 +116,8 @@ class OutStream:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._index = index
-        self._hello = encode_hello(Hello(StreamKind.PAGES, index, ticket))
+        use = secrets.token_bytes(USE_BYTES)
+        self._hello = encode_hello(Hello(StreamKind.PAGES, index, ticket, use))
         self._open_stream = open_stream
         self._stopped = stopped
         self._applied = applied
@@ -120,8 +128,14 @@ class OutStream:
         self._poll = select.poll()
         self._answer = memoryview(bytearray(ANSWER_BYTES))
         self._sent_before = 0
+        self.digest = NOTHING
         self.bytes_sent = 0
         self.opened = 0
+
+    @property
+    def frames(self) -> int:
+        """How many were given to `send`, all of them in `digest`."""
+        return self._outbox.next_sequence - 1
 
     def ensure_open(self) -> None:
         """Open the stream if it is not, or was closed by the other side while it was idle."""
@@ -139,6 +153,7 @@ class OutStream:
     def send(self, frame: OutFrame) -> float:
         """Send once the window has room; returns the seconds it took. Raises TransportError."""
         before_s = self._clock()
+        self.digest = extended(self.digest, frame.witness)
         while not self._outbox.room_for(frame.kept_bytes):
             self.await_answer()
         self._outbox.add(frame)

@@ -30,6 +30,7 @@ from transport.core.frames import (
     encode_prefix,
 )
 from transport.core.tables import RunKind, encode_file, encode_runs
+from transport.core.transcript import Pieces, piece_digest
 from transport.errors import SourceFailedError
 from transport.stream import Delivery, OutFrame, OutStream
 
@@ -109,9 +110,10 @@ Job: TypeAlias = PageJob | FileJob
 
 @dataclass(slots=True)
 class Ledger:
-    """What all workers share: the account of the target's pages, with its lock."""
+    """What all workers share, with its lock: the account of the target's pages, and of files."""
 
     hashes: PageHashes
+    pieces: Pieces = field(default_factory=Pieces)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -237,7 +239,11 @@ class Worker:
         if count != job.size_bytes:
             raise SourceFailedError(f"{job.path} became shorter while it was being sent")
         self._counts.bytes_raw += count
-        self._send(FrameType.FILE, number, 0, encode_file(job.name, job.offset), buffer, body, None)
+        digest = piece_digest(body)
+        with self._ledger.lock:
+            self._ledger.pieces.add(job.name, job.offset, count, digest)
+        table = encode_file(job.name, job.offset)
+        self._send(FrameType.FILE, number, 0, table, buffer, body, None, piece=digest)
 
     def _send(
         self,
@@ -248,6 +254,8 @@ class Worker:
         buffer: FrameBuffer,
         body: memoryview,
         delivery: Delivery | None,
+        *,
+        piece: bytes = b"",
     ) -> None:
         codec, encoded = self._encoder.encode(body) if body else (Codec.RAW, body)
         sequence = self.stream.next_sequence()
@@ -255,10 +263,13 @@ class Worker:
             kind, codec, number, sequence, task, len(table), len(body), len(encoded)
         )
         prefix = encode_prefix(header, table, encoded)
+        witness = (prefix, piece or encoded)
         if codec == Codec.RAW and body:
-            frame = OutFrame(sequence, (buffer.framed(prefix, len(body)),), delivery, buffer)
+            whole = buffer.framed(prefix, len(body))
+            frame = OutFrame(sequence, (whole,), witness, delivery, buffer)
         else:
-            frame = OutFrame(sequence, (prefix, encoded) if body else (prefix,), delivery)
+            parts = (prefix, encoded) if body else (prefix,)
+            frame = OutFrame(sequence, parts, witness, delivery)
             self._free.append(buffer)
         self._encoder.sent(frame.kept_bytes, self.stream.send(frame))
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from transport.core.frames import FRAME_RAW_BYTES_MAX, PREFIX_BYTES_MAX
+from transport.core.transcript import NOTHING
 from transport.errors import FrameOutOfOrderError
 
 WINDOW_BYTES = 8 * (PREFIX_BYTES_MAX + FRAME_RAW_BYTES_MAX)
@@ -115,17 +116,19 @@ class Outbox(Generic[FrameT]):
 
 @dataclass(slots=True)
 class Inbox:
-    """The last frame of one stream index that was applied."""
+    """The last frame of one stream index that was applied, and the digest of all up to it."""
 
     applied: int = 0
+    digest: bytes = NOTHING
 
     def expect(self, sequence: int) -> None:
         """Raise FrameOutOfOrderError unless this is the next frame."""
         if sequence != self.applied + 1:
             raise FrameOutOfOrderError(f"frame {sequence} came after frame {self.applied}")
 
-    def done(self, sequence: int) -> None:
-        self.applied = sequence
+    def done(self, sequence: int, digest: bytes) -> None:
+        """A frame was applied; `digest` has it in it (`transcript.extended`)."""
+        self.applied, self.digest = sequence, digest
 
 
 @dataclass(slots=True)

@@ -16,12 +16,13 @@ A stream's client greets, the server answers, then frames go one way and answers
       | <-------- ANSWER (APPLIED, sequence+1)  |  after the sink has it
       | <-------- ANSWER (APPLIED, sequence+2)  |  in order, one for each frame
 
-HELLO, 52 bytes::
+HELLO, 68 bytes. `use` is drawn at random by each sender for each of its streams, and is the same
+on every connection of it: so a ticket that is used a second time is told from a reconnection::
 
-     0        4         6      7      8         12                       44           52
-     +--------+---------+------+------+---------+------------------------+------------+
-     | "DLYH" | version | kind |  0   | stream  | ticket (32 bytes)      | checksum   |
-     +--------+---------+------+------+---------+------------------------+------------+
+     0        4         6      7      8         12                44               60         68
+     +--------+---------+------+------+---------+-----------------+----------------+----------+
+     | "DLYH" | version | kind |  0   | stream  | ticket 32 bytes | use 16 bytes   | checksum |
+     +--------+---------+------+------+---------+-----------------+----------------+----------+
 
 ANSWER, 24 bytes, to a HELLO and to every frame::
 
@@ -70,7 +71,7 @@ from transport.errors import (
 
 Data: TypeAlias = bytes | bytearray | memoryview
 
-VERSION = 1
+VERSION = 2
 PAGE_BYTES = 4096
 FRAME_PAGES_MAX = 256
 """Pages of one frame: 1 MiB amortises a frame's fixed costs and keeps a re-sent frame cheap."""
@@ -81,8 +82,9 @@ STREAMS_MAX = 16
 """Streams of one session; beyond a few, more of them only divide the same link."""
 NAME_BYTES_MAX = 64
 TICKET_BYTES = 32
+USE_BYTES = 16
 
-_HELLO = struct.Struct("<4sHBBI32sQ")
+_HELLO = struct.Struct("<4sHBBI32s16sQ")
 _ANSWER = struct.Struct("<4sHHQQ")
 _HEADER = struct.Struct("<BBHIQIIIIQ")
 _CHECKSUM = struct.Struct("<Q")
@@ -130,11 +132,12 @@ class Status(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A client's greeting. `ticket` is a secret: it is kept out of `repr`."""
+    """A client's greeting. `ticket` and `use` are secrets: they are kept out of `repr`."""
 
     kind: StreamKind
     stream: int
     ticket: bytes
+    use: bytes = bytes(USE_BYTES)
 
     def __repr__(self) -> str:
         return f"Hello(kind={self.kind.name}, stream={self.stream})"
@@ -164,13 +167,16 @@ class FrameHeader:
 def encode_hello(hello: Hello) -> bytes:
     if len(hello.ticket) != TICKET_BYTES:
         raise FrameMalformedError(f"a ticket has {TICKET_BYTES} bytes, not {len(hello.ticket)}")
-    return _sealed(_HELLO.pack(_HELLO_MAGIC, VERSION, hello.kind, 0, hello.stream, hello.ticket, 0))
+    if len(hello.use) != USE_BYTES:
+        raise FrameMalformedError(f"a use has {USE_BYTES} bytes, not {len(hello.use)}")
+    content = (VERSION, hello.kind, 0, hello.stream, hello.ticket, hello.use)
+    return _sealed(_HELLO.pack(_HELLO_MAGIC, *content, 0))
 
 
 def parse_hello(data: Data) -> Hello:
     """The greeting in `data`, exactly HELLO_BYTES. Raises FrameError."""
     exactly(data, HELLO_BYTES, "greeting")
-    magic, version, kind, reserved, stream, ticket, checksum = _HELLO.unpack(data)
+    magic, version, kind, reserved, stream, ticket, use, checksum = _HELLO.unpack(data)
     _magic(magic, _HELLO_MAGIC, version)
     _sealed_right(data, checksum, "greeting")
     if reserved != 0:
@@ -179,7 +185,7 @@ def parse_hello(data: Data) -> Hello:
         raise FrameMalformedError(f"unknown stream kind {kind}")
     if stream >= STREAMS_MAX:
         raise FrameTooLargeError(f"stream index {stream}, the largest is {STREAMS_MAX - 1}")
-    return Hello(StreamKind(kind), stream, ticket)
+    return Hello(StreamKind(kind), stream, ticket, use)
 
 
 def encode_answer(answer: Answer) -> bytes:

@@ -90,7 +90,8 @@ def test_the_inbox_takes_the_next_frame_only() -> None:
         with pytest.raises(FrameOutOfOrderError):
             inbox.expect(wrong)
     inbox.expect(1)
-    inbox.done(1)
+    inbox.done(1, bytes(range(32)))
+    assert (inbox.applied, inbox.digest) == (1, bytes(range(32)))
     with pytest.raises(FrameOutOfOrderError):
         inbox.expect(1)
     inbox.expect(2)

@@ -35,18 +35,20 @@ from transport.errors import (
 )
 
 TICKET = bytes(range(32))
+USE = bytes(range(0xA0, 0xB0))
 
 GOLDEN_HELLO = bytes.fromhex(
     "444c5948"  # "DLYH"
-    "0100"  # version 1
+    "0200"  # version 2
     "01"  # kind PAGES
     "00"  # reserved
     "03000000"  # stream 3
     "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"  # ticket
+    "a0a1a2a3a4a5a6a7a8a9aaabacadaeaf"  # use
 )
 GOLDEN_ANSWER = bytes.fromhex(
     "444c5941"  # "DLYA"
-    "0100"  # version 1
+    "0200"  # version 2
     "0200"  # APPLIED
     "0807060504030201"  # sequence
 )
@@ -110,15 +112,15 @@ def accept(data: bytes) -> FrameHeader:
 
 
 def test_golden_hello() -> None:
-    hello = Hello(StreamKind.PAGES, 3, TICKET)
+    hello = Hello(StreamKind.PAGES, 3, TICKET, USE)
     assert frames.encode_hello(hello) == sealed(GOLDEN_HELLO)
     assert frames.parse_hello(sealed(GOLDEN_HELLO)) == hello
     assert len(sealed(GOLDEN_HELLO)) == frames.HELLO_BYTES
 
 
 def test_a_ticket_does_not_get_into_logs() -> None:
-    assert "0102" not in repr(Hello(StreamKind.PAGES, 3, TICKET))
-    assert "x01" not in repr(Hello(StreamKind.PAGES, 3, TICKET))
+    text = repr(Hello(StreamKind.PAGES, 3, TICKET, USE))
+    assert not [part for part in ("0102", "x01", "a1a2", "xa1") if part in text]
 
 
 def test_golden_answer() -> None:
@@ -283,8 +285,8 @@ def test_a_file_ends_before_its_limit() -> None:
 
 def test_another_version_is_refused_by_name() -> None:
     other = bytearray(GOLDEN_HELLO)
-    other[4] = 2
-    with pytest.raises(FrameMalformedError, match="version 2"):
+    other[4] = 3
+    with pytest.raises(FrameMalformedError, match="version 3"):
         frames.parse_hello(sealed(bytes(other)))
 
 
