@@ -40,7 +40,7 @@ import trustme
 
 from transport import tls
 from transport.core.frames import PAGE_BYTES
-from transport.receiver import DataListener
+from transport.receiver import DataListener, listen
 from transport.sender import PageSender, default_streams
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def receive_pages(paths: tls.TlsPaths, path: Path, control: Connection) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     sink = FileSink(descriptor)
     with DataListener(
-        "127.0.0.1", 0, tls.server_context(paths), lambda _hello, _peer: sink
+        listen("127.0.0.1", 0), tls.server_context(paths), lambda _hello, _peer: sink
     ) as listener:
         control.send(listener.port)
         control.recv()

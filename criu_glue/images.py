@@ -38,6 +38,7 @@ from criu_glue.core.pagemap import (
 from criu_glue.core.timers import FILES_BYTES_MAX
 from criu_glue.core.vmas import MM_BYTES_MAX, Mappings, decode_mappings
 from criu_glue.errors import CriuGlueError, LimitExceededError
+from criu_glue.page_store import open_directory
 
 if TYPE_CHECKING:
     from criu_glue.page_store import PageStore
@@ -197,18 +198,23 @@ def _replace(path: Path, data: bytes) -> None:
 
 class ImageWriter:
     """Image files as they arrive from a peer: names from the allow-list only, in parts and in any
-    order, from several threads, and at most `quota_bytes` together."""
+    order, from several threads, and at most `quota_bytes` together. `directory` and `within` are as
+    a page store's. Close it."""
 
-    def __init__(self, directory: Path, *, quota_bytes: int) -> None:
+    def __init__(self, directory: Path, *, quota_bytes: int, within: int | None = None) -> None:
         self.directory = directory
         self._quota_bytes = quota_bytes
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}
         self._total_bytes = 0
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._directory_fd = open_directory(directory, within)
         except OSError as error:
             raise ImagesError(f"image directory {directory}: {error}") from error
+
+    def close(self) -> None:
+        """Nothing can be written any more, by a caller that is done. Not to be called twice."""
+        os.close(self._directory_fd)
 
     def write_file(self, name: str, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Put `data` at `offset` of a file; an empty `data` at 0 makes an empty file."""
@@ -220,7 +226,7 @@ class ImageWriter:
         self._account(name, offset + len(view))
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            fd = os.open(self.directory / name, flags, 0o600)
+            fd = os.open(name, flags, 0o600, dir_fd=self._directory_fd)
             try:
                 while len(view):
                     written = os.pwrite(fd, view, offset)

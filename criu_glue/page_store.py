@@ -53,6 +53,20 @@ def punch_hole(fd: int, offset: int, bytes_: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def open_directory(directory: Path, within: int | None) -> int:
+    """A descriptor of `directory`, made with mode 0700 if need be; or another one of `within`,
+    which may be one that only names it (O_PATH). Raises OSError."""
+    if within is None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = directory if within is None else "."
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=within)
+
+
+def is_pages_name(name: str) -> bool:
+    """Whether a file of a page store can be called so."""
+    return _FILE_NAME.fullmatch(name) is not None
+
+
 class PageStoreError(CriuGlueError):
     """The page store cannot hold, find or give what was asked."""
 
@@ -70,11 +84,19 @@ class PageStore:
     """Memory of the tasks of one container. All methods may be called from several threads.
 
     `directory` is created with mode 0700 if need be; files that are there already (of an agent
-    that died) are taken over. `quota_bytes` bounds the memory that the store takes; it can be
-    exceeded by the writes under way, since only what was overwritten tells what was new.
+    that died) are taken over. With `within`, a descriptor of it, the directory is there, and
+    `directory` is only what errors call it. `quota_bytes` bounds the memory that the store takes;
+    it can be exceeded by the writes under way, since only what was overwritten tells what was new.
     """
 
-    def __init__(self, directory: Path, *, quota_bytes: int, tasks_max: int = TASKS_MAX) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        quota_bytes: int,
+        tasks_max: int = TASKS_MAX,
+        within: int | None = None,
+    ) -> None:
         self.directory = directory
         self._quota_bytes = quota_bytes
         self._tasks_max = tasks_max
@@ -85,14 +107,12 @@ class PageStore:
         # At least what the store takes: overwritten pages count again until _recount.
         self._counted_bytes = 0
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._directory_fd = open_directory(directory, within)
         except OSError as error:
             raise PageStoreError(f"page store {directory}: {error}") from error
         try:
-            for path in sorted(directory.iterdir()):
-                match = _FILE_NAME.fullmatch(path.name)
-                if match:
+            with os.scandir(self._directory_fd) as entries:
+                for match in filter(None, (_FILE_NAME.fullmatch(entry.name) for entry in entries)):
                     self._open(int(match[1]))
             self._counted_bytes = self._recount()
         except CriuGlueError:

@@ -83,13 +83,21 @@ class _Connection:
             tls.cut(self.stream)
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there from now on; `port` 0 takes a free one. Raises TransportError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise TransportError(f"cannot listen on {host}:{port}: {error}") from error
+
+
 class DataListener:
-    """Listens on (host, port), at once, until `stop`; `port` 0 takes a free one."""
+    """Accepts on `listening`, which is its own from now on, at once, until `stop`."""
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        listening: socket.socket,
         context: ssl.SSLContext,
         authorise: Authorise,
         *,
@@ -114,11 +122,7 @@ class DataListener:
         self._connections: set[_Connection] = set()
         self._sessions: dict[bytes, Session] = {}
         self._stopping = threading.Event()
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            self._listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-        except OSError as error:
-            raise TransportError(f"cannot listen on {host}:{port}: {error}") from error
+        self._listening = listening
         self._thread = threading.Thread(target=self._accept, name="page-listener", daemon=True)
         self._thread.start()
 

@@ -208,6 +208,7 @@ def test_files_arrive_in_parts_and_in_any_order(work: Path) -> None:
     writer.write_file("core-1.img", 4, b"5678")
     writer.write_file("core-1.img", 0, memoryview(b"1234"))
     writer.write_file("files.img", 0, b"")
+    writer.close()
     assert (work / "in" / "core-1.img").read_bytes() == b"12345678"
     assert (work / "in" / "files.img").read_bytes() == b""
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,15 @@ def test_a_link_in_place_of_a_file_is_not_followed(directory: Path, tmp_path: Pa
         store.write(1, 0, bytes(PAGE_BYTES))
     assert victim.read_text() == "precious"
     store.wipe()
+
+
+def test_a_directory_that_only_a_descriptor_names(directory: Path) -> None:
+    """As a process has it that may look at nothing else."""
+    directory.mkdir()
+    named = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    with closing(PageStore(Path("nowhere"), quota_bytes=MIB, within=named)) as store:
+        store.write(7, PAGE_BYTES, b"x" * PAGE_BYTES)
+    os.close(named)
+    with closing(PageStore(directory, quota_bytes=MIB)) as store:
+        assert store.tasks() == [7]
+        assert read(store, 7, PAGE_BYTES) == b"x" * PAGE_BYTES

@@ -37,7 +37,7 @@ from transport.errors import (
     TargetFullError,
     TransportError,
 )
-from transport.receiver import DataListener
+from transport.receiver import DataListener, listen
 from transport.sender import PageSender
 from transport.worker import BUFFERS_MAX
 
@@ -505,13 +505,12 @@ def test_stopping_twice_and_streams_end(
 def test_a_listener_on_ipv6(target_identity: tls.TlsPaths, source: ssl.SSLContext) -> None:
     context = tls.server_context(target_identity)
     with (
-        DataListener("::1", 0, context, lambda *_: None) as listener,
+        DataListener(listen("::1", 0), context, lambda *_: None) as listener,
         tls.connect("::1", listener.port, source, server_name=TARGET_NAME) as stream,
     ):
         assert tls.peer_name(stream) == TARGET_NAME
 
 
-def test_a_port_that_is_taken(target: Target, target_identity: tls.TlsPaths) -> None:
-    context = tls.server_context(target_identity)
+def test_a_port_that_is_taken(target: Target) -> None:
     with pytest.raises(TransportError, match="cannot listen"):
-        DataListener("127.0.0.1", target.port, context, lambda *_: None)
+        listen("127.0.0.1", target.port)

@@ -33,7 +33,7 @@ from transport.core.frames import (
     StreamKind,
 )
 from transport.inbound import PageSink
-from transport.receiver import DataListener
+from transport.receiver import DataListener, listen
 
 DEADLINE_S = 30.0
 TARGET_NAME = "target.test"
@@ -183,7 +183,9 @@ class Target:
         self.sink = FileSink(directory)
         self.open = True
         self.asked: list[tuple[int, str]] = []
-        self.listener = DataListener("127.0.0.1", 0, context, self._authorise, log=log, **limits)
+        self.listener = DataListener(
+            listen("127.0.0.1", 0), context, self._authorise, log=log, **limits
+        )
         self.port = self.listener.port
 
     def __enter__(self) -> Target:
