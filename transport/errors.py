@@ -43,6 +43,34 @@ class PeerNotTrustedError(TlsError):
     """A certificate is missing or was not issued by the authority that the other side trusts."""
 
 
+class CertificateMalformedError(PeerNotTrustedError):
+    """A certificate or revocation list is not in the form that this fleet's have."""
+
+
+class CertificateRevokedError(PeerNotTrustedError):
+    """The fleet's authority has taken back the identity that the other side shows."""
+
+
+class RoleNotAllowedError(PeerNotTrustedError):
+    """The other side's identity is good, and not of a kind that may be spoken to here."""
+
+
+class IdentityUnusableError(TlsError):
+    """This host's own identity is missing, damaged, or not of its own authority."""
+
+
+class AuthorityUnusableError(TlsError):
+    """The fleet's authority is missing, damaged, or can't be written where it is kept."""
+
+
+class PassphraseWrongError(TlsError):
+    """The passphrase does not open the authority's key, or is too short for a new one."""
+
+
+class SignatureWrongError(TransportError):
+    """What was signed is not what is here, or another key has signed it."""
+
+
 class CertificateExpiredError(TlsError):
     """One side's certificate is expired or not yet valid."""
 

@@ -20,6 +20,7 @@ from transport.errors import (
     StreamBrokenError,
     TlsError,
 )
+from transport.identity import PeerRefused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -207,6 +208,8 @@ def _mutual(context: ssl.SSLContext, paths: TlsPaths) -> ssl.SSLContext:
 
 
 def _verification_error(error: ssl.SSLCertVerificationError, peer: str) -> TlsError:
+    if isinstance(error, PeerRefused):
+        return type(error.refusal)(f"{peer}: {error.refusal}")
     if error.verify_code in (_VERIFY_EXPIRED, _VERIFY_NOT_YET_VALID):
         return CertificateExpiredError(f"the certificate of {peer}: {error.verify_message}")
     if error.verify_code in _VERIFY_NAMES:

@@ -1,0 +1,417 @@
+"""Who this host is, and who the other side of a TLS stream has proven to be.
+
+One directory (0700) holds a host's files (0600), PEM, each replaced by one rename::
+
+    ca.pem        the certificate of the fleet's authority
+    crl.pem       the identities that the authority has taken back
+    identity.pem  this host's private key, then its identity certificate
+    host.pem      the key of the present leaf, the leaf, and the identity certificate again
+
+`TlsIdentity` needs no `identity.pem`: who only speaks TLS has nothing in its hands that is worth
+anything tomorrow. Every check of a peer is made inside the handshake, by the classes of streams
+that the contexts make: no user of a context can forget one, blocking or asyncio. In each handshake
+the files are looked at, and changed ones taken, so a renewal or a revocation needs no restart.
+
+It must not know what travels.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ssl
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from transport import certificates, sealed_files
+from transport.certificates import Peer, Role
+from transport.errors import (
+    IdentityUnusableError,
+    PeerNotTrustedError,
+    RoleNotAllowedError,
+    SignatureWrongError,
+    TlsError,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cryptography import x509
+
+__all__ = [
+    "HostIdentity",
+    "IdentityPaths",
+    "Peer",
+    "PeerRefused",
+    "Role",
+    "TlsIdentity",
+    "now",
+    "peer_of",
+    "private_pem",
+    "read_identity",
+    "verify_certificate",
+    "verify_signature",
+]
+
+# What a host signs can't be taken for a certificate, which it signs with the same key: DER begins
+# with 0x30.
+_DOMAIN = b"dolly signature 1\0"
+_BEGIN = b"-----BEGIN CERTIFICATE-----"
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityPaths:
+    """The files of one host's identity."""
+
+    directory: Path
+
+    @property
+    def ca(self) -> Path:
+        """The authority."""
+        return self.directory / "ca.pem"
+
+    @property
+    def crl(self) -> Path:
+        """What the authority has revoked."""
+        return self.directory / "crl.pem"
+
+    @property
+    def identity(self) -> Path:
+        """The key that never leaves this host, and its certificate."""
+        return self.directory / "identity.pem"
+
+    @property
+    def leaf(self) -> Path:
+        """Key and chain of what is shown in TLS today."""
+        return self.directory / "host.pem"
+
+
+class PeerRefused(ssl.SSLCertVerificationError):
+    """OpenSSL is content with the peer, and this fleet is not: `refusal` says why.
+
+    An error of `ssl`, since those are what asyncio and aiohttp expect of a handshake.
+    """
+
+    def __init__(self, refusal: TlsError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+        self.verify_message = str(refusal)
+
+
+class _FleetContext(ssl.SSLContext):
+    """A context whose streams have the trust that they judge their peers by."""
+
+    trust: _Trust
+
+
+class _FleetSocket(ssl.SSLSocket):
+    """A TLS socket that has no peer but one that the fleet knows."""
+
+    peer: Peer | None = None
+
+    def do_handshake(self, block: bool = False) -> None:
+        super().do_handshake(block)
+        self.peer = _judged(self)
+
+
+class _FleetObject(ssl.SSLObject):
+    """The same for asyncio."""
+
+    peer: Peer | None = None
+
+    def do_handshake(self) -> None:
+        super().do_handshake()
+        self.peer = _judged(self)
+
+
+def peer_of(stream: object) -> Peer:
+    """Who the other side of a TLS stream is, its handshake done. Raises PeerNotTrustedError."""
+    peer = getattr(stream, "peer", None)
+    if not isinstance(peer, Peer):
+        raise PeerNotTrustedError("a connection that has proven nothing")
+    return peer
+
+
+class TlsIdentity:
+    """What it takes to speak TLS as this host. Any thread."""
+
+    def __init__(self, paths: IdentityPaths) -> None:
+        """Raises TlsError."""
+        self.paths = paths
+        self._lock = threading.Lock()
+        self._seen: tuple[Any, ...] = ()
+        self._refused: tuple[Any, ...] = ()
+        self._present = self._take_files()
+        self._server = _context(ssl.PROTOCOL_TLS_SERVER, paths, self._present.trust)
+        # Called in each handshake, with a name or without: OpenSSL's final_server_name.
+        self._server.sni_callback = self._give_present
+
+    def server_context(self) -> ssl.SSLContext:
+        """For accepting, for ever: each handshake is made with the files of its moment."""
+        return self._server
+
+    def client_context(self) -> ssl.SSLContext:
+        """For calling now: it stays with the files of this moment."""
+        return self._current().calling
+
+    @property
+    def revocations(self) -> certificates.Revocations:
+        """What this host knows to be revoked."""
+        return self._current().trust.revocations
+
+    def _give_present(
+        self, stream: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext
+    ) -> None:
+        del name, context
+        stream.context = self._current().accepting
+
+    def _current(self) -> _State:
+        """The files as they are now; as they were where they can't be used any more."""
+        with self._lock:
+            try:
+                self._present = self._take_files()
+            except TlsError as error:
+                # One line for each new state of the files, not for each handshake.
+                if (found := self._found()) != self._refused:
+                    self._refused = found
+                    log = structlog.get_logger("transport")
+                    log.warning("identity not renewed", why=str(error))
+            return self._present
+
+    def _take_files(self) -> _State:
+        if (found := self._found()) == self._seen:
+            return self._present
+        state = _State(self.paths)
+        self._seen = found
+        return state
+
+    def _found(self) -> tuple[Any, ...]:
+        return tuple(_state_of(path) for path in (self.paths.ca, self.paths.crl, self.paths.leaf))
+
+
+class HostIdentity(TlsIdentity):
+    """The identity of this host, or of an operator: with the key that signs. Any thread."""
+
+    def __init__(self, paths: IdentityPaths) -> None:
+        """Raises TlsError: IdentityUnusableError, CertificateExpiredError, …RevokedError."""
+        self._key, self._certificate = read_identity(paths)
+        trust = _Trust(paths)
+        self.owner, self._public_key = certificates.peer_of_identity(
+            self._certificate, trust.authority, now()
+        )
+        if self._key.public_key() != self._public_key:
+            raise IdentityUnusableError(f"{paths.identity}: the key is not the certificate's")
+        certificates.check_not_revoked(self.owner, trust.revocations.serials)
+        self.paths = paths
+        self.renew()
+        super().__init__(paths)
+
+    @classmethod
+    def load(cls, paths: IdentityPaths) -> HostIdentity:
+        """What is in the files, with a leaf that holds for half a day at least. Raises TlsError."""
+        return cls(paths)
+
+    @property
+    def certificate_der(self) -> bytes:
+        """The identity certificate, for whoever has to verify a signature."""
+        return self._certificate.public_bytes(Encoding.DER)
+
+    @property
+    def expires(self) -> datetime.datetime:
+        """When this host has to be enrolled anew."""
+        return certificates.expiry_of(self._certificate)
+
+    def sign(self, data: bytes) -> bytes:
+        """64 bytes for `verify_signature`."""
+        return self._key.sign(_DOMAIN + data)
+
+    def renew(self) -> bool:
+        """Make a new leaf if half of the present one's life is over; whether it was made.
+
+        Raises TlsError.
+        """
+        if not self._is_due():
+            return False
+        key = Ed25519PrivateKey.generate()
+        leaf = certificates.make_leaf(
+            key.public_key(), identity=self._certificate, identity_key=self._key, at=now()
+        )
+        chain = private_pem(key) + b"".join(
+            one.public_bytes(Encoding.PEM) for one in (leaf, self._certificate)
+        )
+        try:
+            sealed_files.replace(self.paths.leaf, chain)
+        except OSError as error:
+            raise IdentityUnusableError(f"cannot renew {self.paths.leaf}: {error}") from error
+        return True
+
+    def take_revocations(self, pem: bytes) -> bool:
+        """Keep a list that the authority has signed, if it is newer; whether it was.
+
+        Raises CertificateMalformedError, PeerNotTrustedError, IdentityUnusableError.
+        """
+        try:
+            with sealed_files.locked(self.paths.directory):
+                known = _Trust(self.paths)
+                brought = certificates.read_revocations(pem, known.authority)
+                if brought.number <= known.revocations.number:
+                    return False
+                sealed_files.replace(self.paths.crl, pem)
+        except OSError as error:
+            raise IdentityUnusableError(f"cannot write {self.paths.crl}: {error}") from error
+        return True
+
+    def _is_due(self) -> bool:
+        if not self.paths.leaf.exists():
+            return True
+        try:
+            pem = _read(self.paths.leaf, is_secret=True)
+            leaf, identity = (certificates.read_certificate(one) for one in _certificates_in(pem))
+            half = leaf.not_valid_before_utc + certificates.BACKDATE + certificates.LEAF_LIFE / 2
+        except (TlsError, ValueError):
+            return True
+        return identity != self._certificate or not leaf.not_valid_before_utc <= now() < half
+
+
+def read_identity(paths: IdentityPaths) -> tuple[Ed25519PrivateKey, x509.Certificate]:
+    """Key and certificate of `identity.pem`. Raises IdentityUnusableError, …MalformedError."""
+    pem = _read(paths.identity, is_secret=True)
+    try:
+        key = load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise IdentityUnusableError(f"{paths.identity} holds no private key: {error}") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise IdentityUnusableError(f"{paths.identity} holds a key of another kind than Ed25519")
+    found = _certificates_in(pem)
+    if len(found) != 1:
+        raise IdentityUnusableError(f"{paths.identity} holds {len(found)} certificates, not one")
+    return key, certificates.read_certificate(found[0])
+
+
+def verify_certificate(
+    der: bytes, paths: IdentityPaths, at: datetime.datetime
+) -> tuple[Peer, Ed25519PublicKey]:
+    """Whose an identity certificate is that came with a signature, and the key to verify it with.
+
+    It is of this fleet's authority, holds at the time `at`, and is not revoked. Raises TlsError.
+    """
+    trust = _Trust(paths)
+    identity = certificates.read_certificate(der)
+    peer, key = certificates.peer_of_identity(identity, trust.authority, at)
+    certificates.check_not_revoked(peer, trust.revocations.serials)
+    return peer, key
+
+
+def verify_signature(key: Ed25519PublicKey, signature: bytes, data: bytes) -> None:
+    """Raises SignatureWrongError."""
+    try:
+        key.verify(signature, _DOMAIN + data)
+    except InvalidSignature as error:
+        raise SignatureWrongError("the signature is not of this key, or of other bytes") from error
+
+
+def private_pem(key: Ed25519PrivateKey) -> bytes:
+    """PKCS8, not encrypted: for a file that only its owner can read."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def now() -> datetime.datetime:
+    """What certificates are judged by."""
+    return datetime.datetime.now(datetime.UTC)
+
+
+class _Trust:
+    """The authority and its revocations."""
+
+    def __init__(self, paths: IdentityPaths) -> None:
+        self.authority = certificates.read_authority(_read(paths.ca), now())
+        self.revocations = certificates.read_revocations(_read(paths.crl), self.authority)
+
+
+class _State:
+    """What one state of the files makes possible."""
+
+    def __init__(self, paths: IdentityPaths) -> None:
+        _read(paths.leaf, is_secret=True)
+        self.trust = _Trust(paths)
+        self.accepting = _context(ssl.PROTOCOL_TLS_SERVER, paths, self.trust)
+        self.calling = _context(ssl.PROTOCOL_TLS_CLIENT, paths, self.trust)
+
+
+def _context(side: int, paths: IdentityPaths, trust: _Trust) -> _FleetContext:
+    """TLS 1.3, a certificate of the authority from whoever is there. A client checks the name."""
+    context = _FleetContext(side)
+    context.sslsocket_class = _FleetSocket
+    context.sslobject_class = _FleetObject
+    context.trust = trust
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    if side == ssl.PROTOCOL_TLS_SERVER:
+        # Streams are few and long: tickets for resumption would only be one more secret about.
+        context.num_tickets = 0
+    try:
+        context.load_verify_locations(cadata=trust.authority.public_bytes(Encoding.DER))
+        context.load_cert_chain(paths.leaf)
+    except (OSError, ssl.SSLError) as error:
+        raise IdentityUnusableError(f"cannot load {paths.leaf}: {error}") from error
+    return context
+
+
+def _judged(stream: ssl.SSLSocket | ssl.SSLObject) -> Peer:
+    """The peer of a finished handshake, if it may be spoken to. Raises PeerRefused."""
+    context = stream.context
+    assert isinstance(context, _FleetContext)
+    try:
+        chain = [certificates.read_certificate(one) for one in _verified_chain(stream)]
+        peer = certificates.peer_of_chain(chain, context.trust.authority, now())
+        certificates.check_not_revoked(peer, context.trust.revocations.serials)
+        if not stream.server_side and peer.role is not Role.HOST:
+            raise RoleNotAllowedError(f"{peer} is no host")
+    except TlsError as refusal:
+        raise PeerRefused(refusal) from refusal
+    return peer
+
+
+def _verified_chain(stream: ssl.SSLSocket | ssl.SSLObject) -> list[bytes]:
+    """The certificates that OpenSSL has verified, the leaf first, the authority last."""
+    if sys.version_info >= (3, 13):
+        return stream.get_verified_chain()
+    # The same, before it was given a public name (CPython 3.10, Modules/_ssl.c).
+    inner: Any = vars(stream)["_sslobj"]
+    return [one.public_bytes().encode() for one in inner.get_verified_chain()]
+
+
+def _certificates_in(pem: bytes) -> list[bytes]:
+    """Each certificate of a PEM file, which may hold a key before them."""
+    _, *found = pem.split(_BEGIN)
+    return [_BEGIN + one for one in found]
+
+
+def _read(path: Path, *, is_secret: bool = False) -> bytes:
+    try:
+        return sealed_files.read_secret(path) if is_secret else sealed_files.read(path)
+    except FileNotFoundError as error:
+        raise IdentityUnusableError(f"there is no {path}") from error
+    except OSError as error:
+        raise IdentityUnusableError(f"cannot read {path}: {error}") from error
+
+
+def _state_of(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is replaced."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
