@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from transport.core.frames import Data
+    from transport.ledger import Ledger
 
 FRAME_DEADLINE_S = 60.0
 """For the rest of a frame after its first byte: twice what the sender has for writing it."""
@@ -75,10 +76,29 @@ class Session:
     inboxes: dict[int, Inbox] = field(default_factory=dict)
     pieces: Pieces = field(default_factory=Pieces)
     failure: TransportError | None = None
+    # Where it is kept for a process that comes after this one, if anywhere.
+    ledger: Ledger | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def inbox(self, stream: int) -> Inbox:
         return self.inboxes.setdefault(stream, Inbox())
+
+    def add_piece(
+        self, stream: int, header: FrameHeader, name: str, offset: int, digest: bytes
+    ) -> None:
+        """A piece of a file is about to be given to the sink."""
+        with self.lock:
+            self.pieces.add(name, offset, header.raw_bytes, digest)
+        if self.ledger is not None:
+            with _sink_errors():
+                self.ledger.add_piece(stream, header, name, offset, digest)
+
+    def set_applied(self, stream: int, header: FrameHeader, digest: bytes) -> None:
+        """The sink has taken a frame, which its sender has not heard of yet."""
+        if self.ledger is not None:
+            with _sink_errors():
+                self.ledger.set_applied(stream, header, digest)
+        self.inbox(stream).done(header.sequence, digest)
 
     def carried(self) -> Carried:
         """What was applied; complete once the streams have ended."""
@@ -109,7 +129,7 @@ class InboundStream:
         *,
         sink: PageSink,
         session: Session,
-        inbox: Inbox,
+        index: int,
         idle_deadline_s: float = IDLE_DEADLINE_S,
         frame_deadline_s: float = FRAME_DEADLINE_S,
         clock: Callable[[], float] = time.monotonic,
@@ -117,7 +137,8 @@ class InboundStream:
         self._stream = stream
         self._sink = sink
         self._session = session
-        self._inbox = inbox
+        self._index = index
+        self._inbox = session.inbox(index)
         self._idle_deadline_s = idle_deadline_s
         self._frame_deadline_s = frame_deadline_s
         self._clock = clock
@@ -151,7 +172,7 @@ class InboundStream:
                 self._session.rounds.admit(header.round)
             witness = self._apply(header, table, body)
             digest = extended(self._inbox.digest, (self._header, table, witness))
-            self._inbox.done(header.sequence, digest)
+            self._session.set_applied(self._index, header, digest)
             self.frames += 1
             send_answer(self._stream, Status.APPLIED, header.sequence)
 
@@ -164,8 +185,7 @@ class InboundStream:
             name, offset = parse_file(header, table)
             raw = self._decoder.decode(header.codec, body, header.raw_bytes)
             digest = piece_digest(raw)
-            with self._session.lock:
-                self._session.pieces.add(name, offset, len(raw), digest)
+            self._session.add_piece(self._index, header, name, offset, digest)
             with _sink_errors():
                 self._sink.write_file(name, offset, raw)
             return digest

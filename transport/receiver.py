@@ -93,7 +93,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class DataListener:
-    """Accepts on `listening`, which is its own from now on, at once, until `stop`."""
+    """Accepts on `listening`, which is its own from now on, at once, until `stop`.
+
+    `remember` gives what is known of a ticket's session that this listener does not know, from a
+    listener before it; it may raise TransportError.
+    """
 
     def __init__(
         self,
@@ -101,6 +105,7 @@ class DataListener:
         context: ssl.SSLContext,
         authorise: Authorise,
         *,
+        remember: Callable[[bytes], Session] = lambda _: Session(),
         streams_max: int = STREAMS_TOTAL_MAX,
         greeting_max: int = GREETING_MAX,
         handshake_deadline_s: float = tls.HANDSHAKE_DEADLINE_S,
@@ -111,6 +116,7 @@ class DataListener:
     ) -> None:
         self._context = context
         self._authorise = authorise
+        self._remember = remember
         self._streams_max = streams_max
         self._greeting_max = greeting_max
         self._handshake_deadline_s = handshake_deadline_s
@@ -244,7 +250,7 @@ class DataListener:
             stream,
             sink=sink,
             session=session,
-            inbox=inbox,
+            index=hello.stream,
             idle_deadline_s=self._idle_deadline_s,
             frame_deadline_s=self._frame_deadline_s,
         )
@@ -307,7 +313,7 @@ class DataListener:
             return session, sink
 
     def _session(self, ticket: bytes) -> Session:
-        session = self._sessions.pop(ticket, None) or Session()
+        session = self._sessions.pop(ticket, None) or self._remember(ticket)
         in_use = {id(connection.session) for connection in self._connections}
         for other, candidate in list(self._sessions.items()):
             if len(self._sessions) < SESSIONS_MAX:
