@@ -164,6 +164,8 @@ async def _finish(
             )
             raise
         if owner is None:
+            if error.phase == SourceState.LOST:
+                raise
             error.remedy = (
                 f"bring {migration.peer} back; if it is gone for good: migrate recover"
                 f" {migration.migration_id} --force-source (it goes on here) or --force-target"

@@ -57,6 +57,7 @@ _STEP_S = 0.02
 DEADLINES_S = {
     S.COMMITTED: config.HANDOVER_DEADLINE_S,
     S.IN_DOUBT: config.ASK_AGAIN_S,
+    S.LOST: config.ASK_AGAIN_S,
     S.ROLLING_BACK: config.UNDO_DEADLINE_S,
     S.RELEASING: config.UNDO_DEADLINE_S,
 }
@@ -125,6 +126,7 @@ class Recovery:
         )
         self._acts: dict[A, Callable[[], Awaitable[E | None]]] = {
             A.ASK_TARGET: self._ask_target,
+            A.RECORD_COMMIT: self._record_commit,
             A.SEND_COMMIT: self._send_commit,
             A.ROLLBACK: self._rollback,
             A.RELEASE: self._release,
@@ -135,8 +137,9 @@ class Recovery:
 
     async def run(self, owner: Owner | None = None) -> S:
         """To DONE or ABORTED. `owner` is an operator's word, in place of the target's."""
-        state, actions = source_machine.replay(self._recorded)
-        if owner is not None and state is S.IN_DOUBT:
+        gone = await asyncio.to_thread(self._is_tree_gone)
+        state, actions = source_machine.replay(self._recorded, tree_is_gone=gone)
+        if owner is not None and state in (S.IN_DOUBT, S.LOST):
             word = E.TARGET_RUNNING if owner == "target" else E.TARGET_ABORTED
             await self._driver.post(word)
             actions = ()
@@ -157,7 +160,22 @@ class Recovery:
         """Append the transition to the journal."""
         await self._journal.record(self._migration.migration_id, "source", str(state), event)
 
+    def _is_tree_gone(self) -> bool:
+        """Whether this host has been started anew since it froze the container."""
+        plan = self._facts.guard
+        # The directory is on a tmpfs, and nobody removes it before the end. The runtime's own state
+        # is on one too; a container of that name may be another one, but then nothing was lost.
+        return (
+            plan is not None
+            and not Path(plan.hold_directory).exists()
+            and not self._runtime.exists(self._migration.container)
+        )
+
     # --- acts ---
+
+    async def _record_commit(self) -> E:
+        await self.record(S.COMMITTED, str(E.TARGET_HELD))
+        return E.COMMIT_RECORDED
 
     async def _ask_target(self) -> E | None:
         return await self._tell(messages.Ask)
@@ -176,9 +194,9 @@ class Recovery:
             self._wait_on()
             return None
         self._said = f"{migration.peer} says {state}"
-        event = target_reported(state)
-        is_slow = event is E.TARGET_HELD and kind is messages.Commit
-        if is_slow or event is E.TARGET_COMMITTED:
+        event, is_commit = target_reported(state), kind is messages.Commit
+        was_told = self._driver.state is not S.LOST
+        if was_told and (event is E.TARGET_COMMITTED or (event is E.TARGET_HELD and is_commit)):
             # It has heard it, and not recorded it or not resumed yet: asked again in time.
             self._wait_on()
             return None
@@ -187,16 +205,20 @@ class Recovery:
     async def _hold(self) -> None:
         """Leave it to whoever comes next: at once where an undoing failed, else in time."""
         if self._driver.state in (S.ROLLING_BACK, S.RELEASING):
-            self._driver.halt(in_doubt(self._migration, self._host, self._said))
+            self._halt()
         else:
             self._wait_on()
 
     def _wait_on(self) -> None:
         """In doubt: wait as long as there is patience. Somebody asks again and again, so an answer,
         or the want of one, may come when another one has decided: it counts for nothing then."""
-        is_open = self._driver.state in (S.COMMITTED, S.IN_DOUBT)
+        is_open = self._driver.state in (S.COMMITTED, S.IN_DOUBT, S.LOST)
         if is_open and time.monotonic() >= self._limit_s:
-            self._driver.halt(in_doubt(self._migration, self._host, self._said))
+            self._halt()
+
+    def _halt(self) -> None:
+        why = lost if self._driver.state is S.LOST else in_doubt
+        self._driver.halt(why(self._migration, self._host, self._said))
 
     async def _rollback(self) -> E:
         plan = self._facts.guard
@@ -361,6 +383,20 @@ def in_doubt(migration: Migration, host: str, said: str) -> InDoubt:
         phase=str(S.IN_DOUBT),
         container_state=held_on(host),
         remedy=f"bring {migration.peer} back and run: migrate recover {migration.migration_id}",
+    )
+
+
+def lost(migration: Migration, host: str, said: str) -> InDoubt:
+    """What is said of a container that went down with this host, as long as the target may have a
+    copy of it that has not run yet."""
+    return InDoubt(
+        f"{host} went down while {migration.container} was frozen,"
+        f" and it is not known whether {migration.peer} has it: {said}",
+        host=host,
+        phase=str(S.LOST),
+        container_state=f"does not run on {host}; {migration.peer} may hold it",
+        remedy=f"bring {migration.peer} back and run: migrate recover {migration.migration_id};"
+        " if it is gone for good, with --force-source, and start the container anew",
     )
 
 

@@ -31,6 +31,8 @@ IN_DOUBT      -> COMMITTED     target_held
 IN_DOUBT      -> RELEASING     target_running
 IN_DOUBT      -> ROLLING_BACK  target_aborted
 RELEASING     -> DONE          released
+LOST          -> COMMITTED     commit_recorded
+LOST          -> ROLLING_BACK  cancelled, target_aborted
 ROLLING_BACK  -> ABORTED       rolled_back
 
 What the journal must hold (`RECORDED`, and COMMITTED by its own action): before the actions that
@@ -50,6 +52,10 @@ There is one way back after the commit: TARGET_ABORTED. A target says so only af
 that it has no copy and will refuse any later COMMIT, so the frozen tree here is the only copy that
 there is. Without that row a target that loses its held copy (a power failure) before it reads the
 COMMIT would leave none.
+
+LOST is its counterpart, and only a recovery enters it: this host went down while the container was
+frozen, so its tree here is dead, and nothing was committed. If the target holds a copy, that is the
+only one; it is committed to now.
 """
 
 from __future__ import annotations
@@ -150,6 +156,25 @@ TABLE: Final[SourceTable] = merge_rows(
     ignored((S.COMMITTED, S.IN_DOUBT), (E.TARGET_COMMITTED,)),
     ignored((S.COMMITTED,), (E.LINK_BACK,)),
     ignored((S.IN_DOUBT,), (E.LINK_LOST, E.ACT_FAILED)),
+    # Never committed, and nothing left here to give back: a copy that the target holds may run as
+    # soon as the journal says that it is the target's.
+    {
+        (S.LOST, E.TARGET_HELD): (S.LOST, (A.RECORD_COMMIT,)),
+        # An operator has said so there, where this host could not be asked.
+        (S.LOST, E.TARGET_COMMITTED): (S.LOST, (A.RECORD_COMMIT,)),
+        (S.LOST, E.TARGET_RUNNING): (S.LOST, (A.RECORD_COMMIT,)),
+        (S.LOST, E.COMMIT_RECORDED): (S.COMMITTED, (A.SEND_COMMIT,)),
+        (S.LOST, E.TARGET_ABORTED): (S.ROLLING_BACK, (A.ROLLBACK,)),
+        (S.LOST, E.CANCELLED): (S.ROLLING_BACK, (A.ROLLBACK,)),
+        (S.LOST, E.TARGET_UNDECIDED): (S.LOST, (A.HOLD,)),
+        (S.LOST, E.TARGET_FAILED): (S.LOST, (A.HOLD,)),
+        (S.LOST, E.ACT_FAILED): (S.LOST, (A.HOLD,)),
+        (S.LOST, E.LINK_BACK): (S.LOST, (A.ASK_TARGET,)),
+        (S.LOST, E.DEADLINE_PASSED): (S.LOST, (A.ASK_TARGET,)),
+    },
+    ignored((S.LOST,), (E.LINK_LOST,)),
+    # It was asked twice, and said twice that it holds.
+    ignored((S.COMMITTED, S.IN_DOUBT, S.RELEASING, S.DONE), (E.COMMIT_RECORDED,)),
     # It runs on the target: a tree here that will not die needs the operator.
     {
         (S.RELEASING, E.ACT_FAILED): (S.RELEASING, (A.HOLD,)),
@@ -182,7 +207,7 @@ MAY_FOLLOW: Final = followers(TABLE, RECORDED | {S.COMMITTED}, S.NEW)
 commit that was decided before a rollback and is written after it does not get into the journal, nor
 does one of a process that a recovery has overtaken."""
 
-RECOVERY: Final[Mapping[S, tuple[S, tuple[A, ...]]]] = {
+RECOVERY: Final[dict[S, tuple[S, tuple[A, ...]]]] = {
     S.NEW: (S.ABORTED, (A.REPORT_ABORTED,)),
     S.PREFLIGHT: (S.ABORTED, (A.REPORT_ABORTED,)),
     S.PRECOPY: (S.ROLLING_BACK, (A.ROLLBACK,)),
@@ -195,11 +220,16 @@ RECOVERY: Final[Mapping[S, tuple[S, tuple[A, ...]]]] = {
     S.IN_DOUBT: (S.IN_DOUBT, (A.ASK_TARGET,)),
     S.RELEASING: (S.RELEASING, (A.RELEASE,)),
     S.DONE: (S.DONE, ()),
+    S.LOST: (S.LOST, (A.ASK_TARGET,)),
     S.ROLLING_BACK: (S.ROLLING_BACK, (A.ROLLBACK,)),
     S.ABORTED: (S.ABORTED, ()),
 }
 """Last recorded state -> where a new process goes on, and with what. A new state that is in
 `RECORDED` is recorded first, as always."""
+
+RECOVERY_WITHOUT_TREE: Final = RECOVERY | {S.FROZEN: (S.LOST, (A.ASK_TARGET,))}
+"""The same where the container's tasks are gone from this host for good, as after a power failure.
+Frozen is the last record until the commit; behind ROLLING_BACK there may be no commit any more."""
 
 
 VERDICTS: Final[Mapping[S, Verdict]] = {
@@ -215,6 +245,7 @@ VERDICTS: Final[Mapping[S, Verdict]] = {
     S.IN_DOUBT: Verdict.HOLD,
     S.RELEASING: Verdict.LET_GO,
     S.DONE: Verdict.LET_GO,
+    S.LOST: Verdict.HOLD,
     S.ROLLING_BACK: Verdict.UNDO,
     S.ABORTED: Verdict.UNDO,
 }
@@ -237,9 +268,10 @@ def must_record(before: S, after: S) -> bool:
     return after is not before and after in RECORDED
 
 
-def replay(recorded: Sequence[S]) -> tuple[S, tuple[A, ...]]:
+def replay(recorded: Sequence[S], *, tree_is_gone: bool = False) -> tuple[S, tuple[A, ...]]:
     """Where a new process goes on after a crash, from the recorded states, oldest first."""
-    return RECOVERY[recorded[-1] if recorded else S.NEW]
+    recovery = RECOVERY_WITHOUT_TREE if tree_is_gone else RECOVERY
+    return recovery[recorded[-1] if recorded else S.NEW]
 
 
 def machine(state: S = S.NEW) -> Machine[S, E, A]:

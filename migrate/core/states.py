@@ -24,6 +24,7 @@ class SourceState(StrEnum):
     IN_DOUBT = "in_doubt"  # committed, and the target's answer is unknown
     RELEASING = "releasing"  # it runs on the target; the frozen tree here is let die
     DONE = "done"
+    LOST = "lost"  # this host went down before the commit: what the target holds is all there is
     ROLLING_BACK = "rolling_back"  # being undone
     ABORTED = "aborted"  # the container runs here, as before
 

@@ -7,6 +7,7 @@ A shell plays CRIU's hook and the runtime above it; the cgroup is a directory wi
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -169,12 +170,20 @@ class Stage:
     def is_held(self) -> bool:
         return self._hook is not None and self._hook.poll() is None
 
+    def lose_power(self) -> None:
+        """The host comes back without the container, and without what it had in memory."""
+        assert self._hook is not None
+        self._hook.kill()
+        self._hook.communicate()
+        shutil.rmtree(self.session)
+        self.runtime.known.clear()
+
     def word(self) -> str:
         """What the hook has been told."""
         assert self._hook is not None
         return self._hook.communicate(timeout=DEADLINE_S)[0].strip()
 
     def close(self) -> None:
-        if self._hook is not None:
+        if self._hook is not None and self._hook.returncode is None:
             self._hook.kill()
             self._hook.communicate()

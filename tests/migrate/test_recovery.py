@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from migrate.core.states import SourceState as S
 from migrate.errors import InDoubt, MigrateError
 from migrate.journal import Journal, JournalWriter, Migration
 from migrate.recovery import Owner, recover_claimed, recover_orphans, sweep
-from tests.migrate.stage import ATTEMPT, COPIED, GIVEN, MIGRATION, Stage
+from tests.migrate.stage import ATTEMPT, COPIED, GIVEN, MIGRATION, PEER, Stage
 
+HOST = socket.gethostname()
 ASK = m.Ask(MIGRATION, ATTEMPT)
 COMMIT = m.Commit(MIGRATION, ATTEMPT)
 
@@ -176,6 +178,56 @@ async def test_a_target_that_is_away_for_too_long(stage: Stage) -> None:
     with pytest.raises(InDoubt, match="does not answer"):
         await recover(stage)
     assert_untouched(stage)
+
+
+# ---- the container went down with its host ----
+
+
+@pytest.fixture
+def powerless(stage: Stage) -> Stage:
+    stage.freeze()
+    stage.enter(*COPIED)
+    stage.lose_power()
+    return stage
+
+
+@pytest.mark.parametrize("said", ["held", "in_doubt", "running", "committed"])
+async def test_the_only_copy_is_committed_to(powerless: Stage, said: str) -> None:
+    """RUNNING and COMMITTED: its operator has decided so there meanwhile."""
+    powerless.peer.answers = [said, "running"]
+    assert await recover(powerless) is S.DONE
+    assert powerless.peer.heard == [ASK, COMMIT]
+    assert powerless.states()[-4:] == ["frozen", "committed", "releasing", "done"]
+
+
+async def test_there_is_no_copy_either(powerless: Stage) -> None:
+    powerless.peer.answers = ["aborted"]
+    assert await recover(powerless) is S.ABORTED
+    assert COMMIT not in powerless.peer.heard
+
+
+@pytest.mark.parametrize("said", ["restoring", "unknown"])
+async def test_a_copy_that_is_not_held_yet_is_waited_for(powerless: Stage, said: str) -> None:
+    powerless.peer.answers = [said]
+    with pytest.raises(InDoubt, match=f"went down while web was frozen.*says {said}"):
+        await recover(powerless)
+    assert powerless.states()[-1] == "frozen"
+    assert powerless.peer.heard == [ASK]
+
+
+async def test_nobody_can_be_asked_for_the_only_copy(powerless: Stage) -> None:
+    await powerless.peer.stop()
+    with pytest.raises(InDoubt) as caught:
+        await recover(powerless)
+    assert caught.value.container_state == f"does not run on {HOST}; {PEER} may hold it"
+    assert powerless.states()[-1] == "frozen"
+    assert await recover(powerless, owner="source") is S.ABORTED
+
+
+async def test_a_container_that_is_there_was_not_lost(powerless: Stage) -> None:
+    powerless.runtime.known = {"web"}
+    assert await recover(powerless) is S.ABORTED
+    assert ASK not in powerless.peer.heard
 
 
 async def test_an_answer_about_another_migration_counts_for_nothing(stage: Stage) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 RUNS, FROZEN, HELD, NONE = "runs", "frozen", "held", "none"
+GONE = "gone"
+"""Of the source's tree: it went down with its host."""
 CRASHED = "crashed"
 LOST, BACK = "!lost", "!back"
 """Marks in a link's queue: what the receiving side notices of the link itself."""
@@ -135,7 +137,7 @@ class Host(NamedTuple):
     state: of its machine, or CRASHED. entering: a record being written and the acts behind it; no
     event is taken meanwhile. acts: what is left of each transition's acts, under way at once.
     events: of acts that are over, in their order. log: the last recorded state. tree: of the source
-    RUNS, FROZEN or NONE; of the target NONE, HELD or RUNS.
+    RUNS, FROZEN, NONE or GONE; of the target NONE, HELD or RUNS.
     """
 
     state: str
@@ -178,6 +180,7 @@ class Protocol:
         self.source_recorded = {str(state) for state in source_machine.RECORDED}
         self.target_recorded = {str(state) for state in target_machine.RECORDED}
         self.source_recovery = _plain(source_machine.RECOVERY)
+        self.source_recovery_without_tree = _plain(source_machine.RECOVERY_WITHOUT_TREE)
         self.target_recovery = _plain(target_machine.RECOVERY)
         self.source_follow = _plain_sets(source_machine.MAY_FOLLOW)
         self.target_follow = _plain_sets(target_machine.MAY_FOLLOW)
@@ -307,7 +310,9 @@ def _source_act(protocol: Protocol, world: World, number: int) -> World:
     elif act == "rollback":
         if host.tree == NONE:
             raise Violation("the source rolls back a tree that it has let die")
-        world = world._replace(source=host._replace(tree=RUNS))
+        if host.tree != GONE:
+            host = host._replace(tree=RUNS)
+        world = world._replace(source=host)
         return world._replace(down=(*world.down, "abort")) if world.up else world
     return _with(world, "source", host)
 
@@ -329,6 +334,8 @@ def _target_act(protocol: Protocol, world: World, number: int) -> World:
             raise Violation("the target discards a running copy")
         if tree == HELD and world.source.log in COMMITTED_LOGS:
             raise Violation("the target discards the copy that the source has committed to")
+        if tree == HELD and world.source.tree == GONE:
+            raise Violation("the target discards the only copy that there is")
         tree = NONE
     elif act == "check_copy" and tree == NONE:
         answer = "copy_lost"
@@ -393,6 +400,8 @@ def _faults(protocol: Protocol, world: World) -> Iterator[tuple[str, World]]:
     if source.state != CRASHED:
         dead = Host(CRASHED, None, (), (), source.log, source.tree)
         yield "source crashes", cut._replace(source=dead, back=())
+        if source.tree == FROZEN and source.log == "frozen" and target.state in HOLDING:
+            yield "source loses power", cut._replace(source=dead._replace(tree=GONE), back=())
         if source.state in BEFORE_COMMIT | {"committed"}:
             # Before the commit the rows of all failures are the same: one stands for them.
             kind = "deadline_passed" if source.state == "committed" else "cancelled"
@@ -428,7 +437,10 @@ def _repairs(protocol: Protocol, world: World) -> Iterator[tuple[str, World]]:
         if source.tree == FROZEN and verdict != "hold":
             tree = RUNS if verdict == "undo" else NONE
             yield f"guard: {verdict}", world._replace(source=source._replace(tree=tree))
-        host = _restarted(source, protocol.source_recovery, protocol.source_recorded, "new")
+        recovery = protocol.source_recovery
+        if source.tree == GONE:
+            recovery = protocol.source_recovery_without_tree
+        host = _restarted(source, recovery, protocol.source_recorded, "new")
         yield "source restarts", _with(world, "source", host)
     if target.state == CRASHED:
         verdict = protocol.target_verdicts[target.log or "open"]
@@ -446,7 +458,7 @@ def _repairs(protocol: Protocol, world: World) -> Iterator[tuple[str, World]]:
         return
     # All is quiet. Timers ask again; acts that failed are tried again by the operator.
     for side, host in (("source", source), ("target", target)):
-        if host.state == "in_doubt":
+        if host.state in {"in_doubt", "lost"}:
             yield f"{side} asks again", _feed(protocol, world, side, "deadline_passed")
     if source.state in {"releasing", "rolling_back"}:
         host = _restarted(source, protocol.source_recovery, protocol.source_recorded, "new")
@@ -518,6 +530,7 @@ def _target_moves(protocol: Protocol, world: World) -> Iterator[tuple[str, World
             yield f"target << {message}", rest
 
 
+HOLDING = {"held", "in_doubt"}
 BEFORE_COMMIT = frozenset(str(state) for state in source_machine.UNDOABLE)
 COMMITTED_LOGS = frozenset({"committed", "releasing", "done"})
 
@@ -549,7 +562,9 @@ def settled(world: World) -> bool:
     if not (source.is_quiet() and target.is_quiet()) or world.down or world.back:
         return False
     moved = (source.state, source.tree, target.state, target.tree) == ("done", NONE, "done", RUNS)
-    stayed = source.state == "aborted" and source.tree == RUNS and target.tree == NONE
+    # A source that went down with its tree, and a target that lost its copy as well: nothing to run.
+    tree_is_right = source.tree in (RUNS, GONE)
+    stayed = source.state == "aborted" and tree_is_right and target.tree == NONE
     return moved or (stayed and target.state in {"open", "aborted"})
 
 

@@ -46,7 +46,9 @@ def test_with_faults_no_two_run_none_is_lost_and_all_can_settle() -> None:
     assert not stuck, search.way(stuck[0])
     assert all(settled(end) for end in search.ends)
     # The search has been everywhere, so that the rules above were checked where it matters.
-    assert {world.source.state for world in search.worlds} >= {"in_doubt", "aborted", "done"}
+    assert {world.source.state for world in search.worlds} >= {
+        *("in_doubt", "aborted", "done", "lost")
+    }
     assert {world.target.state for world in search.worlds} >= {"in_doubt", "aborted", "done"}
     given_back = [
         world
@@ -101,6 +103,10 @@ def _restart_forgets_the_commit(protocol: Protocol) -> None:
     protocol.source_recovery["committed", "recovery"] = ("rolling_back", ("rollback",))
 
 
+def _restart_undoes_what_is_gone(protocol: Protocol) -> None:
+    protocol.source_recovery_without_tree["frozen", "recovery"] = ("rolling_back", ("rollback",))
+
+
 def _guard_thaws_a_committed_tree(protocol: Protocol) -> None:
     protocol.source_verdicts["committed"] = "undo"
 
@@ -149,6 +155,7 @@ UNSAFE = {
     ),
     "records a commit behind a rollback": _commit_behind_a_rollback,
     "forgets the commit": _restart_forgets_the_commit,
+    "gives back what went down with its host": _restart_undoes_what_is_gone,
     "thaws a committed tree": _guard_thaws_a_committed_tree,
     "kills a committed tree": _guard_kills_a_committed_tree,
     "speaks for a coordinator that lives": _agent_speaks_for_a_living_coordinator,
@@ -172,6 +179,7 @@ def test_search_finds_what_is_unsafe(flaw: str) -> None:
 
 
 STUCK = {
+    "does not commit to the only copy": _source("lost", "target_held", "lost", "hold"),
     "does not take the container back": _source("in_doubt", "target_aborted", "in_doubt", "hold"),
     "does not ask again": lambda protocol: (
         _source("in_doubt", "deadline_passed", "in_doubt", "hold")(protocol),
