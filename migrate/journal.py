@@ -4,7 +4,8 @@ SQLite, write-ahead log, synchronous=FULL: `append` returns after the record is 
 
     migrations   (migration_id, role) attempt container runtime peer created_wall_s facts
     transitions  (migration_id, role, seq) state event at_wall_s detail digest
-    counters     name value
+    counters     name value: the newest attempt of this host; `floor/PEER`: the newest attempt of a
+                 source among those that were forgotten, which stays when its migrations do not
 
 `facts` is what a recovery needs to know (cgroup, ports, directories), `detail` what a person may
 want to; both JSON objects. A record is only appended where the state machine's table leads from
@@ -90,15 +91,19 @@ SELECT * FROM migrations AS one WHERE NOT EXISTS (
     ({_TERMINAL})
 ) ORDER BY created_wall_s, migration_id, role
 """  # noqa: S608  (names of states)
-_FORGET: Final = f"""
-DELETE FROM migrations WHERE (migration_id, role) IN (
-    SELECT migration_id, role FROM (
-        SELECT migration_id, role, at_wall_s,
-            row_number() OVER (ORDER BY at_wall_s DESC, migration_id, role) AS number
-        FROM transitions WHERE state IN ({_TERMINAL})
-    ) WHERE number > ? OR at_wall_s < ?
-)
+_FORGOTTEN: Final = f"""
+SELECT migration_id, role FROM (
+    SELECT migration_id, role, at_wall_s,
+        row_number() OVER (ORDER BY at_wall_s DESC, migration_id, role) AS number
+    FROM transitions WHERE state IN ({_TERMINAL})
+) WHERE number > ? OR at_wall_s < ?
 """  # noqa: S608  (names of states)
+_RAISE_FLOORS: Final = f"""
+INSERT INTO counters SELECT 'floor/' || peer, max(attempt) FROM migrations
+WHERE role = 'target' AND (migration_id, role) IN ({_FORGOTTEN}) GROUP BY peer
+ON CONFLICT (name) DO UPDATE SET value = max(value, excluded.value)
+"""  # noqa: S608
+_FORGET: Final = f"DELETE FROM migrations WHERE (migration_id, role) IN ({_FORGOTTEN})"  # noqa: S608
 _ONE_MIGRATION: Final = "SELECT * FROM migrations WHERE migration_id = ? AND role = ?"
 
 
@@ -196,12 +201,18 @@ class Journal:
         return int(row[0])
 
     def newest_attempt(self, container: str, peer: str) -> int:
-        """The highest attempt of `peer` to bring `container` here; 0 when there was none."""
+        """The highest attempt of `peer` to bring `container` here; 0 when there was none.
+
+        Of migrations that are forgotten, the highest of that peer for any container: its attempts
+        grow over all of them, so what comes with a lower one is older than they are.
+        """
         with _translated(self.path):
             (attempt,) = self._connection.execute(
-                "SELECT coalesce(max(attempt), 0) FROM migrations"
-                " WHERE role = 'target' AND container = ? AND peer = ?",
-                (container, peer),
+                "SELECT max("
+                "(SELECT coalesce(max(attempt), 0) FROM migrations"
+                " WHERE role = 'target' AND container = ? AND peer = ?),"
+                " (SELECT coalesce(max(value), 0) FROM counters WHERE name = 'floor/' || ?))",
+                (container, peer, peer),
             ).fetchone()
         return int(attempt)
 
@@ -370,7 +381,9 @@ class Journal:
 
     def _forget(self, older_than_wall_s: float, max_finished: int) -> int:
         """Within a transaction, and a millisecond: somebody in a handover may be waiting."""
-        return self._connection.execute(_FORGET, (max_finished, older_than_wall_s)).rowcount
+        limits = (max_finished, older_than_wall_s)
+        self._connection.execute(_RAISE_FLOORS, limits)
+        return self._connection.execute(_FORGET, limits).rowcount
 
     def _migrations(self, query: str = _ALL) -> list[Migration]:
         rows = self._connection.execute(query)

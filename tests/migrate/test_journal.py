@@ -284,6 +284,30 @@ def test_a_reader_that_stays_costs_no_more_disk_afterwards(journal: Journal, pat
     assert log.stat().st_size <= WAL_BYTES_MAX
 
 
+def test_what_is_forgotten_is_not_taken_again(journal: Journal) -> None:
+    """The attempts of a source grow, over all of its containers: an old one comes back in vain."""
+    for number, peer, container in (
+        (5, "alpha", "sheep"),
+        (7, "alpha", "goat"),
+        (9, "beta", "cow"),
+    ):
+        journal.begin(Migration(f"m{number}", "target", number, container, "runc", peer, 1.0))
+        for state in (T.RECEIVING, T.ABORTED):
+            journal.append(f"m{number}", "target", state, "event", at_wall_s=float(number))
+    assert journal.newest_attempt("sheep", "alpha") == 5
+    assert journal.newest_attempt("pig", "alpha") == 0
+    assert journal.prune(0.0, max_finished=1) == 2
+    for container in ("sheep", "goat", "pig"):
+        assert journal.newest_attempt(container, "alpha") == 7
+    assert journal.newest_attempt("cow", "beta") == 9
+    assert journal.newest_attempt("cow", "alph") == 0
+    journal.begin(Migration("m10", "target", 10, "sheep", "runc", "alpha", 1.0))
+    assert journal.newest_attempt("sheep", "alpha") == 10
+    assert journal.prune(1e12) == 1
+    assert journal.newest_attempt("pig", "beta") == 9
+    assert journal.newest_attempt("pig", "alpha") == 7
+
+
 def test_prune_forgets_the_old_and_the_many_but_nothing_unfinished(journal: Journal) -> None:
     for number in range(5):
         begin(journal, f"done{number}")
