@@ -411,7 +411,7 @@ def test_the_source_loses_power_while_the_container_is_frozen(stage: Stage) -> N
 
 
 def test_the_source_loses_power_when_the_target_holds_a_copy(stage: Stage) -> None:
-    """That copy is all that is left: it runs as soon as the source is back and has given it away."""
+    """That copy is all that is left: it runs as soon as the source is back and gives it away."""
     here, there = stage.here, stage.there
     stage.begin_until(HELD, "--link-patience", "2")
     stage.scene.lab.crash(here.name)

@@ -428,6 +428,12 @@ def _restarted(host: Host, recovery: Rows, recorded: set[str], first: str) -> Ho
     return _enter(fresh, recovery[log, "recovery"], recorded, log)
 
 
+def _source_restarted(protocol: Protocol, host: Host) -> Host:
+    is_gone = host.tree == GONE
+    recovery = protocol.source_recovery_without_tree if is_gone else protocol.source_recovery
+    return _restarted(host, recovery, protocol.source_recorded, "new")
+
+
 def _repairs(protocol: Protocol, world: World) -> Iterator[tuple[str, World]]:
     """What happens sooner or later after a fault: restarts, reconnects, questions asked again."""
     source, target = world.source, world.target
@@ -437,11 +443,7 @@ def _repairs(protocol: Protocol, world: World) -> Iterator[tuple[str, World]]:
         if source.tree == FROZEN and verdict != "hold":
             tree = RUNS if verdict == "undo" else NONE
             yield f"guard: {verdict}", world._replace(source=source._replace(tree=tree))
-        recovery = protocol.source_recovery
-        if source.tree == GONE:
-            recovery = protocol.source_recovery_without_tree
-        host = _restarted(source, recovery, protocol.source_recorded, "new")
-        yield "source restarts", _with(world, "source", host)
+        yield "source restarts", _with(world, "source", _source_restarted(protocol, source))
     if target.state == CRASHED:
         verdict = protocol.target_verdicts[target.log or "open"]
         if target.tree == HELD and verdict != "hold":
@@ -461,8 +463,8 @@ def _repairs(protocol: Protocol, world: World) -> Iterator[tuple[str, World]]:
         if host.state in {"in_doubt", "lost"}:
             yield f"{side} asks again", _feed(protocol, world, side, "deadline_passed")
     if source.state in {"releasing", "rolling_back"}:
-        host = _restarted(source, protocol.source_recovery, protocol.source_recorded, "new")
-        yield "operator recovers the source", _with(world, "source", host)
+        again = _source_restarted(protocol, source)
+        yield "operator recovers the source", _with(world, "source", again)
     if target.state in {"aborting", "committed", "running"}:
         host = _restarted(target, protocol.target_recovery, protocol.target_recorded, "open")
         yield "operator recovers the target", _with(world, "target", host)
@@ -562,7 +564,7 @@ def settled(world: World) -> bool:
     if not (source.is_quiet() and target.is_quiet()) or world.down or world.back:
         return False
     moved = (source.state, source.tree, target.state, target.tree) == ("done", NONE, "done", RUNS)
-    # A source that went down with its tree, and a target that lost its copy as well: nothing to run.
+    # A source that went down with its tree, and a target that lost its copy too: nothing can run.
     tree_is_right = source.tree in (RUNS, GONE)
     stayed = source.state == "aborted" and tree_is_right and target.tree == NONE
     return moved or (stayed and target.state in {"open", "aborted"})
