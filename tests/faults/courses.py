@@ -68,7 +68,8 @@ def _each(source: tuple[Span, ...], target: tuple[Span, ...], *victims: Victim) 
 
 
 # Who holds something on the source, and on the target.
-DUMPERS: Final = (Victim.GUARD, Victim.SOURCE_RUNC, Victim.SOURCE_CRIU)
+CRIU_DUMPERS: Final = (Victim.SOURCE_RUNC, Victim.SOURCE_CRIU)
+DUMPERS: Final = (Victim.GUARD, *CRIU_DUMPERS)
 RESTORERS: Final = (Victim.TARGET_RUNC, Victim.TARGET_CRIU)
 PAGERS: Final = (Victim.PAGER_WORKER, Victim.PAGER_KEEPER)
 
@@ -205,8 +206,10 @@ ORPHANED: Final = (
         lives={
             **_both(WHOLE, WHOLE, Victim.AGENT, Victim.SOURCE_AGENT),
             **_both(("", "ask_target.after"), ("", "record_commit.before"), Victim.LINK),
-            **_both(("", "release.before"), ("", "resume.before"), *DUMPERS),
-            **_both(("", "ask_target.before"), ("", "resume.before"), *RESTORERS, *PAGERS),
+            # The guard has seen that it is committed, and left it to the recovery.
+            **_both(("", "release.before"), ("", "resume.before"), *CRIU_DUMPERS),
+            # The source's agent may have told the target already.
+            **_both(None, ("", "resume.before"), *RESTORERS, *PAGERS),
         },
     ),
 )
