@@ -106,7 +106,7 @@ class ContainerSpec:
     mac: str = ""
     gateway: str | None = None
     hostname: str = ""
-    seccomp: bool = False
+    seccomp: bool = True
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

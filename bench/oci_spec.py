@@ -57,7 +57,7 @@ def oci_spec(
     network_namespace: str,
     cgroup: str,
     annotations: Mapping[str, str],
-    seccomp: bool = False,
+    seccomp: bool = True,
 ) -> dict[str, Any]:
     """The content of a bundle's config.json. The root file system is "rootfs" beside it."""
     capabilities = list(CAPABILITIES)

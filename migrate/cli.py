@@ -22,6 +22,7 @@ from rich.console import Console
 
 from migrate import config, heap, oversight, progress, standing
 from migrate.agent.app import Agent
+from migrate.commands.policy import policy
 from migrate.coordinator import Coordinator
 from migrate.dry_run import dry_run
 from migrate.errors import EXIT_FAILED, MigrateError
@@ -237,6 +238,9 @@ def agent(address: str, port: int) -> None:
         await Agent(config.HostPaths(), _runtimes(), address).serve(address, port)
 
     asyncio.run(serve())
+
+
+cli.add_command(policy)
 
 
 def new_migration_id() -> MigrationId:

@@ -90,7 +90,8 @@ FORMER_PATIENCE_S = 5.0
 # For an agent that stops to undo the sessions that hold nothing.
 STOP_DEADLINE_S = 30.0
 
-# Sessions that an agent serves at once; each may hold a container's memory.
+# Sessions that an agent serves at once, whatever its policy says: each may hold a container's
+# memory.
 SESSIONS_MAX = 16
 
 # CRIU copies deleted but open files into its images only up to this size (`--ghost-limit`).
@@ -122,6 +123,11 @@ class HostPaths:
         """The identity of this host."""
         directory = self.config / "tls"
         return TlsPaths(directory / "ca.pem", directory / "host.pem", directory / "host.key")
+
+    @property
+    def policy(self) -> Path:
+        """What this host's operator lets come and go: see `policy.py`."""
+        return self.config / "policy.toml"
 
     @property
     def journal(self) -> Path:

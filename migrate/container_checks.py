@@ -29,10 +29,34 @@ DEFAULT_DEVICES = frozenset(
 )
 # Without one of its own of these, a container shares the host's, and CRIU can't tell them apart.
 OWN_NAMESPACES = ("pid", "mount", "ipc", "uts")
+# What runtimes take for orders to themselves: CRIU's options, with programs among them that it runs
+# as root (runc: handleCriuConfigurationFile); handlers (crun(1)); properties of systemd's units.
+RUNTIME_ANNOTATIONS = ("org.criu.", "run.oci.", "org.systemd.property.")
+# Every key of a config.json that this project reads. runc finds a key whatever its case is (Go's
+# encoding/json), so what is written otherwise would be in force and not be looked at.
+# fmt: off
+JUDGED_KEYS = frozenset(
+    (
+        "access", "action", "allow", "ambient", "annotations", "apparmorProfile", "bounding",
+        "capabilities", "cgroupsPath", "containerID", "cpu", "defaultAction", "destination",
+        "devices", "effective", "gidMappings", "hooks", "hostID", "hostname", "hugepageLimits",
+        "inheritable", "linux", "listenerPath", "major", "maskedPaths", "memory", "minor",
+        "mounts", "namespaces", "noNewPrivileges", "options", "path", "permitted", "pids",
+        "process", "readonly", "readonlyPaths", "resources", "root", "seccomp", "size", "source",
+        "syscalls", "sysctl", "terminal", "type", "uidMappings"
+    )
+)
+# fmt: on
+_FOLDED_KEYS = {key.lower(): key for key in JUDGED_KEYS}
+# Their keys are names that somebody chose.
+_MAPS = ("annotations", "sysctl")
 
 
-def judge_container(container: Container, shared: Sequence[str]) -> list[Refusal]:
-    """What of the container's state and configuration can't move, for its own host."""
+def judge_container(
+    container: Container, shared: Sequence[str], devices: Sequence[str] = ()
+) -> list[Refusal]:
+    """What of the container's state and configuration can't move, for its own host. shared,
+    devices: directories and device files that are the same on both."""
     refusals = []
     if container.status != "running":
         remedy = "resume it first" if container.status == "paused" else "start it first"
@@ -40,6 +64,7 @@ def judge_container(container: Container, shared: Sequence[str]) -> list[Refusal
             Refusal("not-running", f"{container.name} is {container.status}, not running", remedy)
         )
     refusals += judge_spec(container.spec, container.mounts)
+    refusals += judge_devices(container.spec, devices)
     refusals += judge_binds(container.mounts, shared)
     if container.netns is None and "network" in _namespaces(container.spec):
         refusals.append(
@@ -54,7 +79,8 @@ def judge_container(container: Container, shared: Sequence[str]) -> list[Refusal
 
 def judge_spec(spec: dict[str, Any], mounts: Iterable[Mount]) -> list[Refusal]:
     """What of a configuration can't move, whichever host it is on."""
-    refusals = [*_of_namespaces(spec), *_of_mounts(mounts), *_of_devices(spec)]
+    refusals = [*_of_keys(spec), *_of_annotations(spec)]
+    refusals += [*_of_namespaces(spec), *_of_mounts(mounts)]
     if part(spec, "process").get("terminal") is True:
         refusals.append(
             Refusal(
@@ -137,14 +163,48 @@ def _of_mounts(mounts: Iterable[Mount]) -> Iterator[Refusal]:
             )
 
 
-def _of_devices(spec: dict[str, Any]) -> Iterator[Refusal]:
+def judge_devices(spec: dict[str, Any], same: Iterable[str]) -> Iterator[Refusal]:
+    """Devices that the other host need not have. `same`: those that it has."""
     for device in part(spec, "linux").get("devices") or ():
         path = str(device.get("path", "")) if isinstance(device, dict) else ""
-        if path not in DEFAULT_DEVICES:
+        if path not in DEFAULT_DEVICES and path not in same:
             yield Refusal(
                 "device",
                 f"the container is given the device {path or 'without a path'}",
-                "remove it from linux.devices in config.json: devices don't move",
+                "remove it from linux.devices in config.json; or, if it has no state and the target"
+                " has it too, name it in [send] devices in /etc/migrate/policy.toml",
+            )
+
+
+def _of_keys(spec: dict[str, Any]) -> Iterator[Refusal]:
+    for key in sorted(set(_odd_keys(spec))):
+        yield Refusal(
+            "config-key",
+            f"config.json has a key {key[:80]!r}, which a runtime may take for another one",
+            "write it as the OCI runtime specification does",
+        )
+
+
+def _odd_keys(value: Any) -> Iterator[str]:
+    """Not of ASCII, or one that is judged, in letters of another case."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _odd_keys(one)
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            if not key.isascii() or _FOLDED_KEYS.get(key.lower(), key) != key:
+                yield key
+            if key not in _MAPS:
+                yield from _odd_keys(one)
+
+
+def _of_annotations(spec: dict[str, Any]) -> Iterator[Refusal]:
+    for name in part(spec, "annotations"):
+        if name.lower().startswith(RUNTIME_ANNOTATIONS):
+            yield Refusal(
+                "annotation",
+                f"the container's annotation {name[:80]} is an order to the runtime",
+                "remove it from config.json",
             )
 
 

@@ -308,6 +308,7 @@ class Coordinator:
             streams=self.options.streams or default_streams(),
             host=self._host,
             paths=self._paths,
+            target=self.options.target,
         )
         self._facts = checked.facts
         self._builder.memory_bytes = checked.facts.memory_bytes

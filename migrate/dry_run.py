@@ -72,6 +72,7 @@ async def dry_run(
         streams=options.streams or default_streams(),
         host=host,
         paths=paths,
+        target=options.target,
     )
     facts = checked.facts
     tracker, warning = await asyncio.to_thread(tracker_for, options, facts, host)

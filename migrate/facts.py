@@ -66,24 +66,13 @@ class ContainerFacts:
     ) -> messages.OpenSession:
         """The question to the target."""
         container = self.container
-        config = (container.bundle / "config.json").read_text()
-        linux = container.spec.get("linux", {})
         return messages.OpenSession(
             migration_id=migration_id,
             container=container.name,
             runtime=container.runtime,
             attempt=attempt,
             host=host,
-            spec=messages.Spec(
-                terminal=container.terminal,
-                readonly_rootfs=bool(container.spec.get("root", {}).get("readonly", False)),
-                mounts=tuple(
-                    messages.Mount(one.destination, one.kind, one.source, one.options)
-                    for one in container.mounts
-                ),
-                devices=tuple(str(device["path"]) for device in linux.get("devices", ())),
-                config_json=config,
-            ),
+            config_json=(container.bundle / "config.json").read_text(),
             tasks=self.tasks,
             memory_bytes=self.memory_bytes,
             shared_bytes=self.shared_bytes,

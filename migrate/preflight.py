@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migrate import blockers, facts, network
+from migrate import blockers, facts, network, policy, policy_checks
 from migrate.cgroup import own_name
 from migrate.container_checks import is_below, judge_container, judge_spec
 from migrate.errors import PreflightRefused, runs_on
@@ -35,7 +35,7 @@ from migrate.host_checks import (
 from migrate.netns import path_of
 from migrate.network_identity import NetworkError
 from migrate.refusals import Caution, Refusal
-from migrate.runtimes.base import Mount
+from migrate.runtimes.oci import mounts_of
 from migrate.runtimes.runc import cgroup_for
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from migrate.core.messages import OpenSession, Versions
     from migrate.facts import ContainerFacts
     from migrate.network_identity import NetworkIdentity
-    from migrate.runtimes.base import Container, Runtime
+    from migrate.policy import Policy
+    from migrate.runtimes.base import Container, Mount, Runtime
 
 # What the target keeps free for itself, besides the container.
 MEMORY_RESERVE_BYTES = 128 << 20
@@ -57,8 +58,8 @@ JOURNAL_BYTES_MAX = 4 << 20
 # Of directories and locks in /run; what is large there lies on a tmpfs of each session.
 RUN_BYTES_MAX = 256 << 10
 FILES_MAX = 16
-# Of the list of directories that this host shares with others.
-SHARED_LIST_BYTES_MAX = 64 << 10
+# Of the kernel's lists of controllers and profiles.
+KERNEL_LIST_BYTES_MAX = 64 << 10
 # cgroup v2 controllers by the names of the limits in linux.resources.
 _CONTROLLERS = {"memory": "memory", "cpu": "cpu", "pids": "pids", "hugepageLimits": "hugetlb"}
 _CONTROLLERS_HERE = Path("/sys/fs/cgroup/cgroup.controllers")
@@ -82,14 +83,18 @@ def check_source(
     streams: int,
     host: str,
     paths: HostPaths,
+    target: str,
 ) -> SourceCheck:
     """Look at the container and at this host. Blocking. Raises PreflightRefused, MigrateError."""
+    rules = policy.load(paths.policy)
     # First, since without descriptors nothing else can be looked at.
     refusals = descriptor_refusals(tasks=1, streams=streams)
     if refusals:
         raise PreflightRefused(refusals, host=host)
     container = runtime.inspect(name)
-    refusals = [*host_refusals(lazy=lazy), *own_space(paths), *judge_container(container, shared)]
+    refusals = policy_checks.judge_send(rules, name, target)
+    refusals += [*host_refusals(lazy=lazy), *own_space(paths)]
+    refusals += judge_container(container, shared, rules.send.devices)
     cautions = host_cautions()
     if not container.rootfs.is_dir():
         refusals.append(
@@ -161,20 +166,24 @@ def look_at_network(
     return captured.identity, [*captured.refusals, *found]
 
 
-def check_target(request: OpenSession, runtime: Runtime, paths: HostPaths) -> list[Refusal]:
-    """Look whether this host can take the container. Blocking."""
+def check_target(
+    request: OpenSession, runtime: Runtime, paths: HostPaths, rules: Policy
+) -> list[Refusal]:
+    """Look whether this host can take the container, and may. Blocking."""
     # First, since without descriptors nothing else can be looked at.
     refusals = descriptor_refusals(len(request.tasks), request.streams)
     if refusals:
         return refusals
     try:
-        return _look_at_target(request, runtime, paths)
+        return _look_at_target(request, runtime, paths, rules)
     except (OSError, subprocess.SubprocessError) as error:
         text = f"this host can't be looked at: {error}"
         return [Refusal("host", text, "free memory, disk and processes here")]
 
 
-def _look_at_target(request: OpenSession, runtime: Runtime, paths: HostPaths) -> list[Refusal]:
+def _look_at_target(
+    request: OpenSession, runtime: Runtime, paths: HostPaths, rules: Policy
+) -> list[Refusal]:
     refusals = [*host_refusals(lazy=request.restore == "lazy"), *own_space(paths)]
     if refusals:
         return refusals
@@ -185,7 +194,7 @@ def _look_at_target(request: OpenSession, runtime: Runtime, paths: HostPaths) ->
     disk_bytes = shutil.disk_usage(existing(paths.containers)).free
     refusals += judge_room(request, facts.free_memory_bytes(), disk_bytes)
     refusals += _taken(request.container, runtime, paths)
-    refusals += _of_configuration(request, paths)
+    refusals += _of_configuration(request, rules)
     bridges = {port.bridge for port in request.network.ports if port.bridge is not None}
     refusals += [refusal for bridge in sorted(bridges) for refusal in bridge_refusals(bridge)]
     return refusals
@@ -276,7 +285,8 @@ def judge_mounts(
                 Refusal(
                     "mount-not-shared",
                     f"this host does not share {mount.source} with containers of other hosts",
-                    "if it is the same storage, name it in /etc/migrate/shared there",
+                    "if it is the same storage, name it in [receive] bind_mounts in"
+                    f" {policy_checks.FILE} there",
                 )
             )
         elif mount.source not in existing:
@@ -305,22 +315,28 @@ def judge_resources(spec: dict[str, Any], controllers: Iterable[str]) -> list[Re
     ]
 
 
-def _of_configuration(request: OpenSession, paths: HostPaths) -> list[Refusal]:
-    mounts = [
-        Mount(one.destination, one.kind, one.source, one.options) for one in request.spec.mounts
-    ]
+def _of_configuration(request: OpenSession, rules: Policy) -> list[Refusal]:
     try:
-        spec = json.loads(request.spec.config_json)
+        spec = json.loads(request.config_json)
+        mounts = mounts_of(spec)
         refusals = judge_spec(spec, mounts)
+        refusals += policy_checks.judge_receive(rules, request, spec, mounts)
         refusals += judge_resources(spec, _read(_CONTROLLERS_HERE).split())
         refusals += _of_cgroup(spec, request.container)
         refusals += _of_profile(str(spec.get("process", {}).get("apparmorProfile") or ""))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         text = f"the container's config.json can't be read: {error}"
         return [Refusal("config", text, "check it on the source")]
-    existing = frozenset(one.source for one in mounts if one.is_bind and Path(one.source).exists())
-    shared = _read(paths.config / "shared").splitlines()
-    return [*refusals, *judge_mounts(mounts, shared, existing)]
+    shared = rules.receive.bind_mounts
+    here = frozenset(one.source for one in mounts if one.is_bind and _is_here(one.source, shared))
+    return [*refusals, *judge_mounts(mounts, shared, here)]
+
+
+def _is_here(source: str, shared: Iterable[str]) -> bool:
+    """Whether it is there and stays below what is shared: a container that may write there can
+    have made a link that leads elsewhere."""
+    real = Path(source).resolve()
+    return real.exists() and is_below(str(real), [str(Path(one).resolve()) for one in shared])
 
 
 def _of_cgroup(spec: dict[str, Any], name: str) -> list[Refusal]:
@@ -370,6 +386,6 @@ def _taken(name: str, runtime: Runtime, paths: HostPaths) -> list[Refusal]:
 def _read(path: Path) -> str:
     try:
         with path.open(errors="replace") as file:
-            return file.read(SHARED_LIST_BYTES_MAX)
+            return file.read(KERNEL_LIST_BYTES_MAX)
     except OSError:
         return ""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import structlog
 from aiohttp import web
 
-from migrate import config, preflight
+from migrate import config, policy_checks, preflight
 from migrate.agent.custodian import Custodian
 from migrate.agent.session import new_ticket
 from migrate.agent.sessions import Sessions
@@ -36,12 +36,14 @@ from migrate.core import messages
 from migrate.errors import MigrateError, ProtocolError
 from migrate.facts import free_memory_bytes, host_versions
 from migrate.journal import JournalWriter
+from migrate.policy import PolicyError, PolicyFile
 from migrate.rootfs import CHUNK_BYTES
 from transport import tls
 from transport.receiver import DataListener
 
 if TYPE_CHECKING:
     from migrate.agent.session import Session
+    from migrate.refusals import Refusal
     from migrate.runtimes.base import Runtime
 
 log = structlog.get_logger()
@@ -57,6 +59,8 @@ class Agent:
         self._paths = paths
         self._runtimes = runtimes
         self._host = socket.gethostname()
+        self._policy = PolicyFile(paths.policy)
+        self._policy.current()
         self._opening = asyncio.Lock()
         identity = tls.TlsPaths(paths.tls.ca, paths.tls.certificate, paths.tls.key)
         self._context = tls.server_context(identity)
@@ -126,8 +130,6 @@ class Agent:
         if message.migration_id in self._sessions:
             known = f"{self._host} has a session {message.migration_id} already"
             return _refused("session-known", MigrateError(known, remedy="try again"))
-        if len(self._sessions.live()) >= config.SESSIONS_MAX:
-            return _refused("busy", MigrateError(f"{self._host} serves {config.SESSIONS_MAX}"))
         try:
             if not message.dry_run:
                 await self._sessions.end_former(message, peer)
@@ -137,13 +139,18 @@ class Agent:
             taken = MigrateError(f"{message.container} is being received by {self._host} already")
             return _refused("name-taken", taken)
         try:
-            refusals = await asyncio.to_thread(
-                preflight.check_target, message, runtime, self._paths
-            )
+            refusals = await asyncio.to_thread(self._look, message, runtime)
+        except PolicyError as error:
+            log.warning("policy unusable", why=error.message, remedy=error.remedy)
+            # What is wrong in its file is not for the peer.
+            said = f"{self._host} can't read its policy, and receives nothing"
+            return _refused("policy", PolicyError(said, remedy="see its agent's log"))
         except MigrateError as error:
             return _refused("preflight", error)
         if refusals:
-            return messages.Refused(tuple(messages.Refusal(*one) for one in refusals))
+            codes = [one.code for one in refusals]
+            log.warning("session refused", peer=peer, container=message.container, why=codes)
+            return messages.Refused(_few(refusals))
         opened = messages.SessionOpened(
             session_id=message.migration_id,
             ticket=new_ticket(),
@@ -160,6 +167,18 @@ class Agent:
         except MigrateError as error:
             return _refused("session", error)
         return opened
+
+    def _look(self, message: messages.OpenSession, runtime: Runtime) -> list[Refusal]:
+        """Why the container can't come or may not. Blocking."""
+        rules = self._policy.current()
+        others = [
+            policy_checks.Load(one.peer, one.request.memory_bytes, one.request.rootfs_bytes)
+            for one in self._sessions.live()
+        ]
+        return [
+            *policy_checks.judge_quotas(rules, message, others),
+            *preflight.check_target(message, runtime, self._paths, rules),
+        ]
 
     async def _control(self, request: web.Request) -> web.StreamResponse:
         return await self._session_of(request).channel.answer(request)
@@ -234,6 +253,16 @@ def _peer(request: web.Request) -> str:
 
 def _refused(code: str, error: MigrateError) -> messages.Refused:
     return messages.Refused((messages.Refusal(code, error.message, error.remedy),))
+
+
+def _few(refusals: list[Refusal]) -> tuple[messages.Refusal, ...]:
+    """As many and as long as a message takes: a configuration can be wrong in a thousand ways."""
+    return tuple(
+        messages.Refusal(
+            one.code, one.message[: messages.MAX_TEXT], one.remedy[: messages.MAX_TEXT]
+        )
+        for one in refusals[: messages.MAX_REFUSALS]
+    )
 
 
 def _answer(

@@ -81,7 +81,7 @@ class Workspace:
 
     def make(self, netns: Path) -> None:
         """Make all of it; blocking. Raises WorkspaceError, having removed what it made."""
-        text = container_config(self._request.spec.config_json, netns)
+        text = container_config(self._request.config_json, netns)
         try:
             self.session.mkdir(mode=0o700, parents=True)
             self._made_session = True

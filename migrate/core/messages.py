@@ -45,8 +45,8 @@ MAX_CPUINFO_BYTES: Final = 64 * 1024
 MAX_TASKS: Final = 4096
 MAX_FILES: Final = 4 * MAX_TASKS + 256
 """Image files of one restore: about four per task and a few for the whole."""
-MAX_LIST: Final = 1024
 MAX_MARKS: Final = 64
+MAX_REFUSALS: Final = 64
 MAX_BYTES: Final = 1 << 50
 """1 PiB: no memory or file system is larger, and sums of a thousand of them fit 64 bits."""
 MAX_US: Final = 1 << 60
@@ -119,25 +119,6 @@ class Versions(Part, frozen=True):
     architecture: Label
 
 
-class Mount(Part, frozen=True):
-    """One mount of the container's `config.json`."""
-
-    destination: Text
-    kind: Label
-    source: Text
-    options: Annotated[tuple[Label, ...], Meta(max_length=64)] = ()
-
-
-class Spec(Part, frozen=True):
-    """What the target checks of the container, and its whole `config.json` as text."""
-
-    terminal: bool
-    readonly_rootfs: bool
-    mounts: Annotated[tuple[Mount, ...], Meta(max_length=MAX_LIST)]
-    devices: Annotated[tuple[Text, ...], Meta(max_length=MAX_LIST)]
-    config_json: Annotated[str, Meta(max_length=MAX_CONFIG_CHARS)]
-
-
 class ImageFile(Part, frozen=True):
     """An image file that the source has sent: its name in the image directory and its size."""
 
@@ -151,6 +132,7 @@ class ImageFile(Part, frozen=True):
 class OpenSession(Message, frozen=True, tag="open_session"):
     """Asks the target to receive a container. With `dry_run` it only checks and answers.
 
+    config_json: the text of the container's `config.json`, by which alone the target judges.
     attempt: the strictly growing number of this attempt (the journal's). tasks: pids in the
     container's own pid namespace. memory_bytes: present memory, and shared_bytes of it is shared
     (dumped and restored eagerly). cpuinfo: the image that `criu cpuinfo dump` writes. patience_s:
@@ -162,7 +144,7 @@ class OpenSession(Message, frozen=True, tag="open_session"):
     runtime: Code
     attempt: Attempt
     host: HostName
-    spec: Spec
+    config_json: Annotated[str, Meta(max_length=MAX_CONFIG_CHARS)]
     tasks: Annotated[tuple[Task, ...], Meta(min_length=1, max_length=MAX_TASKS)]
     memory_bytes: Bytes
     shared_bytes: Bytes
@@ -277,7 +259,7 @@ class Heard(Message, frozen=True, tag="heard"):
 class Refused(Message, frozen=True, tag="refused"):
     """The session is not opened, for these reasons; nothing was touched."""
 
-    refusals: Annotated[tuple[Refusal, ...], Meta(min_length=1, max_length=64)]
+    refusals: Annotated[tuple[Refusal, ...], Meta(min_length=1, max_length=MAX_REFUSALS)]
 
 
 class Prepared(Message, frozen=True, tag="prepared"):

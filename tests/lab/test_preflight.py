@@ -30,7 +30,7 @@ from migrate.errors import PreflightRefused
 from migrate.runtimes.runc import Runc
 try:
     checked = preflight.check_source(
-        Runc(), "pf1", given, lazy=True, streams=4, host="A", paths=HostPaths()
+        Runc(), "pf1", given, lazy=True, streams=4, host="A", paths=HostPaths(), target="B"
     )
     request = checked.facts.open_session(
         migration_id="m1", attempt=1, host="A", streams=4, restore="lazy", dry_run=True)
@@ -41,10 +41,12 @@ except PreflightRefused as error:
 CHECK_TARGET = """
 from migrate import preflight
 from migrate.config import HostPaths
+from migrate import policy
 from migrate.core.messages import OpenSession
 from migrate.runtimes.runc import Runc
 request = msgspec.convert(given, OpenSession, str_keys=True, builtin_types=())
-answer(preflight.check_target(request, Runc(), HostPaths()))
+paths = HostPaths()
+answer(preflight.check_target(request, Runc(), paths, policy.load(paths.policy)))
 """
 BETTER_PROCESSOR = """
 import base64, io
@@ -264,7 +266,7 @@ def test_what_a_target_lacks(lab: Lab, request_of: dict[str, Any]) -> None:
     target = lab.host("B")
     (port,) = request_of["network"]["ports"]
     network = request_of["network"] | {"ports": [port | {"bridge": "br9"}]}
-    spec = json.loads(request_of["spec"]["config_json"])
+    spec = json.loads(request_of["config_json"])
     spec["linux"]["resources"] = {"memory": {"limit": 1 << 30}}
     versions = request_of["versions"] | {"architecture": "aarch64", "criu": "99.1"}
     wanted = request_of | {
@@ -272,7 +274,7 @@ def test_what_a_target_lacks(lab: Lab, request_of: dict[str, Any]) -> None:
         "versions": versions,
         "memory_bytes": 1 << 45,
         "rootfs_bytes": 1 << 45,
-        "spec": request_of["spec"] | {"config_json": json.dumps(spec)},
+        "config_json": json.dumps(spec),
     }
     assert check_target(target, wanted) == {
         *("bridge", "architecture", "criu-older", "memory", "disk", "cgroup-controller")
@@ -286,38 +288,37 @@ def test_a_processor_that_lacks_what_the_sources_has(lab: Lab, request_of: dict[
 
 def test_what_a_peer_may_not_ask_for(lab: Lab, request_of: dict[str, Any]) -> None:
     """A peer's config.json says what runs here as root, so it is not taken at its word."""
-    spec = json.loads(request_of["spec"]["config_json"])
+    spec = json.loads(request_of["config_json"])
     spec["linux"]["namespaces"] = [{"type": "mount"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}]
     spec["linux"]["cgroupsPath"] = "/init.scope"
     spec["linux"]["devices"] = [{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]
     spec["hooks"] = {"createRuntime": [{"path": "/bin/sh"}]}
     spec["process"]["apparmorProfile"] = "no-such-profile"
-    bind = {"destination": "/host", "kind": "bind", "source": "/", "options": ["rbind"]}
-    mounts = [*request_of["spec"]["mounts"], bind]
-    wanted = request_of | {
-        "spec": request_of["spec"] | {"config_json": json.dumps(spec), "mounts": mounts}
-    }
+    spec["mounts"].append({"destination": "/host", "source": "/", "options": ["rbind"]})
+    spec["annotations"]["org.criu.config"] = "/srv/criu.conf"
+    spec["HOOKS"] = spec["hooks"]
+    wanted = request_of | {"config_json": json.dumps(spec)}
     assert check_target(lab.host("B"), wanted) == {
-        *("host-namespace", "shared-namespace", "network-host", "cgroup-taken", "device", "hooks"),
-        *("apparmor", "mount-not-shared"),
+        *("host-namespace", "shared-namespace", "network-host", "cgroup-taken", "hooks"),
+        *("apparmor", "mount-not-shared", "policy-device", "annotation", "config-key"),
     }
 
 
 def test_a_target_shows_what_its_operator_shares(lab: Lab, request_of: dict[str, Any]) -> None:
     target = lab.host("B")
-    bind = {"destination": "/data", "kind": "bind", "source": "/srv/x", "options": ["rbind"]}
-    mounts = [*request_of["spec"]["mounts"], bind]
-    wanted = request_of | {"spec": request_of["spec"] | {"mounts": mounts}}
-    target.write_text("/etc/migrate/shared", "/srv\n")
+    spec = json.loads(request_of["config_json"])
+    spec["mounts"].append({"destination": "/data", "source": "/srv/x", "options": ["rbind"]})
+    wanted = request_of | {"config_json": json.dumps(spec)}
+    target.write_text("/etc/migrate/policy.toml", '[receive]\nbind_mounts = ["/srv"]\n')
     try:
         assert check_target(target, wanted) == {"mount-missing"}
         target.run(["mkdir", "-p", "/srv/x"])
         assert check_target(target, wanted) == set()
     finally:
-        target.run(["rm", "-rf", "/etc/migrate/shared", "/srv/x"])
+        target.run(["rm", "-rf", "/etc/migrate/policy.toml", "/srv/x"])
 
 
 def test_a_config_that_is_none(lab: Lab, request_of: dict[str, Any]) -> None:
     for text in ("{", "[]", '{"linux": {"resources": 7}}'):
-        wanted = request_of | {"spec": request_of["spec"] | {"config_json": text}}
+        wanted = request_of | {"config_json": text}
         assert "config" in check_target(lab.host("B"), wanted)

@@ -97,6 +97,15 @@ def test_a_plain_container_may_move() -> None:
         (mount(), "mount-kind"),
         (changed("linux", "devices", to=[{"path": "/dev/fuse"}]), "device"),
         (changed("linux", "devices", to=["/dev/fuse"]), "device"),
+        (changed("annotations", to={"org.criu.config": "/srv/criu.conf"}), "annotation"),
+        (changed("annotations", to={"Run.OCI.handler": "krun"}), "annotation"),
+        (changed("Hooks", to={"prestart": [{"path": "/bin/true"}]}), "config-key"),
+        (changed("linux", "Devices", to=[]), "config-key"),
+        (changed("linux", "nameſpaces", to=[]), "config-key"),
+        (
+            changed("mounts", to=[{"destination": "/proc", "type": "proc", "Type": ""}]),
+            "config-key",
+        ),
         (mount(type="bind", source="/srv/data"), "bind-mount"),
         (mount(source="/srv/data", options=["rbind", "ro"]), "bind-mount"),
     ],
@@ -105,6 +114,16 @@ def test_what_cannot_move(spec: dict[str, Any], code: str) -> None:
     refusals = judge_container(container(spec), ())
     assert [refusal.code for refusal in refusals] == [code]
     assert all(refusals[0])
+
+
+def test_a_device_that_both_hosts_have() -> None:
+    spec = changed("linux", "devices", to=[{"path": "/dev/fuse"}])
+    assert judge_container(container(spec), (), ("/dev/fuse",)) == []
+
+
+def test_names_that_somebody_chose_are_no_keys() -> None:
+    spec = changed("annotations", to={"Path": "x", "größe": "y"})
+    assert judge_container(container(spec), ()) == []
 
 
 @pytest.mark.parametrize("status", ["created", "paused", "stopped"])

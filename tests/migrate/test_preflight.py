@@ -33,7 +33,7 @@ def request(**fields: Any) -> messages.OpenSession:
         runtime="runc",
         attempt=1,
         host="alpha",
-        spec=messages.Spec(False, False, (), (), "{}"),
+        config_json="{}",
         tasks=(1,),
         memory_bytes=512 * MIB,
         shared_bytes=64 * MIB,

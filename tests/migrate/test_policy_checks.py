@@ -1,0 +1,228 @@
+"""What a policy lets come and go, by a container's configuration alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import msgspec
+import pytest
+
+from bench.oci_spec import oci_spec
+from migrate.core.messages import OpenSession, Versions
+from migrate.network_identity import NetworkIdentity
+from migrate.policy import Policy, parse
+from migrate.policy_checks import Load, judge_quotas, judge_receive, judge_send
+from migrate.runtimes.oci import mounts_of
+
+MIB = 1 << 20
+REQUEST = OpenSession(
+    migration_id="m1",
+    container="web",
+    runtime="runc",
+    attempt=1,
+    host="alpha.example",
+    config_json="{}",
+    tasks=(1,),
+    memory_bytes=100 * MIB,
+    shared_bytes=0,
+    rootfs_bytes=10 * MIB,
+    streams=4,
+    restore="lazy",
+    network=NetworkIdentity("web", (), (), (), ()),
+    versions=Versions("6.12", "4.2.1", "1.1.15", "x86_64"),
+    cpuinfo=b"",
+)
+USUAL = oci_spec(
+    ["/bin/web"], hostname="web", network_namespace="/run/netns/web", cgroup="/web", annotations={}
+)
+FUSE = {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}
+ALL_DEVICES = {"allow": True, "access": "rwm"}
+
+
+def changed(*keys: str | int, to: Any) -> dict[str, Any]:
+    spec = copy.deepcopy(USUAL)
+    where: Any = spec
+    for key in keys[:-1]:
+        where = where[key]
+    where[keys[-1]] = to
+    return spec
+
+
+def with_capability(kind: str) -> dict[str, Any]:
+    sets = USUAL["process"]["capabilities"]
+    return changed("process", "capabilities", to={**sets, kind: ["CAP_SYS_ADMIN"]})
+
+
+def with_rule(**rule: Any) -> dict[str, Any]:
+    deny = {"allow": False, "access": "rwm"}
+    return changed("linux", "resources", to={"devices": [deny, {"allow": True, **rule}]})
+
+
+def with_mount(destination: str, kind: str, *options: str) -> dict[str, Any]:
+    mount = {"destination": destination, "type": kind, "source": kind, "options": list(options)}
+    return changed("mounts", to=[*USUAL["mounts"], mount])
+
+
+def without(name: str, path: str) -> dict[str, Any]:
+    return changed("linux", name, to=[one for one in USUAL["linux"][name] if one != path])
+
+
+def codes(spec: dict[str, Any], policy: str = "", **fields: Any) -> list[str]:
+    request = msgspec.structs.replace(REQUEST, **fields)
+    found = judge_receive(parse(policy), request, spec, mounts_of(spec))
+    assert all(all(one) for one in found)
+    return [one.code for one in found]
+
+
+def test_a_usual_container_may_come_from_any_host() -> None:
+    assert codes(USUAL) == []
+    assert (
+        codes(
+            changed(
+                "linux", "devices", to=[{**FUSE, "path": "/dev/null", "minor": 3} | {"major": 1}]
+            )
+        )
+        == []
+    )
+    # What Docker gives: nodes of any device may be made, and not used.
+    assert codes(with_rule(type="b", access="m")) == []
+    assert codes(with_rule(type="c", major=136, access="rwm")) == []
+
+
+PRIVILEGED = [
+    *(
+        (with_capability(kind), "policy-capability", 'capabilities = ["CAP_SYS_ADMIN"]')
+        for kind in ("bounding", "effective", "inheritable", "permitted", "ambient")
+    ),
+    (changed("linux", "devices", to=[FUSE]), "policy-device", 'devices = ["/dev/fuse"]'),
+    (changed("linux", "seccomp", to=None), "policy-seccomp", "seccomp_off = true"),
+    (
+        changed("linux", "seccomp", to={"defaultAction": "SCMP_ACT_ALLOW"}),
+        "policy-seccomp",
+        "seccomp_off = true",
+    ),
+    (
+        changed("linux", "seccomp", "syscalls", to=[{"names": ["x"], "action": "SCMP_ACT_LOG"}]),
+        "policy-seccomp",
+        "seccomp_off = true",
+    ),
+    *(
+        (spec, "policy-kernel-files", "kernel_files = true")
+        for spec in (
+            changed("linux", "maskedPaths", to=None),
+            changed("linux", "readonlyPaths", to=[]),
+            without("maskedPaths", "/proc/kcore"),
+            without("readonlyPaths", "/proc/sys"),
+            with_mount("/sys", "sysfs", "rw"),
+            with_mount("/sys", "sysfs", "ro", "rw"),
+            with_mount("/sys2", "sysfs", "ro"),
+            with_mount("/proc2", "proc", "ro"),
+            with_mount("/proc/../p", "proc"),
+            with_mount("/dev", "devtmpfs"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("spec", "code", "line"), PRIVILEGED)
+def test_nothing_privileged_comes_unless_it_may(spec: dict[str, Any], code: str, line: str) -> None:
+    assert codes(spec) == [code]
+    assert codes(spec, f"[receive]\n{line}") == []
+    assert codes(spec, "[receive]\nprivileged = true") == []
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        with_rule(),
+        with_rule(type="b", major=8, minor=0, access="r"),
+        with_rule(type="c", major=1, minor=1),  # /dev/mem
+        with_rule(type="b", major=1, minor=3),
+        with_rule(type="c", major=10),
+        # One of these devices by its name, the disk by its number.
+        changed(
+            "linux", "devices", to=[{"path": "/dev/null", "type": "b", "major": 8, "minor": 0}]
+        ),
+    ],
+)
+def test_devices_are_judged_by_their_numbers(spec: dict[str, Any]) -> None:
+    assert codes(spec) == ["policy-device"]
+    assert codes(spec, "[receive]\ndevices = ['/dev/fuse']") == ["policy-device"]
+
+
+def test_an_allowed_device_may_be_used() -> None:
+    spec = with_rule(type="c", major=10, minor=229, access="rw")
+    spec["linux"]["devices"] = [FUSE]
+    assert codes(spec) == ["policy-device"] * 2
+    assert codes(spec, "[receive]\ndevices = ['/dev/fuse']") == []
+
+
+def test_a_filter_that_asks_the_host_is_none_of_its_policy() -> None:
+    spec = changed("linux", "seccomp", "listenerPath", to="/run/agent.sock")
+    assert codes(spec, "[receive]\nseccomp_off = true") == ["policy-seccomp"]
+
+
+def test_without_a_cgroup_namespace_its_files_are_the_hosts() -> None:
+    spec = with_mount("/cgroup", "cgroup2", "rw")
+    assert codes(spec) == []
+    kinds = [one for one in USUAL["linux"]["namespaces"] if one["type"] != "cgroup"]
+    spec["linux"]["namespaces"] = kinds
+    assert codes(spec) == ["policy-kernel-files"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("from = ['alpha.example']", []),
+        ("from = ['*.EXAMPLE']", []),
+        ("from = ['beta*', '*.example.org']", ["policy-source"]),
+        ("from = []", ["policy-source"]),
+        ("containers = ['we?']", []),
+        ("containers = ['db-*']", ["policy-container"]),
+        ("runtimes = ['crun']", ["policy-runtime"]),
+        ("from = []\nruntimes = []", ["policy-source", "policy-runtime"]),
+    ],
+)
+def test_who_may_bring_what(policy: str, expected: list[str]) -> None:
+    assert codes(USUAL, f"[receive]\n{policy}") == expected
+
+
+def test_what_may_leave() -> None:
+    assert judge_send(Policy(), "web", "beta") == []
+    policy = parse("[send]\nto = ['b*']\ncontainers = ['web']")
+    assert judge_send(policy, "web", "Beta") == []
+    assert [one.code for one in judge_send(policy, "db", "gamma")] == [
+        *("policy-target", "policy-container")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("quotas", "said"),
+    [
+        ("", []),
+        ("sessions = 3", []),
+        ("sessions = 2", ["2 sessions "]),
+        ("sessions_per_host = 1", ["1 sessions of alpha.example"]),
+        ("memory_mib = 300", []),
+        ("memory_mib = 299", ["299 MiB of memory"]),
+        ("rootfs_mib = 29\nsessions = 0", ["0 sessions ", "29 MiB of files"]),
+    ],
+)
+def test_quotas(quotas: str, said: list[str]) -> None:
+    others = [Load("alpha.example", 100 * MIB, 10 * MIB), Load("beta", 100 * MIB, 10 * MIB)]
+    policy = parse(f"[receive.quotas]\n{quotas}")
+    found = judge_quotas(policy, REQUEST, others)
+    assert [one.code for one in found] == ["quota"] * len(said)
+    assert all(text in one.message for text, one in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize("broken", [None, 7, "x", [7], [{}], {"devices": 7}, {"devices": [7]}])
+def test_another_shape_is_refused_by_one_of_few_errors(broken: Any) -> None:
+    for key in ("process", "linux", "mounts"):
+        for inner in ("", "capabilities", "devices", "resources", "seccomp", "namespaces"):
+            spec = changed(key, to={inner: broken} if inner else broken)
+            try:
+                judge_receive(Policy(), REQUEST, spec, mounts_of(spec))
+            except (ValueError, TypeError, AttributeError, LookupError):
+                continue
