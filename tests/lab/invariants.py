@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,12 +50,12 @@ SLOW: Final = "40mbit"
 class Picture:
     """A container on its host, as a failed migration must leave it.
 
-    tasks: how many descriptors each has (a tracker opens one). state: of the cgroup's freezer.
+    tasks: how many descriptors each has (a tracker opens one).
     """
 
     tasks: dict[int, int]
     tracers: dict[int, str]
-    frozen: str
+    is_frozen: bool
     port: dict[str, Any]
 
 
@@ -78,9 +79,14 @@ def picture(host: Host, name: str) -> Picture:
     return Picture(
         tasks={int(task): count for task, count in seen["tasks"].items()},
         tracers={int(thread): tracer for thread, tracer in seen["tracers"].items()},
-        frozen=host.read_text(f"/sys/fs/cgroup/dolly/{name}/cgroup.freeze").strip(),
+        is_frozen=is_frozen(host, name),
         port={key: port[key] for key in ("ifname", "master", "state")},
     )
+
+
+def is_frozen(host: Host, name: str) -> bool:
+    """Whether the container's cgroup was told to freeze."""
+    return host.read_text(f"/sys/fs/cgroup/dolly/{name}/cgroup.freeze").strip() == "1"
 
 
 @dataclass(slots=True)
@@ -262,6 +268,21 @@ def attempt(
         # It has been finished by the test already, unless that failed.
         with contextlib.suppress(ValueError):
             underway.finish()
+
+
+@contextlib.contextmanager
+def held_unheard(under: Threatened) -> Iterator[str]:
+    """B holds a copy, and A's coordinator, stopped in the restore, does not hear of it; it is
+    killed with the block. The migration's id."""
+    brake, target = Brake(under.lab.host("B")), under.lab.host("B")
+    with brake.on("restore"), attempt(under) as underway:
+        brake.wait_reached(underway)
+        session = migration_id(underway)
+        underway.interrupt(signal.SIGSTOP)
+        brake.release()
+        wait_session(target, session, "held")
+        assert is_held(target, under.name)
+        yield session
 
 
 def migration_id(underway: Underway) -> str:

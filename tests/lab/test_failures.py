@@ -23,6 +23,7 @@ from tests.lab.invariants import (
     attempt,
     explained,
     failure_lab,
+    held_unheard,
     is_held,
     migration_id,
     threatened,
@@ -113,18 +114,11 @@ def test_the_agent_dies_in_the_restore(lab: Lab) -> None:
 
 def test_the_agent_is_stopped_while_it_holds_a_copy(lab: Lab) -> None:
     """The copy does not die with the agent, whose children it and its runtime are."""
-    brake, target = Brake(lab.host("B")), lab.host("B")
+    target = lab.host("B")
     with threatened(lab, "f-stop") as under:
-        with brake.on("restore"), attempt(under) as underway:
-            brake.wait_reached(underway)
-            session = migration_id(underway)
-            # It hears nothing of what the target tells from here on.
-            underway.interrupt(signal.SIGSTOP)
-            brake.release()
-            wait_session(target, session, "held")
+        with held_unheard(under):
             runtimes = target.run(["pgrep", "-x", "runc"]).stdout
             stop_agent(target)
-            underway.kill()
         assert_gave_back(under)
         assert is_held(target, under.name)
         assert target.run(["pgrep", "-x", "runc"]).stdout == runtimes

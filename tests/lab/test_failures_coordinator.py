@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import subprocess
 from collections.abc import Iterator
 
@@ -20,6 +19,8 @@ from tests.lab.invariants import (
     assert_runs_once,
     attempt,
     failure_lab,
+    held_unheard,
+    is_frozen,
     is_held,
     migration_id,
     threatened,
@@ -143,16 +144,10 @@ def test_killed_in_the_restore(lab: Lab) -> None:
 
 def test_killed_before_it_has_committed_what_the_target_holds(lab: Lab) -> None:
     """The target can't know whether it has: it holds the copy, and asks the agent of the source."""
-    brake, target = Brake(lab.host("B")), lab.host("B")
+    target = lab.host("B")
     with threatened(lab, "c-held") as under:
-        with brake.on("restore"), attempt(under) as underway:
-            brake.wait_reached(underway)
-            session = migration_id(underway)
-            # It hears nothing of what the target tells from here on.
-            underway.interrupt(signal.SIGSTOP)
-            brake.release()
-            wait_session(target, session, "held")
-            underway.kill()
+        with held_unheard(under) as session:
+            assert is_frozen(lab.host("A"), under.name)
         assert_gave_back(under)
         wait_session(target, session, "in_doubt")
         wait_session(target, session, "aborted")
@@ -164,16 +159,10 @@ def test_killed_before_it_has_committed_what_the_target_holds(lab: Lab) -> None:
 
 def test_killed_when_nobody_can_tell_the_target(lab: Lab) -> None:
     """The source has no agent either: the copy is held until somebody starts one."""
-    brake, target = Brake(lab.host("B")), lab.host("B")
+    target = lab.host("B")
     with threatened(lab, "c-alone") as under:
-        lab.kill_agent("A")
-        with brake.on("restore"), attempt(under) as underway:
-            brake.wait_reached(underway)
-            session = migration_id(underway)
-            underway.interrupt(signal.SIGSTOP)
-            brake.release()
-            wait_session(target, session, "held")
-            underway.kill()
+        with held_unheard(under) as session:
+            lab.kill_agent("A")
         assert_gave_back(under)
         wait_session(target, session, "in_doubt")
         told = f"the container is held and waits for its source' migration='{session}'"

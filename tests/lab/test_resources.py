@@ -30,6 +30,7 @@ from tests.lab.invariants import (
     attempt,
     explained,
     failure_lab,
+    is_frozen,
     is_held,
     migration_id,
     threatened,
@@ -317,10 +318,6 @@ def state_apart(lab: Lab, name: str, env: Mapping[str, str]) -> Iterator[None]:
 def fill(host: Host, directory: str) -> None:
     """Leaves a file system no room at all."""
     host.run(["sh", "-c", f"dd if=/dev/zero of={directory}/filling bs=4k 2>/dev/null || :"])
-
-
-def is_frozen(host: Host, name: str) -> bool:
-    return host.read_text(f"/sys/fs/cgroup/dolly/{name}/cgroup.freeze").strip() == "1"
 
 
 def empty(host: Host, directory: str) -> None:
