@@ -316,7 +316,10 @@ def criu_pid(directory: Path) -> int | None:
 
 def has_criu_died(directory: Path) -> bool:
     """Whether there was a CRIU, beyond or at its gate, and is none any more."""
-    return (directory / "criu.pid").exists() and criu_pid(directory) is None
+    with contextlib.suppress(FileNotFoundError):
+        # A gate that has just made the file has not written into it yet.
+        return (directory / "criu.pid").stat().st_size > 0 and criu_pid(directory) is None
+    return False
 
 
 def _say(fifo: Path, word: str) -> bool:

@@ -19,15 +19,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from criu_glue.core.log_hints import explain
 from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan, criu_pid
 from migrate import cgroup, config, holder, tcp_repair
+from migrate.criu_run import RuntimeOrCriu
 from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan, end_criu
-from migrate.mounts import is_full
 from migrate.network import PortSwitch
-from migrate.processes import Outliving, last_message, module_command, tail, wait_ended
-from migrate.runtimes.runc import LOG_NAME
+from migrate.processes import Outliving, module_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
 
 # A page server's address that nobody listens on: runc wants one, CRIU is given a socket instead.
 _NO_PAGE_SERVER = "127.0.0.1:1"
-_LOG_BYTES_MAX = 4 << 20
 
 
 class Freezing:
@@ -202,46 +199,14 @@ class Freezing:
     async def _until(self, action: str, deadline_s: float) -> int:
         assert self._hold is not None
         assert self._process is not None
-        either = _RuntimeOrCriu(self._process, self._work_dir / "hold")
-        seen_us = await self._hold.wait_or_end(action, either, deadline_s)
+        run = RuntimeOrCriu(self._process, self._work_dir)
+        seen_us = await self._hold.wait_or_end(action, run, deadline_s)
         if seen_us is None:
-            raise self._failed(action)
+            why = run.why("dump.log")
+            raise DumpFailed(
+                f"the dump did not come to {action}: {why.line}",
+                host=self._host,
+                phase="dump",
+                remedy=why.remedy,
+            )
         return seen_us
-
-    def _failed(self, action: str) -> DumpFailed:
-        words = tail(self._work_dir / LOG_NAME, _LOG_BYTES_MAX)
-        hint = explain(tail(self._work_dir / "dump.log", _LOG_BYTES_MAX))
-        full = "no space left on the session's tmpfs" if is_full(self._work_dir) else ""
-        assert self._process is not None
-        hangs = self._process.returncode is None
-        silent = "runc or CRIU hangs" if hangs else "it ended without a word"
-        last = last_message(words) or full or silent
-        return DumpFailed(
-            f"the dump did not come to {action}: {hint.line or last}",
-            host=self._host,
-            phase="dump",
-            remedy=hint.remedy or ("free memory on this host" if full else ""),
-        )
-
-
-class _RuntimeOrCriu:
-    """Ends with either: a CRIU that is killed may leave a child that has its runtime wait on."""
-
-    def __init__(self, process: Outliving, hold: Path) -> None:
-        self._process = process
-        self._criu = criu_pid(hold)
-
-    async def wait(self) -> int:
-        ways = [asyncio.create_task(self._process.wait())]
-        if self._criu is not None:
-            ways.append(asyncio.create_task(self._criu_ended(self._criu)))
-        try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for way in ways:
-                way.cancel()
-        return self._process.returncode or 0
-
-    async def _criu_ended(self, pid: int) -> int:
-        await wait_ended(pid)
-        return 0

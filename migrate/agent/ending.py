@@ -12,6 +12,7 @@ import structlog
 
 from criu_glue import hooks, pager_watch
 from migrate import cgroup, config
+from migrate.guard import CRIU_DIED_DEADLINE_S
 from migrate.processes import kill_tree, users_of
 from migrate.runtimes.runc import bundle_cgroup
 
@@ -38,7 +39,8 @@ def end_restore(session: Path) -> None:
         hooks.abort_from_outside(hold)
         return False
 
-    waited(has_ended, config.RUNTIME_EXIT_DEADLINE_S)
+    waited(lambda: has_ended() or hooks.has_criu_died(hold), config.RUNTIME_EXIT_DEADLINE_S)
+    waited(has_ended, CRIU_DIED_DEADLINE_S)
     wait_criu_ended(hold, 0.0)
     # As one: the pager's processes replace each other.
     with contextlib.suppress(pager_watch.PagerStaysError):

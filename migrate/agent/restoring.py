@@ -20,7 +20,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from criu_glue import images
-from criu_glue.core.log_hints import explain
 from criu_glue.hooks import (
     CriuHold,
     HoldPlan,
@@ -31,10 +30,10 @@ from criu_glue.hooks import (
 from migrate import config, output_keeper
 from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended, waited
 from migrate.agent.pager_process import PagerProcess
+from migrate.criu_run import RuntimeOrCriu
 from migrate.errors import RestoreFailed
-from migrate.mounts import is_full
-from migrate.processes import Outliving, last_message, tail
-from migrate.runtimes.runc import DESCRIPTORS_NAME, LOG_NAME, bundle_cgroup, descriptors_json
+from migrate.processes import Outliving
+from migrate.runtimes.runc import DESCRIPTORS_NAME, bundle_cgroup, descriptors_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,9 +42,6 @@ if TYPE_CHECKING:
     from migrate.agent.pager_process import FillResult
     from migrate.network_identity import Port
     from migrate.runtimes.base import Runtime
-
-# CRIU's log of a large container is a few MiB; the lines that matter are at its end.
-LOG_BYTES_MAX = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +159,15 @@ class Restoring:
         return marks
 
     async def is_lost(self) -> bool:
-        """Returns when the runtime has ended: whether without the copy having been let go.
+        """Returns when the runtime or its CRIU has ended: whether without the copy having been let
+        go.
 
-        It is dead then: a runtime ends with its CRIU, and a CRIU that has lost its runtime, and
-        could not tell it of the restore's end, is told to undo it.
+        It is dead then: a CRIU that has lost its runtime, and could not tell it of the restore's
+        end, is told to undo it.
         """
         assert self._process is not None
-        await self._process.wait()
         hold = self.plan.work_dir / "hold"
+        await RuntimeOrCriu(self._process, self.plan.work_dir).wait()
         if is_let_go(hold):
             return False
         if self._hold is not None:
@@ -225,23 +222,14 @@ class Restoring:
     async def _until(self, action: str, deadline_s: float) -> int:
         assert self._hold is not None
         assert self._process is not None
-        seen_us = await self._hold.wait_or_end(action, self._process, deadline_s)
+        run = RuntimeOrCriu(self._process, self.plan.work_dir)
+        seen_us = await self._hold.wait_or_end(action, run, deadline_s)
         if seen_us is None:
-            raise self._failed(action)
+            why = run.why("restore.log")
+            raise RestoreFailed(
+                f"the restore did not come to {action}: {why.line}",
+                host=self._host,
+                phase="restore",
+                remedy=why.remedy,
+            )
         return seen_us
-
-    def _failed(self, action: str) -> RestoreFailed:
-        work_dir = self.plan.work_dir
-        words = tail(work_dir / LOG_NAME, LOG_BYTES_MAX)
-        hint = explain(tail(work_dir / "restore.log", LOG_BYTES_MAX))
-        full = "no space left on the session's tmpfs" if is_full(work_dir) else ""
-        assert self._process is not None
-        hangs = self._process.returncode is None
-        silent = "runc or CRIU hangs" if hangs else "it ended without a word"
-        last = last_message(words) or full or silent
-        return RestoreFailed(
-            f"the restore did not come to {action}: {hint.line or last}",
-            host=self._host,
-            phase="restore",
-            remedy=hint.remedy or ("free memory on this host" if full else ""),
-        )

@@ -3,8 +3,10 @@ target keeps nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -12,6 +14,8 @@ import pytest
 from bench.lab import agents
 from bench.lab.host import Host
 from bench.lab.lab import Lab
+from tests.faults import processes
+from tests.faults.points import Victim
 from tests.lab.brake import Brake
 from tests.lab.invariants import (
     AGENT_LOG,
@@ -37,6 +41,8 @@ from tests.lab.waiting import wait_until
 SPOIL_IMAGE: Final = "dd if=/dev/zero of=$1/img/pstree.img bs=8 count=1 conv=notrunc status=none"
 LOSE_IMAGE: Final = "rm $1/img/core-1.img"
 GROW_PROGRAM: Final = "echo >>$2/rootfs/bin/memory"
+# A task that CRIU has made opens this one, and waits there for somebody who writes.
+STALL_IMAGE: Final = "rm $1/img/fs-1.img && mkfifo $1/img/fs-1.img"
 LOSE_PROGRAM: Final = "rm $2/rootfs/bin/memory"
 
 
@@ -217,6 +223,39 @@ def test_files_of_the_restore_are_not_what_they_were(lab: Lab, accident: str, wo
         assert word in told.error, told
         assert_undone(under)
         assert_moves(under)
+
+
+def test_criu_is_killed_in_the_restore(lab: Lab) -> None:
+    """Its runtime waits on, since tasks that are restored in half have its connection."""
+    brake, target = Brake(lab.host("B")), lab.host("B")
+    with threatened(lab, "f-killed") as under:
+        with brake.on("restore"), attempt(under) as underway:
+            brake.wait_reached(underway)
+            session = migration_id(underway)
+            directory = f"/run/migrate/sessions/{session}.target"
+            target.run(["sh", "-c", STALL_IMAGE, "stall", directory])
+            brake.release()
+            wait_until("a task waits for its image", lambda: is_stalled(target, under.name))
+            criu = processes.find(target, Victim.TARGET_CRIU, session)
+            assert criu is not None
+            processes.send(criu, signal.SIGKILL)
+            # Seen, and not just the end of RESTORE_DEADLINE_S, which this wait does not reach.
+            wait_session(target, session, "aborting")
+            told = explained(underway.finish())
+        assert told.error.endswith("CRIU ended without a word, and its runtime waits for it")
+        assert (told.host, told.phase, told.container) == ("B", "restore", "runs on A")
+        assert told.remedy
+        assert_undone(under)
+        assert_moves(under)
+
+
+def is_stalled(host: Host, name: str) -> bool:
+    """Whether a process in the container's cgroup waits for the other end of a FIFO."""
+    waiting = []
+    for task in host.read_text(f"/sys/fs/cgroup/dolly/{name}/cgroup.procs").split():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            waiting.append(Path(f"/proc/{task}/wchan").read_text())
+    return "wait_for_partner" in waiting  # fs/pipe.c
 
 
 # ---- the user stops it ----
