@@ -22,7 +22,9 @@ from rich.console import Console
 
 from migrate import config, heap, oversight, progress, standing
 from migrate.agent.app import Agent
+from migrate.commands.hosts import hosts
 from migrate.commands.policy import policy
+from migrate.commands.service import service
 from migrate.coordinator import Coordinator
 from migrate.dry_run import dry_run
 from migrate.errors import EXIT_FAILED, MigrateError
@@ -241,6 +243,8 @@ def agent(address: str, port: int) -> None:
 
 
 cli.add_command(policy)
+cli.add_command(hosts)
+cli.add_command(service)
 
 
 def new_migration_id() -> MigrationId:

@@ -5,6 +5,7 @@ The protocol is paramiko's server; commands are real processes, tunnels real con
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import threading
@@ -118,7 +119,7 @@ def _execute(channel: paramiko.Channel, command: bytes) -> None:
         try:
             while piece := channel.recv(65536):
                 process.stdin.write(piece)
-        except OSError:
+        except (OSError, EOFError):
             pass
         process.stdin.close()
         if channel.closed:
@@ -127,15 +128,16 @@ def _execute(channel: paramiko.Channel, command: bytes) -> None:
             pump.join()
         process.wait()
     if not channel.closed:
-        channel.send_exit_status(process.returncode)
-        channel.close()
+        with contextlib.suppress(OSError, EOFError):
+            channel.send_exit_status(process.returncode)
+            channel.close()
 
 
 def _pump(source, sink) -> None:
     try:
         while piece := source.read(65536):
             sink(piece)
-    except OSError:
+    except (OSError, EOFError):
         return
 
 
