@@ -18,19 +18,18 @@ from pathlib import Path
 from typing import Final
 
 from transport import tls
+from transport.identity import HostIdentity, IdentityPaths
 
 MIB: Final = 1 << 20
 END: Final = b"."
 ACCEPT_DEADLINE_S: Final = 30.0
 TRANSFER_DEADLINE_S: Final = 120.0
-TLS_PATHS: Final = tls.TlsPaths(
-    *(Path("/etc/migrate/tls") / name for name in ("ca.pem", "host.pem", "host.key"))
-)
+IDENTITY: Final = IdentityPaths(Path("/etc/migrate/tls"))
 
 
 def receive(port: int) -> None:
     """Take one stream to its end."""
-    context = tls.server_context(TLS_PATHS)
+    context = HostIdentity.load(IDENTITY).server_context()
     buffer = memoryview(bytearray(MIB))
     with socket.create_server(("0.0.0.0", port)) as listening:  # noqa: S104
         listening.settimeout(ACCEPT_DEADLINE_S)
@@ -50,7 +49,7 @@ def receive(port: int) -> None:
 
 def send(host: str, port: int, mib: int) -> float:
     """Seconds from the first byte to the receiver's answer; the handshake is not counted."""
-    context = tls.client_context(TLS_PATHS)
+    context = HostIdentity.load(IDENTITY).client_context()
     data = os.urandom(MIB)
     with tls.connect(host, port, context, server_name=host) as stream:
         stream.settimeout(TRANSFER_DEADLINE_S)

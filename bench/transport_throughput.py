@@ -36,10 +36,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
-import trustme
 
-from transport import tls
+from transport import enrolment, tls
+from transport.authority import Authority
 from transport.core.frames import PAGE_BYTES
+from transport.identity import IdentityPaths, Role, TlsIdentity
 from transport.receiver import DataListener, listen
 from transport.sender import PageSender, default_streams
 
@@ -93,21 +94,21 @@ class FileSink:
         raise NotImplementedError(f"{name}: this measurement sends pages only")
 
 
-def receive_pages(paths: tls.TlsPaths, path: Path, control: Connection) -> None:
+def receive_pages(paths: IdentityPaths, path: Path, control: Connection) -> None:
     """A process: the transport's target."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     sink = FileSink(descriptor)
     with DataListener(
-        listen("127.0.0.1", 0), tls.server_context(paths), lambda _hello, _peer: sink
+        listen("127.0.0.1", 0), TlsIdentity(paths).server_context(), lambda _hello, _peer: sink
     ) as listener:
         control.send(listener.port)
         control.recv()
 
 
-def receive_plainly(paths: tls.TlsPaths, control: Connection) -> None:
+def receive_plainly(paths: IdentityPaths, control: Connection) -> None:
     """A process: accepts one stream after another, reads to its end, and answers with one byte."""
-    context = tls.server_context(paths)
+    context = TlsIdentity(paths).server_context()
     buffer = memoryview(bytearray(MIB))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         control.send(listening.getsockname()[1])
@@ -195,7 +196,7 @@ def measure(mib: int, repetitions: int, streams: int, source: str) -> dict[str, 
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=TMPFS)))
         paths = identity(directory)
-        context = tls.client_context(paths)
+        context = TlsIdentity(paths).client_context()
         pages_control, pages_end = spawn.Pipe()
         plain_control, plain_end = spawn.Pipe()
         store = directory / "pages"
@@ -238,14 +239,10 @@ def connect_stream(port: int, context: ssl.SSLContext, index: int) -> ssl.SSLSoc
     return tls.connect("127.0.0.1", port, context, server_name="localhost")
 
 
-def identity(directory: Path) -> tls.TlsPaths:
-    """A certificate of an authority made for this run, for both ends."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert("localhost")
-    paths = tls.TlsPaths(directory / "ca.pem", directory / "host.pem", directory / "host.key")
-    authority.cert_pem.write_to_path(str(paths.ca))
-    paths.certificate.write_bytes(b"".join(blob.bytes() for blob in certificate.cert_chain_pems))
-    certificate.private_key_pem.write_to_path(str(paths.key))
+def identity(directory: Path) -> IdentityPaths:
+    """An identity of an authority made for this run, for both ends."""
+    paths = IdentityPaths(directory / "tls")
+    enrolment.enrol_here(paths, Authority.temporary(), "localhost", Role.HOST)
     return paths
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from transport.identity_paths import IdentityPaths
+
 CONTROL_PORT = 7337
 DATA_PORT = 7338
 
@@ -90,21 +92,15 @@ FORMER_PATIENCE_S = 5.0
 # For an agent that stops to undo the sessions that hold nothing.
 STOP_DEADLINE_S = 30.0
 
+# How often the agent looks whether its certificate for TLS is half through its life of a day.
+IDENTITY_PERIOD_S = 600.0
+
 # Sessions that an agent serves at once, whatever its policy says: each may hold a container's
 # memory.
 SESSIONS_MAX = 16
 
 # CRIU copies deleted but open files into its images only up to this size (`--ghost-limit`).
 GHOST_FILE_BYTES_MAX = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class TlsPaths:
-    """The three PEM files of a host's identity."""
-
-    ca: Path
-    certificate: Path
-    key: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,20 +115,19 @@ class HostPaths:
     config: Path = Path("/etc/migrate")
 
     @property
-    def tls(self) -> TlsPaths:
+    def tls(self) -> IdentityPaths:
         """The identity of this host."""
-        directory = self.config / "tls"
-        return TlsPaths(directory / "ca.pem", directory / "host.pem", directory / "host.key")
-
-    @property
-    def policy(self) -> Path:
-        """What this host's operator lets come and go: see `policy.py`."""
-        return self.config / "policy.toml"
+        return IdentityPaths(self.config / "tls")
 
     @property
     def journal(self) -> Path:
         """The journal of handovers."""
         return self.state / "journal.sqlite"
+
+    @property
+    def policy(self) -> Path:
+        """What this host's operator lets come and go: see `policy.py`."""
+        return self.config / "policy.toml"
 
     @property
     def containers(self) -> Path:

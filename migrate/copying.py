@@ -135,9 +135,9 @@ class Copying:
             await asyncio.to_thread(self._memory.close)
 
     def _make_sender(self, opened: SessionOpened, read: ReadPages) -> PageSender:
-        context, target = self._link.context, self._options.target
+        link, target = self._link, self._options.target
         return PageSender(
-            lambda _: tls.connect(target, opened.data_port, context, server_name=opened.host),
+            lambda _: tls.connect(target, opened.data_port, link.context, server_name=opened.host),
             ticket=bytes.fromhex(opened.ticket),
             read=read,
             streams=self._options.streams or default_streams(),

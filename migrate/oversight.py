@@ -22,9 +22,10 @@ from migrate.core import messages
 from migrate.core.states import SOURCE_TERMINAL, SourceState, TargetState
 from migrate.core.table import Verdict
 from migrate.errors import InDoubt, MigrateError, ProtocolError, UsageError, held_on, runs_on
+from migrate.identity import own_identity
 from migrate.journal import Journal, JournalWriter
 from migrate.standing import is_known, last_state, reading, status, unknown_migration
-from migrate.target_link import client_context, unreachable
+from migrate.target_link import unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -289,7 +290,7 @@ async def _recover_target(
 async def _tell_agent(
     message: messages.Recover, host: str, paths: config.HostPaths
 ) -> messages.Standing:
-    connector = aiohttp.TCPConnector(ssl=client_context(paths))
+    connector = aiohttp.TCPConnector(ssl=own_identity(paths).client_context())
     timeout = aiohttp.ClientTimeout(total=2 * config.WORD_DEADLINE_S)
     url = f"https://127.0.0.1:{config.CONTROL_PORT}/v1/operator"
     try:

@@ -15,7 +15,8 @@ import aiohttp
 from migrate import config
 from migrate.core import messages
 from migrate.errors import ProtocolError
-from migrate.target_link import client_context, unreachable
+from migrate.identity import own_identity
+from migrate.target_link import unreachable
 
 if TYPE_CHECKING:
     from migrate.journal import Role
@@ -36,7 +37,7 @@ async def say(
     Raises Unreachable, ProtocolError.
     """
     url = f"https://{host}:{port}/v1/migrations/{message.migration_id}/{role}"
-    connector = aiohttp.TCPConnector(ssl=client_context(paths))
+    connector = aiohttp.TCPConnector(ssl=own_identity(paths).client_context())
     timeout = aiohttp.ClientTimeout(
         total=config.WORD_DEADLINE_S, sock_connect=config.WORD_CONNECT_DEADLINE_S
     )

@@ -21,10 +21,10 @@ from migrate import config
 from migrate.core import messages
 from migrate.core.clock_relation import PingSample
 from migrate.core.outbox import Outbox
-from migrate.errors import MigrateError, ProtocolError, SessionRefused, Unreachable
+from migrate.errors import ProtocolError, SessionRefused, Unreachable
+from migrate.identity import own_identity
 from migrate.rootfs import CHUNK_BYTES
-from transport import tls
-from transport.errors import TransportError
+from transport.identity import peer_of
 
 if TYPE_CHECKING:
     import ssl
@@ -62,7 +62,7 @@ class TargetLink:
     def __init__(self, host: str, port: int, paths: config.HostPaths) -> None:
         self.host = host
         self._port = port
-        self.context = client_context(paths)
+        self._identity = own_identity(paths)
         self._http: aiohttp.ClientSession | None = None
         self._control: aiohttp.ClientWebSocketResponse | None = None
         self.opened: messages.SessionOpened | None = None
@@ -80,7 +80,7 @@ class TargetLink:
             async with (
                 asyncio.timeout(config.OPEN_DEADLINE_S),
                 self._client().post(
-                    self._url("/v1/sessions"), data=messages.encode(request)
+                    self._url("/v1/sessions"), data=messages.encode(request), ssl=self.context
                 ) as response,
             ):
                 body = await response.content.read(messages.MAX_MESSAGE_BYTES + 1)
@@ -110,17 +110,26 @@ class TargetLink:
             async with asyncio.timeout(config.CONNECT_DEADLINE_S):
                 control = await self._client().ws_connect(
                     self._session_url("control" if anew else f"control?heard={self._heard}"),
+                    ssl=self.context,
                     heartbeat=config.HEARTBEAT_S,
                     compress=0,
                     max_msg_size=messages.MAX_MESSAGE_BYTES,
                     timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_DEADLINE_S),
                 )
                 try:
+                    self._check_host(control)
                     await self._resume(control)
                 except BaseException:
                     await control.close()
                     raise
         self.heard_s = time.monotonic()
+
+    def _check_host(self, control: aiohttp.ClientWebSocketResponse) -> None:
+        """Data streams are opened to the host that the target calls itself: it has proven that."""
+        assert self.opened is not None
+        peer = peer_of(control.get_extra_info("ssl_object"))
+        if peer.name != self.opened.host:
+            raise ProtocolError(f"{peer} calls itself {self.opened.host}", host=self.host)
 
     async def _resume(self, control: aiohttp.ClientWebSocketResponse) -> None:
         """Send what the target has not heard, as it says before anything else."""
@@ -143,7 +152,10 @@ class TargetLink:
     async def rootfs_channel(self, number: int) -> aiohttp.ClientWebSocketResponse:
         """A channel for pass `number` of rsync; a former one for the same pass is ended there."""
         channel = await self._client().ws_connect(
-            self._session_url(f"rootfs?pass={number}"), compress=0, max_msg_size=4 * CHUNK_BYTES
+            self._session_url(f"rootfs?pass={number}"),
+            ssl=self.context,
+            compress=0,
+            max_msg_size=4 * CHUNK_BYTES,
         )
         # Nobody reads it while the pass waits at its gate, so a heartbeat would be in vain.
         tcp = channel.get_extra_info("socket")
@@ -151,6 +163,11 @@ class TargetLink:
         for option, value in _KEEPALIVE:
             tcp.setsockopt(socket.IPPROTO_TCP, option, value)
         return channel
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        """For a connection that is made now: this host's certificate may have been renewed."""
+        return self._identity.client_context()
 
     @property
     def is_open(self) -> bool:
@@ -228,9 +245,8 @@ class TargetLink:
 
     def _client(self) -> aiohttp.ClientSession:
         if self._http is None:
-            connector = aiohttp.TCPConnector(ssl=self.context)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.CONNECT_DEADLINE_S)
-            self._http = aiohttp.ClientSession(connector=connector, timeout=timeout)
+            self._http = aiohttp.ClientSession(timeout=timeout)
         return self._http
 
     def _url(self, path: str) -> str:
@@ -248,19 +264,6 @@ class TargetLink:
             raise unreachable(self.host, self._port, error, is_first=is_first) from error
 
 
-def client_context(paths: config.HostPaths) -> ssl.SSLContext:
-    """This host's identity, to speak to an agent with. Raises MigrateError."""
-    identity = tls.TlsPaths(paths.tls.ca, paths.tls.certificate, paths.tls.key)
-    try:
-        return tls.client_context(identity)
-    except TransportError as error:
-        raise MigrateError(
-            str(error),
-            phase="preflight",
-            remedy=f"this host needs an identity in {paths.tls.ca.parent}",
-        ) from error
-
-
 def unreachable(host: str, port: int, error: Exception, *, is_first: bool = False) -> Unreachable:
     """What an error of the connection means. `is_first`: nothing was heard of the target yet."""
     kind: type[Unreachable] = Unreachable
@@ -271,7 +274,7 @@ def unreachable(host: str, port: int, error: Exception, *, is_first: bool = Fals
             wrong = error.certificate_error
             reason = getattr(wrong, "verify_message", "") or str(wrong)
             message = f"the certificate of {host} proves nothing here: {reason}"
-            remedy = "give both hosts certificates of one authority (/etc/migrate/tls)"
+            remedy = "are both hosts enrolled in one fleet? migrate identity show"
         case aiohttp.WSServerHandshakeError() if 400 <= error.status < 500:
             kind = SessionGone
             message = f"{host} has no such session any more ({error.status} {error.message})"
@@ -282,7 +285,7 @@ def unreachable(host: str, port: int, error: Exception, *, is_first: bool = Fals
         case _ if is_first and _is_hang_up(error):
             # A server of asyncio ends a handshake that fails without an alert.
             message = f"the agent of {host} hung up: it does not accept this host's certificate"
-            remedy = "give both hosts certificates of one authority (/etc/migrate/tls)"
+            remedy = "are both hosts enrolled in one fleet? migrate identity show"
         case aiohttp.ClientConnectorError() if error.os_error.errno:
             kind = NobodyListens if error.os_error.errno == errno.ECONNREFUSED else Unreachable
             message += f": {os.strerror(error.os_error.errno)}"

@@ -39,11 +39,5 @@ class Fleet:
     ) -> IdentityPaths:
         self._made += 1
         paths = IdentityPaths(at or self.directory / f"{self._made}-{name}")
-        wanted = enrolment.request(paths, name)
-        enrolment.install(
-            paths,
-            ca=self.authority.certificate_pem,
-            crl=self.authority.crl_pem,
-            certificate=self.authority.issue(wanted, name, role, addresses),
-        )
+        enrolment.enrol_here(paths, self.authority, name, role, addresses)
         return paths

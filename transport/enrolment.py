@@ -18,9 +18,11 @@ from transport.errors import IdentityUnusableError, PeerNotTrustedError
 from transport.identity import HostIdentity, now, private_pem, read_identity
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from transport.identity import IdentityPaths
+    from transport.authority import Authority
+    from transport.identity import IdentityPaths, Role
 
 
 def request(paths: IdentityPaths, name: str) -> bytes:
@@ -71,6 +73,20 @@ def install(
     except OSError as error:
         raise IdentityUnusableError(f"cannot install into {paths.directory}: {error}") from error
     return HostIdentity.load(paths)
+
+
+def enrol_here(
+    paths: IdentityPaths,
+    authority: Authority,
+    name: str,
+    role: Role,
+    addresses: Sequence[str] = (),
+) -> HostIdentity:
+    """All of it on one machine, for who has the authority there. Raises TlsError."""
+    certificate = authority.issue(request(paths, name), name, role, addresses)
+    return install(
+        paths, ca=authority.certificate_pem, crl=authority.crl_pem, certificate=certificate
+    )
 
 
 def pending_key(paths: IdentityPaths) -> Path:

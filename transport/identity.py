@@ -21,8 +21,7 @@ import datetime
 import ssl
 import sys
 import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import structlog
 from cryptography.exceptions import InvalidSignature
@@ -43,8 +42,10 @@ from transport.errors import (
     SignatureWrongError,
     TlsError,
 )
+from transport.identity_paths import IdentityPaths
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from cryptography import x509
@@ -69,32 +70,7 @@ __all__ = [
 _DOMAIN = b"dolly signature 1\0"
 _BEGIN = b"-----BEGIN CERTIFICATE-----"
 
-
-@dataclass(frozen=True, slots=True)
-class IdentityPaths:
-    """The files of one host's identity."""
-
-    directory: Path
-
-    @property
-    def ca(self) -> Path:
-        """The authority."""
-        return self.directory / "ca.pem"
-
-    @property
-    def crl(self) -> Path:
-        """What the authority has revoked."""
-        return self.directory / "crl.pem"
-
-    @property
-    def identity(self) -> Path:
-        """The key that never leaves this host, and its certificate."""
-        return self.directory / "identity.pem"
-
-    @property
-    def leaf(self) -> Path:
-        """Key and chain of what is shown in TLS today."""
-        return self.directory / "host.pem"
+_T = TypeVar("_T")
 
 
 class PeerRefused(ssl.SSLCertVerificationError):
@@ -149,11 +125,8 @@ class TlsIdentity:
     def __init__(self, paths: IdentityPaths) -> None:
         """Raises TlsError."""
         self.paths = paths
-        self._lock = threading.Lock()
-        self._seen: tuple[Any, ...] = ()
-        self._refused: tuple[Any, ...] = ()
-        self._present = self._take_files()
-        self._server = _context(ssl.PROTOCOL_TLS_SERVER, paths, self._present.trust)
+        self._tls = _Watched((paths.ca, paths.crl, paths.leaf), lambda: _TlsFiles(paths))
+        self._server = _context(ssl.PROTOCOL_TLS_SERVER, paths, self._tls.present().trust)
         # Called in each handshake, with a name or without: OpenSSL's final_server_name.
         self._server.sni_callback = self._give_present
 
@@ -163,41 +136,18 @@ class TlsIdentity:
 
     def client_context(self) -> ssl.SSLContext:
         """For calling now: it stays with the files of this moment."""
-        return self._current().calling
+        return self._tls.present().calling
 
     @property
     def revocations(self) -> certificates.Revocations:
         """What this host knows to be revoked."""
-        return self._current().trust.revocations
+        return self._tls.present().trust.revocations
 
     def _give_present(
         self, stream: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext
     ) -> None:
         del name, context
-        stream.context = self._current().accepting
-
-    def _current(self) -> _State:
-        """The files as they are now; as they were where they can't be used any more."""
-        with self._lock:
-            try:
-                self._present = self._take_files()
-            except TlsError as error:
-                # One line for each new state of the files, not for each handshake.
-                if (found := self._found()) != self._refused:
-                    self._refused = found
-                    log = structlog.get_logger("transport")
-                    log.warning("identity not renewed", why=str(error))
-            return self._present
-
-    def _take_files(self) -> _State:
-        if (found := self._found()) == self._seen:
-            return self._present
-        state = _State(self.paths)
-        self._seen = found
-        return state
-
-    def _found(self) -> tuple[Any, ...]:
-        return tuple(_state_of(path) for path in (self.paths.ca, self.paths.crl, self.paths.leaf))
+        stream.context = self._tls.present().accepting
 
 
 class HostIdentity(TlsIdentity):
@@ -205,14 +155,8 @@ class HostIdentity(TlsIdentity):
 
     def __init__(self, paths: IdentityPaths) -> None:
         """Raises TlsError: IdentityUnusableError, CertificateExpiredError, …RevokedError."""
-        self._key, self._certificate = read_identity(paths)
-        trust = _Trust(paths)
-        self.owner, self._public_key = certificates.peer_of_identity(
-            self._certificate, trust.authority, now()
-        )
-        if self._key.public_key() != self._public_key:
-            raise IdentityUnusableError(f"{paths.identity}: the key is not the certificate's")
-        certificates.check_not_revoked(self.owner, trust.revocations.serials)
+        self._own = _Watched((paths.ca, paths.identity), lambda: _OwnFiles(paths))
+        certificates.check_not_revoked(self.owner, _Trust(paths).revocations.serials)
         self.paths = paths
         self.renew()
         super().__init__(paths)
@@ -223,35 +167,39 @@ class HostIdentity(TlsIdentity):
         return cls(paths)
 
     @property
+    def owner(self) -> Peer:
+        """Who this host is to others."""
+        return self._own.present().owner
+
+    @property
     def certificate_der(self) -> bytes:
         """The identity certificate, for whoever has to verify a signature."""
-        return self._certificate.public_bytes(Encoding.DER)
+        return self._own.present().certificate.public_bytes(Encoding.DER)
 
     @property
     def expires(self) -> datetime.datetime:
         """When this host has to be enrolled anew."""
-        return certificates.expiry_of(self._certificate)
+        return certificates.expiry_of(self._own.present().certificate)
 
     def sign(self, data: bytes) -> bytes:
         """64 bytes for `verify_signature`."""
-        return self._key.sign(_DOMAIN + data)
+        return self._own.present().key.sign(_DOMAIN + data)
 
     def renew(self) -> bool:
         """Make a new leaf if half of the present one's life is over; whether it was made.
 
         Raises TlsError.
         """
-        if not self._is_due():
+        own = self._own.present()
+        if not _is_due(self.paths.leaf, own.certificate):
             return False
         key = Ed25519PrivateKey.generate()
         leaf = certificates.make_leaf(
-            key.public_key(), identity=self._certificate, identity_key=self._key, at=now()
+            key.public_key(), identity=own.certificate, identity_key=own.key, at=now()
         )
-        chain = private_pem(key) + b"".join(
-            one.public_bytes(Encoding.PEM) for one in (leaf, self._certificate)
-        )
+        chain = b"".join(one.public_bytes(Encoding.PEM) for one in (leaf, own.certificate))
         try:
-            sealed_files.replace(self.paths.leaf, chain)
+            sealed_files.replace(self.paths.leaf, private_pem(key) + chain)
         except OSError as error:
             raise IdentityUnusableError(f"cannot renew {self.paths.leaf}: {error}") from error
         return True
@@ -271,17 +219,6 @@ class HostIdentity(TlsIdentity):
         except OSError as error:
             raise IdentityUnusableError(f"cannot write {self.paths.crl}: {error}") from error
         return True
-
-    def _is_due(self) -> bool:
-        if not self.paths.leaf.exists():
-            return True
-        try:
-            pem = _read(self.paths.leaf, is_secret=True)
-            leaf, identity = (certificates.read_certificate(one) for one in _certificates_in(pem))
-            half = leaf.not_valid_before_utc + certificates.BACKDATE + certificates.LEAF_LIFE / 2
-        except (TlsError, ValueError):
-            return True
-        return identity != self._certificate or not leaf.not_valid_before_utc <= now() < half
 
 
 def read_identity(paths: IdentityPaths) -> tuple[Ed25519PrivateKey, x509.Certificate]:
@@ -339,14 +276,54 @@ class _Trust:
         self.revocations = certificates.read_revocations(_read(paths.crl), self.authority)
 
 
-class _State:
-    """What one state of the files makes possible."""
+class _TlsFiles:
+    """What can be done with one state of the files that TLS needs."""
 
     def __init__(self, paths: IdentityPaths) -> None:
         _read(paths.leaf, is_secret=True)
         self.trust = _Trust(paths)
         self.accepting = _context(ssl.PROTOCOL_TLS_SERVER, paths, self.trust)
         self.calling = _context(ssl.PROTOCOL_TLS_CLIENT, paths, self.trust)
+
+
+class _OwnFiles:
+    """The key of `identity.pem` and what the authority says about it."""
+
+    def __init__(self, paths: IdentityPaths) -> None:
+        self.key, self.certificate = read_identity(paths)
+        self.owner, public_key = certificates.peer_of_identity(
+            self.certificate, certificates.read_authority(_read(paths.ca), now()), now()
+        )
+        if self.key.public_key() != public_key:
+            raise IdentityUnusableError(f"{paths.identity}: the key is not the certificate's")
+
+
+class _Watched(Generic[_T]):
+    """Something made of files, made again when one of them was replaced. Any thread.
+
+    Files that can't be used leave in place what was made before; the first ones have to be good.
+    """
+
+    def __init__(self, files: tuple[Path, ...], make: Callable[[], _T]) -> None:
+        self._files = files
+        self._make = make
+        self._lock = threading.Lock()
+        self._seen = self._look()
+        self._present = make()
+
+    def present(self) -> _T:
+        with self._lock:
+            if (seen := self._look()) != self._seen:
+                self._seen = seen
+                try:
+                    self._present = self._make()
+                except TlsError as error:
+                    log = structlog.get_logger("transport")
+                    log.warning("identity not taken anew", why=str(error))
+            return self._present
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        return [_state_of(path) for path in self._files]
 
 
 def _context(side: int, paths: IdentityPaths, trust: _Trust) -> _FleetContext:
@@ -391,6 +368,17 @@ def _verified_chain(stream: ssl.SSLSocket | ssl.SSLObject) -> list[bytes]:
     # The same, before it was given a public name (CPython 3.10, Modules/_ssl.c).
     inner: Any = vars(stream)["_sslobj"]
     return [one.public_bytes().encode() for one in inner.get_verified_chain()]
+
+
+def _is_due(path: Path, own: x509.Certificate) -> bool:
+    """Whether another leaf has to be made: half of its life is over, or it is not of `own`."""
+    try:
+        found = _certificates_in(_read(path, is_secret=True))
+        leaf, identity = (certificates.read_certificate(one) for one in found)
+        half = leaf.not_valid_before_utc + certificates.BACKDATE + certificates.LEAF_LIFE / 2
+    except (TlsError, ValueError):
+        return True
+    return identity != own or not leaf.not_valid_before_utc <= now() < half
 
 
 def _certificates_in(pem: bytes) -> list[bytes]:

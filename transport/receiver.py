@@ -6,9 +6,9 @@
     `----'    `--------------------- in the stream's own thread --------------------------'
 
 A greeting names a session by its ticket; `authorise` says which sink it belongs to, knowing who
-asks by the verified certificate. What a session's streams have applied is kept here until `revoke`,
-so that a broken stream can go on. Every refusal is one line in the log; the ticket is in none of
-them. Knows nothing of what sinks do.
+asks by the handshake. What a session's streams have applied is kept here until `revoke`, so that a
+broken stream can go on. Every refusal is one line in the log; the ticket is in none of them. Knows
+nothing of what sinks do.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from transport.errors import (
     TargetFullError,
     TransportError,
 )
+from transport.identity import Peer, peer_of
 from transport.inbound import (
     FRAME_DEADLINE_S,
     IDLE_DEADLINE_S,
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
     import ssl
     from types import TracebackType
 
-Authorise: TypeAlias = Callable[[Hello, str], PageSink | None]
-"""(greeting, the peer's verified DNS name) -> the session's sink, or None to refuse. Any thread."""
+Authorise: TypeAlias = Callable[[Hello, Peer], PageSink | None]
+"""(greeting, who sends it) -> the session's sink, or None to refuse. Any thread."""
 
 STREAMS_TOTAL_MAX = 64
 """Greeted streams of all sessions: four full ones; a stream costs a thread and 3 MiB."""
@@ -71,12 +72,18 @@ class _Connection:
 
     address: str
     stream: ssl.SSLSocket | None = None
-    peer: str = "?"
+    peer: Peer | None = None
+    """None: it has proven nothing yet."""
     ticket: bytes = b""
     index: int = -1
     revoked: bool = False
     session: Session | None = None
     thread: threading.Thread | None = field(default=None, repr=False)
+
+    @property
+    def who(self) -> str:
+        """For the log."""
+        return "?" if self.peer is None else str(self.peer)
 
     def cut(self) -> None:
         if self.stream is not None:
@@ -226,7 +233,7 @@ class DataListener:
         except TransportError as error:
             self._refused(connection, str(error))
         except Exception:  # noqa: BLE001  a thread ends here: the log must hear of it
-            self._log.exception("a stream failed", address=connection.address, peer=connection.peer)
+            self._log.exception("a stream failed", address=connection.address, peer=connection.who)
         finally:
             self._leave(connection)
 
@@ -238,10 +245,10 @@ class DataListener:
                 connection.revoked = True
                 connection.cut()
         tls.shake_hands(stream, deadline_s=self._handshake_deadline_s)
-        connection.peer = tls.peer_name(stream)
+        connection.peer = peer = peer_of(stream)
         hello = self._greeting(stream)
         try:
-            session, sink = self._admit(connection, hello)
+            session, sink = self._admit(connection, peer, hello)
         except TransportError as error:
             send_answer(stream, _status_of(error), 0)
             raise
@@ -261,9 +268,7 @@ class DataListener:
             session.failure = error
             send_answer(stream, _status_of(error), inbox.applied)
             raise
-        self._log.debug(
-            "stream ended", peer=connection.peer, stream=hello.stream, frames=inbound.frames
-        )
+        self._log.debug("stream ended", peer=str(peer), stream=hello.stream, frames=inbound.frames)
 
     def _greeting(self, stream: ssl.SSLSocket) -> Hello:
         greeting = b""
@@ -280,12 +285,12 @@ class DataListener:
             raise StreamBrokenError(f"no greeting: {error}") from error
         return parse_hello(greeting)
 
-    def _admit(self, connection: _Connection, hello: Hello) -> tuple[Session, PageSink]:
+    def _admit(self, connection: _Connection, peer: Peer, hello: Hello) -> tuple[Session, PageSink]:
         """The session of a greeting, its former connection of this stream ended."""
         with self._changed:
             # From here on `revoke` finds this connection, whatever `authorise` answers meanwhile.
             connection.ticket, connection.index = hello.ticket, hello.stream
-        sink = self._authorise(hello, connection.peer)
+        sink = self._authorise(hello, peer)
         if sink is None:
             raise StreamRefusedError("no such session for this host")
         with self._changed:
@@ -329,7 +334,7 @@ class DataListener:
         self._log.warning(
             "stream refused" if connection.session is None else "stream ended early",
             address=connection.address,
-            peer=connection.peer,
+            peer=connection.who,
             stream=connection.index,
             reason=reason,
         )

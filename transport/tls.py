@@ -1,7 +1,6 @@
-"""TLS 1.3 between hosts: both sides always prove who they are, and nothing can switch that off.
+"""Connections between hosts: how they are made and ended, and what goes wrong with them.
 
-A host's identity is the one DNS name in its certificate's subjectAltName. It must not know what
-travels.
+Who is at the other end is a matter of the context (`identity.py`). It must not know what travels.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import socket
 import ssl
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transport.errors import (
     CertificateExpiredError,
@@ -24,7 +22,6 @@ from transport.identity import PeerRefused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 HANDSHAKE_DEADLINE_S = 10.0
 """For TCP's packets, and for TLS's: a host that takes longer won't keep up with pages."""
@@ -54,30 +51,6 @@ _REASONS_UNTRUSTED = (
     "CERTIFICATE_REVOKED",
     "UNSUPPORTED_CERTIFICATE",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class TlsPaths:
-    """PEM files: the authority that both sides trust, this host's certificate, and its key."""
-
-    ca: Path
-    certificate: Path
-    key: Path
-
-
-def server_context(paths: TlsPaths) -> ssl.SSLContext:
-    """For accepting: demands a certificate of the authority from every client. Raises TlsError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    # Streams are few and long: tickets for resumption would only be one more secret lying around.
-    context.num_tickets = 0
-    return _mutual(context, paths)
-
-
-def client_context(paths: TlsPaths) -> ssl.SSLContext:
-    """For calling: shows this host's certificate, checks the other's name. Raises TlsError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = True
-    return _mutual(context, paths)
 
 
 def connect(
@@ -122,15 +95,6 @@ def shake_hands(stream: ssl.SSLSocket, *, deadline_s: float = HANDSHAKE_DEADLINE
     stream.settimeout(deadline_s)
     with handshake_errors("the caller"):
         stream.do_handshake()
-
-
-def peer_name(stream: ssl.SSLSocket) -> str:
-    """The identity of the other side, verified by the handshake. Raises PeerNotTrustedError."""
-    certificate: dict[str, Any] = stream.getpeercert() or {}
-    names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
-    if len(names) != 1 or "*" in names[0]:
-        raise PeerNotTrustedError(f"a certificate has exactly one DNS name, not {names}")
-    return str(names[0])
 
 
 @contextmanager
@@ -192,19 +156,6 @@ def part(stream: ssl.SSLSocket) -> None:
         pass  # it is gone already
     finally:
         stream.close()
-
-
-def _mutual(context: ssl.SSLContext, paths: TlsPaths) -> ssl.SSLContext:
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_verify_locations(cafile=paths.ca)
-        context.load_cert_chain(paths.certificate, paths.key)
-    except (OSError, ssl.SSLError) as error:
-        raise TlsError(
-            f"cannot load this host's identity ({paths.certificate}): {error}"
-        ) from error
-    return context
 
 
 def _verification_error(error: ssl.SSLCertVerificationError, peer: str) -> TlsError:

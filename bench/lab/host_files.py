@@ -10,8 +10,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.lab.pki import LabAuthority, SshKey, make_ssh_key
 from bench.lab.plan import LabPlan, Node, hosts_file
+from bench.lab.ssh_keys import SshKey, make_ssh_key
+from transport import enrolment
+from transport.authority import Authority
+from transport.identity import IdentityPaths, Role
 
 # Where the source of this project is seen, read-only, inside a host.
 SOURCE_INSIDE = "/opt/dolly"
@@ -38,7 +41,7 @@ class LabIdentities:
 
     def __init__(self, plan: LabPlan) -> None:
         self._plan = plan
-        self._authority = LabAuthority(plan.name)
+        self._authority = Authority.temporary()
         self._login: SshKey = make_ssh_key()
         self._host_keys: Mapping[str, SshKey] = {node.name: make_ssh_key() for node in plan.nodes}
 
@@ -59,12 +62,14 @@ class LabIdentities:
         put.file("/etc/ssh/ssh_host_ed25519_key.pub", host_key.public + "\n")
         put.file("/etc/ssh/sshd_config.d/lab.conf", SSHD)
         if not node.is_client:
-            credential = self._authority.issue(node.name, [node.address, node.address6])
             put.directory("/etc/migrate", 0o700)
-            put.directory(TLS_INSIDE, 0o700)
-            put.file(f"{TLS_INSIDE}/ca.pem", self._authority.certificate, 0o600)
-            put.file(f"{TLS_INSIDE}/host.pem", credential.certificate, 0o600)
-            put.file(f"{TLS_INSIDE}/host.key", credential.key, 0o600)
+            enrolment.enrol_here(
+                IdentityPaths(put.directory(TLS_INSIDE, 0o700)),
+                self._authority,
+                node.name,
+                Role.HOST,
+                [node.address, node.address6],
+            )
 
     def _known_hosts(self) -> str:
         return "".join(

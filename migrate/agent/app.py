@@ -2,13 +2,15 @@
 
     POST /v1/sessions                 OpenSession -> SessionOpened | Refused
     POST /v1/migrations/ID/ROLE       Ask | Commit | Abort -> State      (`peer.py`)
-    POST /v1/operator                 Recover -> Standing                (this host itself)
+    POST /v1/operator                 Recover -> Standing       (an operator, or this host itself)
+    PUT  /v1/crl                      the authority's list of revoked identities (anybody's)
     GET  /v1/sessions/ID/control      WebSocket: the messages of core/messages.py; with ?heard=N it
                                       goes on where the former connection broke
     GET  /v1/sessions/ID/rootfs?pass=N  WebSocket: one pass of rsync
     the data port                     pages and image files (transport.receiver)
 
-A caller is who its certificate says; a session answers only to the host that opened it.
+A caller is who its certificate says (`transport/identity.py`); a session answers only to the host
+that opened it.
 
 When it starts it goes on with the sessions of the agent before it, and recovers the migrations of
 this host whose coordinator is dead.
@@ -35,11 +37,13 @@ from migrate.claim import Claim
 from migrate.core import messages
 from migrate.errors import MigrateError, ProtocolError
 from migrate.facts import free_memory_bytes, host_versions
+from migrate.identity import own_identity
 from migrate.journal import JournalWriter
 from migrate.policy import PolicyError, PolicyFile
 from migrate.rootfs import CHUNK_BYTES
-from transport import tls
-from transport.receiver import DataListener
+from transport.errors import TransportError
+from transport.identity import Peer, Role, peer_of
+from transport.receiver import DataListener, listen
 
 if TYPE_CHECKING:
     from migrate.agent.session import Session
@@ -62,13 +66,17 @@ class Agent:
         self._policy = PolicyFile(paths.policy)
         self._policy.current()
         self._opening = asyncio.Lock()
-        identity = tls.TlsPaths(paths.tls.ca, paths.tls.certificate, paths.tls.key)
-        self._context = tls.server_context(identity)
+        self._identity = own_identity(paths)
+        self._check_name()
         self._claim = Claim.take(paths.agent_claim, "agent")
         self._journal = JournalWriter(paths.journal)
         self._custodian = Custodian(self._journal, runtimes, paths)
         self._sessions = Sessions(paths, runtimes, self._journal, self._host)
-        self._data = DataListener(address, config.DATA_PORT, self._context, self._sessions.sink_of)
+        self._data = DataListener(
+            listen(address, config.DATA_PORT),
+            self._identity.server_context(),
+            self._sessions.sink_of,
+        )
         self._sessions.data = self._data
         self._words = Words(self._sessions, self._journal, self._custodian, paths)
 
@@ -78,6 +86,7 @@ class Agent:
         app.router.add_post("/v1/sessions", self._open)
         app.router.add_post("/v1/migrations/{id}/{role:source|target}", self._word)
         app.router.add_post("/v1/operator", self._operate)
+        app.router.add_put("/v1/crl", self._revocations)
         app.router.add_get("/v1/sessions/{id}/control", self._control)
         app.router.add_get("/v1/sessions/{id}/rootfs", self._rootfs)
         return app
@@ -85,10 +94,10 @@ class Agent:
     async def serve(self, address: str, port: int) -> None:
         """Serve until SIGTERM or SIGINT; sessions that hold nothing yet are undone then."""
         await self._sessions.adopt_former()
-        custody = asyncio.create_task(self._custodian.run())
+        chores = [asyncio.create_task(one()) for one in (self._custodian.run, self._keep_identity)]
         runner = web.AppRunner(self.application(), access_log=None)
         await runner.setup()
-        site = web.TCPSite(runner, address, port, ssl_context=self._context)
+        site = web.TCPSite(runner, address, port, ssl_context=self._identity.server_context())
         await site.start()
         log.info("agent listens", host=self._host, port=port, data_port=self._data.port)
         stop = asyncio.Event()
@@ -96,7 +105,8 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         await stop.wait()
-        custody.cancel()
+        for chore in chores:
+            chore.cancel()
         await self._sessions.stop()
         await runner.cleanup()
         await asyncio.to_thread(self._data.stop)
@@ -104,7 +114,7 @@ class Agent:
         self._claim.release()
 
     async def _open(self, request: web.Request) -> web.Response:
-        peer = _peer(request)
+        peer = _host(request)
         try:
             message = messages.decode_from_source(await _body(request))
             if not isinstance(message, messages.OpenSession):
@@ -200,7 +210,7 @@ class Agent:
 
     async def _word(self, request: web.Request) -> web.Response:
         """A peer's word about a migration, outside of its session's channel."""
-        caller, migration_id = _peer(request), request.match_info["id"]
+        caller, migration_id = _host(request), request.match_info["id"]
         answer = {"source": self._words.as_source, "target": self._words.as_target}
         try:
             word = messages.decode_from_source(await _body(request))
@@ -212,8 +222,9 @@ class Agent:
             raise web.HTTPConflict(text=error.message) from error
 
     async def _operate(self, request: web.Request) -> web.Response:
-        if _peer(request) != self._host:
-            raise web.HTTPForbidden(text="only this host itself may say that")
+        peer = _peer(request)
+        if peer.role is not Role.OPERATOR and peer.name != self._host:
+            raise _forbidden(request, "only an operator or this host itself may say that")
         try:
             word = messages.decode_from_source(await _body(request))
             if not isinstance(word, messages.Recover):
@@ -225,9 +236,40 @@ class Agent:
             raise web.HTTPNotFound(text="this agent has no such migration in its hands")
         return _answer(standing)
 
+    async def _revocations(self, request: web.Request) -> web.Response:
+        """The authority's list of revoked identities, whoever brings it: it proves itself."""
+        peer, pem = _peer(request), await _body(request)
+        try:
+            is_new = await asyncio.to_thread(self._identity.take_revocations, pem)
+        except TransportError as error:
+            log.warning("revocations refused", peer=str(peer), why=str(error))
+            raise web.HTTPConflict(text=str(error)) from error
+        if is_new:
+            log.info("revocations taken", peer=str(peer), number=self._identity.revocations.number)
+        return web.Response(status=204)
+
+    async def _keep_identity(self) -> None:
+        """Renew this host's certificate for TLS, for as long as the agent runs."""
+        while True:
+            await asyncio.sleep(config.IDENTITY_PERIOD_S)
+            try:
+                if await asyncio.to_thread(self._identity.renew):
+                    log.info("certificate renewed")
+            except TransportError as error:
+                log.warning("certificate not renewed", why=str(error))
+
+    def _check_name(self) -> None:
+        owner = self._identity.owner
+        if owner.role is not Role.HOST or owner.name != self._host:
+            raise MigrateError(
+                f"the identity here is that of {owner.role} {owner.name}, and this host is called"
+                f" {self._host}",
+                remedy="enrol this host by its own name",
+            )
+
     def _session_of(self, request: web.Request) -> Session:
         """The session of the URL, if it is the caller's; otherwise there is none for it."""
-        session = self._sessions.find(request.match_info["id"], _peer(request))
+        session = self._sessions.find(request.match_info["id"], _host(request))
         if session is None:
             raise web.HTTPNotFound(text="no such session")
         return session
@@ -241,14 +283,24 @@ async def _body(request: web.Request) -> bytes:
         raise web.HTTPBadRequest(text="the request broke off") from error
 
 
-def _peer(request: web.Request) -> str:
-    """Who calls, by the verified certificate: its DNS name."""
+def _peer(request: web.Request) -> Peer:
+    """Who calls, as the handshake has proven."""
     assert request.transport is not None
-    certificate = request.transport.get_extra_info("peercert") or {}
-    names = [name for kind, name in certificate.get("subjectAltName", ()) if kind == "DNS"]
-    if len(names) != 1:
-        raise web.HTTPForbidden(text="a certificate has exactly one DNS name")
-    return str(names[0])
+    return peer_of(request.transport.get_extra_info("ssl_object"))
+
+
+def _host(request: web.Request) -> str:
+    """The name of the host that calls. Raises HTTPForbidden for anybody else."""
+    peer = _peer(request)
+    if peer.role is not Role.HOST:
+        raise _forbidden(request, "only hosts send containers")
+    return peer.name
+
+
+def _forbidden(request: web.Request, why: str) -> web.HTTPForbidden:
+    peer = str(_peer(request))
+    log.warning("request refused", peer=peer, address=request.remote, path=request.path, why=why)
+    return web.HTTPForbidden(text=why)
 
 
 def _refused(code: str, error: MigrateError) -> messages.Refused:

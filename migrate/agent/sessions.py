@@ -22,6 +22,7 @@ from migrate.core.events import TargetEventKind as E
 from migrate.core.states import TARGET_TERMINAL
 from migrate.core.states import TargetState as S
 from migrate.errors import MigrateError
+from transport.identity import Peer, Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -85,11 +86,12 @@ class Sessions:
             return None
         return session
 
-    def sink_of(self, hello: Hello, peer: str) -> PageSink | None:
+    def sink_of(self, hello: Hello, peer: Peer) -> PageSink | None:
         """For the data listener, in its threads: which session a ticket belongs to."""
         for session in list(self._sessions.values()):
             if session.ticket == hello.ticket:
-                return session.workspace if session.is_receiving and session.peer == peer else None
+                is_its_source = peer.role is Role.HOST and session.peer == peer.name
+                return session.workspace if session.is_receiving and is_its_source else None
         return None
 
     async def begin(

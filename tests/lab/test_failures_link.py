@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from bench.lab.host import Host
 from bench.lab.lab import Lab
-from bench.lab.pki import LabAuthority
 from bench.probe_process import PYTHON_INSIDE
+from tests.identities import Fleet
 from tests.lab.brake import Brake
 from tests.lab.invariants import (
     SLOW,
@@ -22,9 +24,11 @@ from tests.lab.invariants import (
     wait_round,
 )
 from tests.lab.migrating import migrate
+from transport.identity import IdentityPaths
 
 IMPATIENT = ("--link-patience", "2")
 TLS = "/etc/migrate/tls"
+FILES = ("ca.pem", "crl.pem", "identity.pem", "host.pem")
 # Speaks to the agent's control and data ports in four wrong ways; what it gets, a line each.
 STRANGER = """
 import socket, ssl, sys
@@ -84,28 +88,45 @@ def test_the_link_is_cut_while_the_container_is_frozen(lab: Lab) -> None:
         assert_moves(under)
 
 
-def impostor(host: Host) -> dict[str, str]:
-    """The files of an identity of another authority, in the name of that host."""
-    other = LabAuthority("elsewhere")
-    made = other.issue(host.name, [host.address, host.address6])
-    return {"ca.pem": other.certificate, "host.pem": made.certificate, "host.key": made.key}
+@contextmanager
+def dressed(host: Host, fleet: Fleet) -> Iterator[IdentityPaths]:
+    """That host with an identity of `fleet` in place of its own. Its agent is not told."""
+    worn = fleet.host(host.name, (host.address, host.address6))
+    right = {file: host.read_text(f"{TLS}/{file}") for file in FILES}
+    put_files(host, {file: (worn.directory / file).read_text() for file in FILES})
+    yield worn
+    put_files(host, right)
 
 
-@pytest.mark.parametrize("wrong", [("ca.pem",), ("host.pem", "host.key")], ids=["authority", "own"])
-def test_a_source_of_another_authority_is_refused(lab: Lab, wrong: tuple[str, ...]) -> None:
-    """It does not know the target's authority, or the target does not know its own."""
+def put_files(host: Host, files: dict[str, str]) -> None:
+    for file, text in files.items():
+        host.write_text(f"{TLS}/{file}.new", text, 0o600)
+        host.run(["mv", f"{TLS}/{file}.new", f"{TLS}/{file}"])
+
+
+def test_a_source_of_another_fleet_is_refused(lab: Lab, tmp_path: Path) -> None:
     source = lab.host("A")
-    right = {file: source.read_text(f"{TLS}/{file}") for file in wrong}
-    with threatened(lab, f"l-tls-{len(wrong)}") as under:
-        other = impostor(source)
-        for file in wrong:
-            source.write_text(f"{TLS}/{file}", other[file], 0o600)
-        told = explained(migrate(source, under.name, "B", "--json"))
-        for file, text in right.items():
-            source.write_text(f"{TLS}/{file}", text, 0o600)
+    with threatened(lab, "l-fleet") as under:
+        with dressed(source, Fleet(tmp_path)):
+            told = explained(migrate(source, under.name, "B", "--json"))
         assert (told.host, told.container) == ("B", "runs on A")
         assert "certificate" in told.error
         assert_undone(under)
+        assert_moves(under)
+
+
+def test_a_revoked_source_is_refused(lab: Lab, tmp_path: Path) -> None:
+    """Both agents have changed fleets without a restart; then the target hears of a revocation."""
+    source, target, fleet = lab.host("A"), lab.host("B"), Fleet(tmp_path)
+    with threatened(lab, "l-revoked") as under:
+        with dressed(source, fleet) as worn, dressed(target, fleet):
+            assert migrate(source, under.name, "B", "--dry-run").returncode == 0
+            target.write_text(f"{TLS}/crl.pem", fleet.revoke(worn).decode(), 0o600)
+            told = explained(migrate(source, under.name, "B", "--json"))
+        assert (told.host, told.container) == ("B", "runs on A")
+        assert "does not accept this host's certificate" in told.error
+        assert_undone(under)
+        assert_moves(under)
 
 
 def test_strangers_are_not_heard(lab: Lab) -> None:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import trustme
 from aiohttp import web
 
 from migrate.config import HostPaths
 from migrate.core import messages as m
 from migrate.guard import GuardPlan
 from migrate.journal import Journal, Migration, Role
-from transport import tls
+from tests.identities import Fleet
+from transport.identity import HostIdentity
 
 if TYPE_CHECKING:
     from migrate.runtimes.base import Runtime
@@ -41,12 +41,7 @@ _HOOK = 'read -r verdict <> "$1/verdict"; echo "$verdict"'
 def make_paths(base: Path) -> HostPaths:
     """Directories of a host with an identity that its peer accepts."""
     paths = HostPaths(run=base / "run", state=base / "state", config=base / "config")
-    authority = trustme.CA()
-    paths.tls.ca.parent.mkdir(parents=True)
-    authority.cert_pem.write_to_path(str(paths.tls.ca))
-    certificate = authority.issue_cert(PEER)
-    paths.tls.certificate.write_bytes(b"".join(x.bytes() for x in certificate.cert_chain_pems))
-    certificate.private_key_pem.write_to_path(str(paths.tls.key))
+    Fleet(base).host(PEER, at=paths.tls.directory)
     return paths
 
 
@@ -58,8 +53,7 @@ class Peer:
         self.subject = MIGRATION
         self.heard: list[Any] = []
         self.port = 0
-        identity = tls.TlsPaths(paths.tls.ca, paths.tls.certificate, paths.tls.key)
-        self._context = tls.server_context(identity)
+        self._context = HostIdentity.load(paths.tls).server_context()
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import trustme
 from aiohttp import web
 
 from migrate import config
@@ -20,8 +19,9 @@ from migrate.core import messages as m
 from migrate.core.events import SourceEventKind as E
 from migrate.errors import MigrateError, Unreachable
 from migrate.target_link import SessionGone, TargetLink
+from tests.identities import Fleet
 from tests.migrate.wire import Wire
-from transport import tls
+from transport.identity import HostIdentity
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -109,18 +109,13 @@ class Ends:
 
 @pytest.fixture
 def paths(tmp_path: Path) -> config.HostPaths:
-    authority = trustme.CA()
     paths = config.HostPaths(config=tmp_path)
-    paths.tls.ca.parent.mkdir()
-    authority.cert_pem.write_to_path(str(paths.tls.ca))
-    certificate = authority.issue_cert("localhost")
-    paths.tls.certificate.write_bytes(b"".join(x.bytes() for x in certificate.cert_chain_pems))
-    certificate.private_key_pem.write_to_path(str(paths.tls.key))
+    Fleet(tmp_path).host("localhost", at=paths.tls.directory)
     return paths
 
 
 def server_context(paths: config.HostPaths) -> ssl.SSLContext:
-    return tls.server_context(tls.TlsPaths(paths.tls.ca, paths.tls.certificate, paths.tls.key))
+    return HostIdentity.load(paths.tls).server_context()
 
 
 @pytest.fixture
@@ -291,7 +286,8 @@ async def test_a_new_connection_takes_over_from_one_that_is_silent(ends: Ends) -
 async def test_hostile_counts_are_refused(ends: Ends, heard: str, status: int) -> None:
     client = ends.link._client()
     url = ends.link._session_url(f"control?heard={heard}")
-    async with client.get(url, headers={"Connection": "Upgrade"}) as answer:
+    upgrade = {"Connection": "Upgrade"}
+    async with client.get(url, headers=upgrade, ssl=ends.link.context) as answer:
         assert answer.status == status
 
 

@@ -1,4 +1,4 @@
-"""Identities for the transport tests: an authority, and certificates of it, good and bad."""
+"""A fleet for the transport tests: a source, and a target that listens."""
 
 from __future__ import annotations
 
@@ -8,29 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.transport.transfer_parts import Authority, Recorder, Target
-from transport import tls
+from tests.identities import Fleet
+from tests.transport.transfer_parts import SOURCE_NAME, TARGET_NAME, Recorder, Target
+from transport.identity import HostIdentity
 
 
 @pytest.fixture(scope="session")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("authority"))
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    return Fleet(tmp_path_factory.mktemp("fleet"))
 
 
 @pytest.fixture(scope="session")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    """An authority that nobody here trusts."""
-    return Authority(tmp_path_factory.mktemp("stranger"))
+def source(fleet: Fleet) -> ssl.SSLContext:
+    return HostIdentity.load(fleet.host(SOURCE_NAME)).client_context()
 
 
 @pytest.fixture(scope="session")
-def source(authority: Authority) -> ssl.SSLContext:
-    return tls.client_context(authority.issue("source.test"))
-
-
-@pytest.fixture(scope="session")
-def target_identity(authority: Authority) -> tls.TlsPaths:
-    return authority.issue("target.test")
+def accepting(fleet: Fleet) -> ssl.SSLContext:
+    """The target's end of every connection."""
+    return HostIdentity.load(fleet.host(TARGET_NAME)).server_context()
 
 
 @pytest.fixture
@@ -39,7 +35,7 @@ def log() -> Recorder:
 
 
 @pytest.fixture
-def target(target_identity: tls.TlsPaths, log: Recorder, tmp_path: Path) -> Iterator[Target]:
+def target(accepting: ssl.SSLContext, log: Recorder, tmp_path: Path) -> Iterator[Target]:
     """A listener with one session, writing into files."""
-    with Target(tls.server_context(target_identity), tmp_path, log) as running:
+    with Target(accepting, tmp_path, log) as running:
         yield running

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from tests.identities import Fleet
 from tests.transport.transfer_parts import (
     DEADLINE_S,
     TARGET_NAME,
@@ -28,6 +29,7 @@ from tests.transport.transfer_parts import (
 from transport import tls
 from transport.core import frames
 from transport.core.frames import HEADER_BYTES, PAGE_BYTES, Hello, Status, StreamKind
+from transport.identity import HostIdentity
 from transport.sender import PageSender
 
 OLD, NEW = b"\x01" * PAGE_BYTES, b"\x02" * PAGE_BYTES
@@ -152,14 +154,14 @@ def test_frames_that_are_wrong(
 
 
 def test_one_bad_session_does_not_disturb_another(
-    target_identity: tls.TlsPaths,
+    accepting: ssl.SSLContext,
     source: ssl.SSLContext,
     log: Recorder,
     tmp_path: Path,
     target: Target,
     others: Callable[[], None],
 ) -> None:
-    with Target(tls.server_context(target_identity), tmp_path, log) as second:
+    with Target(accepting, tmp_path, log) as second:
         target._authorise, first = second._authorise, target._authorise  # type: ignore[method-assign]
         del first
         with RawClient(second.port, source) as client:
@@ -227,9 +229,9 @@ def test_a_stream_is_not_resumed_before_its_former_connection_has_ended(
 
 
 def test_a_stranger_cannot_take_over_a_stream(
-    target: Target, source: ssl.SSLContext, authority: object
+    target: Target, source: ssl.SSLContext, fleet: Fleet
 ) -> None:
-    thief = tls.client_context(authority.issue("thief.test"))  # type: ignore[attr-defined]
+    thief = HostIdentity.load(fleet.host("thief.test")).client_context()
     with RawClient(target.port, source) as owner, RawClient(target.port, thief) as other:
         owner.greet(target.ticket)
         assert other.greet(target.ticket).status == Status.REFUSED
@@ -238,8 +240,8 @@ def test_a_stranger_cannot_take_over_a_stream(
 
 
 @pytest.fixture
-def narrow(target_identity: tls.TlsPaths, tmp_path: Path, log: Recorder) -> Callable[..., Target]:
-    return partial(Target, tls.server_context(target_identity), tmp_path, log)
+def narrow(accepting: ssl.SSLContext, tmp_path: Path, log: Recorder) -> Callable[..., Target]:
+    return partial(Target, accepting, tmp_path, log)
 
 
 def test_no_more_streams_than_allowed(

@@ -309,15 +309,19 @@ def shown(client: TlsIdentity, server: TlsIdentity) -> bytes:
     return leaf[0]
 
 
-def test_a_leaf_of_a_former_identity_is_made_anew(fleet: Fleet) -> None:
-    paths = fleet.host("alpha")
-    former = HostIdentity.load(paths)
-    fleet.host("alpha", at=paths.directory)
-    present = HostIdentity.load(paths)
-    assert present.owner.serial != former.owner.serial
-    assert TlsIdentity(paths).client_context()
-    _, server = meet(*contexts(paths, fleet.host("beta")), "beta")
-    assert server == present.owner
+def test_a_host_that_is_enrolled_again_while_it_runs(fleet: Fleet) -> None:
+    running, beta = HostIdentity.load(fleet.host("alpha")), HostIdentity.load(fleet.host("beta"))
+    former = running.owner
+    fleet.host("alpha", at=running.paths.directory)
+    assert running.owner.serial != former.serial
+    assert not running.renew()
+    _, server = meet(running.client_context(), beta.server_context(), "beta")
+    assert server == running.owner
+    client, _ = meet(beta.client_context(), running.server_context(), "alpha")
+    assert client == running.owner
+    peer, key = identity.verify_certificate(running.certificate_der, beta.paths, identity.now())
+    identity.verify_signature(key, running.sign(b"x"), b"x")
+    assert peer == running.owner
 
 
 def test_damaged_files_leave_the_former_ones_in_force(fleet: Fleet) -> None:
@@ -329,7 +333,7 @@ def test_damaged_files_leave_the_former_ones_in_force(fleet: Fleet) -> None:
             for _ in range(2):
                 _, server = meet(alpha.client_context(), beta.server_context(), "beta")
                 assert server == alpha.owner
-        assert [line["event"] for line in lines] == ["identity not renewed"]
+        assert [line["event"] for line in lines] == ["identity not taken anew"]
         with pytest.raises(TlsError):
             TlsIdentity(beta.paths)
         sealed_files.replace(path, good)

@@ -1,4 +1,4 @@
-"""Who may talk to whom: real handshakes on loopback, with every kind of wrong certificate."""
+"""Connections on loopback: what each end hears when they can't be made, and how they end."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import datetime
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from tests.transport.transfer_parts import Authority
-from transport import tls
+from tests.identities import Fleet
+from transport import certificates, identity, sealed_files, tls
 from transport.errors import (
     CertificateExpiredError,
+    CertificateRevokedError,
     PeerNameMismatchError,
     PeerNotTrustedError,
     StreamBrokenError,
     TlsError,
     TransportError,
 )
+from transport.identity import HostIdentity, IdentityPaths, TlsIdentity, peer_of
 
 NAME = "target.test"
-PAST = datetime.datetime.now(tz=datetime.UTC) - datetime.timedelta(days=1)
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def server(context: ssl.SSLContext) -> Iterator[tuple[int, list[object]]]:
             return
         try:
             tls.shake_hands(stream)
-            outcome.append(tls.peer_name(stream))
+            outcome.append(peer_of(stream).name)
             stream.sendall(stream.recv(1))
         except TransportError as error:
             outcome.append(error)
@@ -75,102 +75,76 @@ def talk(port: int, context: ssl.SSLContext, name: str = NAME) -> ssl.SSLSocket:
     return stream
 
 
-def test_both_sides_know_each_other(authority: Authority) -> None:
-    context = tls.server_context(authority.issue(NAME))
-    client = tls.client_context(authority.issue("source.test"))
-    with server(context) as (port, outcome), talk(port, client) as stream:
+@pytest.fixture
+def client(fleet: Fleet) -> ssl.SSLContext:
+    return HostIdentity.load(fleet.host("source.test")).client_context()
+
+
+def accepting(paths: IdentityPaths) -> ssl.SSLContext:
+    return TlsIdentity(paths).server_context()
+
+
+def expired(paths: IdentityPaths) -> TlsIdentity:
+    """A host that has missed to renew."""
+    (key, owner), leaf_key = identity.read_identity(paths), Ed25519PrivateKey.generate()
+    at = identity.now() - certificates.LEAF_LIFE - datetime.timedelta(minutes=1)
+    leaf = certificates.make_leaf(leaf_key.public_key(), identity=owner, identity_key=key, at=at)
+    chain = b"".join(one.public_bytes(Encoding.PEM) for one in (leaf, owner))
+    sealed_files.replace(paths.leaf, identity.private_pem(leaf_key) + chain)
+    return TlsIdentity(paths)
+
+
+def test_both_sides_know_each_other(fleet: Fleet, client: ssl.SSLContext) -> None:
+    with server(accepting(fleet.host(NAME))) as (port, outcome), talk(port, client) as stream:
         assert stream.version() == "TLSv1.3"
-        assert tls.peer_name(stream) == NAME
+        assert peer_of(stream).name == NAME
     assert outcome == ["source.test"]
 
 
-Wrong = Callable[[Authority, Authority], tls.TlsPaths]
-
-
-@pytest.mark.parametrize(
-    ("identity", "error"),
-    [
-        pytest.param(
-            lambda good, bad: bad.issue(NAME, trusting=good), PeerNotTrustedError, id="other-ca"
-        ),
-        pytest.param(
-            lambda good, _: good.issue(NAME, expires=PAST), CertificateExpiredError, id="expired"
-        ),
-        pytest.param(lambda good, _: good.issue("other.test"), PeerNameMismatchError, id="name"),
-    ],
-)
+@pytest.mark.parametrize("wrong", ["fleet", "name", "expired", "revoked"])
 def test_a_client_refuses_a_server(
-    authority: Authority, stranger: Authority, identity: Wrong, error: type[TlsError]
+    fleet: Fleet, client: ssl.SSLContext, tmp_path_factory: pytest.TempPathFactory, wrong: str
 ) -> None:
-    context = tls.server_context(identity(authority, stranger))
-    client = tls.client_context(authority.issue("source.test"))
-    with server(context) as (port, outcome), pytest.raises(error):
+    paths, error = fleet.host(NAME), TlsError
+    if wrong == "fleet":
+        paths, error = Fleet(tmp_path_factory.mktemp("other")).host(NAME), PeerNotTrustedError
+    elif wrong == "name":
+        paths, error = fleet.host("other.test"), PeerNameMismatchError
+    elif wrong == "expired":
+        paths, error = expired(paths).paths, CertificateExpiredError
+    else:
+        knowing = HostIdentity.load(fleet.host("source.test"))
+        knowing.take_revocations(fleet.revoke(paths))
+        client, error = knowing.client_context(), CertificateRevokedError
+    with server(accepting(paths)) as (port, outcome), pytest.raises(error):
         talk(port, client)
-    assert isinstance(outcome[0], TransportError)
+    # What only the fleet refuses is refused after the handshake, with silence.
+    silent = [] if wrong != "revoked" else [outcome.pop(0)]
+    assert silent in ([], ["source.test"])
+    assert all(isinstance(one, TransportError) for one in outcome)
 
 
-@pytest.mark.parametrize(
-    ("identity", "seen", "told"),
-    [
-        pytest.param(
-            lambda good, bad: bad.issue("source.test", trusting=good),
-            PeerNotTrustedError,
-            PeerNotTrustedError,
-            id="other-ca",
-        ),
-        pytest.param(
-            lambda good, _: good.issue("source.test", expires=PAST),
-            CertificateExpiredError,
-            CertificateExpiredError,
-            id="expired",
-        ),
-    ],
-)
 def test_a_server_refuses_a_client_and_both_hear_why(
-    authority: Authority,
-    stranger: Authority,
-    identity: Wrong,
-    seen: type[TlsError],
-    told: type[TlsError],
+    fleet: Fleet, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    client = tls.client_context(identity(authority, stranger))
-    with (
-        server(tls.server_context(authority.issue(NAME))) as (port, outcome),
-        pytest.raises(told),
+    other = Fleet(tmp_path_factory.mktemp("other")).host("source.test")
+    for path, data in (
+        (other.ca, fleet.authority.certificate_pem),
+        (other.crl, fleet.authority.crl_pem),
     ):
-        talk(port, client)
-    assert isinstance(outcome[0], seen)
+        sealed_files.replace(path, data)
+    late = expired(fleet.host("source.test"))
+    target = accepting(fleet.host(NAME))
+    for caller, error in (
+        (TlsIdentity(other), PeerNotTrustedError),
+        (late, CertificateExpiredError),
+    ):
+        with server(target) as (port, outcome), pytest.raises(error):
+            talk(port, caller.client_context())
+        assert isinstance(outcome[0], error)
 
 
-def test_a_client_without_a_certificate_is_refused(authority: Authority) -> None:
-    paths = authority.issue(NAME)
-    bare = ssl.create_default_context(cafile=str(paths.ca))
-    with server(tls.server_context(paths)) as (port, outcome), pytest.raises(PeerNotTrustedError):
-        talk(port, bare)
-    assert isinstance(outcome[0], PeerNotTrustedError)
-
-
-def test_tls_1_2_is_refused_by_the_server(authority: Authority) -> None:
-    paths = authority.issue(NAME)
-    old = tls.client_context(paths)
-    old.minimum_version = ssl.TLSVersion.TLSv1_2
-    old.maximum_version = ssl.TLSVersion.TLSv1_2
-    with server(tls.server_context(paths)) as (port, outcome), pytest.raises(TlsError):
-        talk(port, old)
-    assert isinstance(outcome[0], TlsError)
-
-
-def test_tls_1_2_is_refused_by_the_client(authority: Authority) -> None:
-    paths = authority.issue(NAME)
-    old = tls.server_context(paths)
-    old.minimum_version = ssl.TLSVersion.TLSv1_2
-    old.maximum_version = ssl.TLSVersion.TLSv1_2
-    with server(old) as (port, outcome), pytest.raises(TlsError):
-        talk(port, tls.client_context(paths))
-    assert isinstance(outcome[0], TlsError)
-
-
-def test_a_server_that_does_not_speak_tls_is_no_server(authority: Authority) -> None:
+def test_a_server_that_does_not_speak_tls_is_no_server(client: ssl.SSLContext) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:
@@ -182,58 +156,20 @@ def test_a_server_that_does_not_speak_tls_is_no_server(authority: Authority) -> 
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(TlsError):
-            talk(listening.getsockname()[1], tls.client_context(authority.issue("source.test")))
+            talk(listening.getsockname()[1], client)
         thread.join()
 
 
-def test_nobody_listens(authority: Authority) -> None:
+def test_nobody_listens(client: ssl.SSLContext) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     with pytest.raises(StreamBrokenError, match=str(port)):
-        talk(port, tls.client_context(authority.issue("source.test")))
-
-
-@pytest.mark.parametrize(
-    "names", [("a.test", "b.test"), ("*.test",), ("127.0.0.1",)], ids=["two", "wildcard", "address"]
-)
-def test_an_identity_is_exactly_one_name(authority: Authority, names: tuple[str, ...]) -> None:
-    client = tls.client_context(authority.issue(*names))
-    context = tls.server_context(authority.issue(NAME))
-    with server(context) as (port, outcome), pytest.raises(TransportError):
         talk(port, client)
-    assert isinstance(outcome[0], PeerNotTrustedError)
 
 
-def test_an_address_beside_the_name_does_no_harm(authority: Authority) -> None:
-    client = tls.client_context(authority.issue("source.test", "127.0.0.1"))
-    with server(tls.server_context(authority.issue(NAME))) as (port, outcome):
-        talk(port, client).close()
-    assert outcome == ["source.test"]
-
-
-@pytest.mark.parametrize("make", [tls.server_context, tls.client_context])
-def test_contexts_always_verify(
-    authority: Authority, make: Callable[[tls.TlsPaths], ssl.SSLContext]
-) -> None:
-    context = make(authority.issue(NAME))
-    assert context.verify_mode == ssl.CERT_REQUIRED
-    assert context.minimum_version == ssl.TLSVersion.TLSv1_3
-    assert tls.client_context(authority.issue(NAME)).check_hostname
-
-
-@pytest.mark.parametrize("field", ["ca", "certificate", "key"])
-def test_an_identity_that_cannot_be_loaded(
-    authority: Authority, field: str, tmp_path: Path
-) -> None:
-    changed: dict[str, Any] = {field: tmp_path / "missing.pem"}
-    with pytest.raises(TlsError):
-        tls.client_context(replace(authority.issue(NAME), **changed))
-
-
-def test_cutting_ends_a_blocked_read(authority: Authority) -> None:
-    paths = authority.issue(NAME)
-    with server(tls.server_context(paths)) as (port, _):
-        stream = tls.connect("127.0.0.1", port, tls.client_context(paths), server_name=NAME)
+def test_cutting_ends_a_blocked_read(fleet: Fleet, client: ssl.SSLContext) -> None:
+    with server(accepting(fleet.host(NAME))) as (port, _):
+        stream = tls.connect("127.0.0.1", port, client, server_name=NAME)
         ended = threading.Event()
 
         def read() -> None:

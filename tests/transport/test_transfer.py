@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.identities import Fleet
 from tests.transport.transfer_parts import (
     DEADLINE_S,
     TARGET_NAME,
@@ -37,6 +38,7 @@ from transport.errors import (
     TargetFullError,
     TransportError,
 )
+from transport.identity import HostIdentity, peer_of
 from transport.receiver import DataListener, listen
 from transport.sender import PageSender
 from transport.worker import BUFFERS_MAX
@@ -459,9 +461,9 @@ def test_a_wrong_ticket_is_refused_at_once(
 
 
 def test_another_host_with_the_right_ticket_is_refused(
-    target: Target, authority: Any, log: Recorder
+    target: Target, fleet: Fleet, log: Recorder
 ) -> None:
-    context = tls.client_context(authority.issue("thief.test"))
+    context = HostIdentity.load(fleet.host("thief.test")).client_context()
     opening = partial(connect, target.port, context)
     sender = PageSender(opening, ticket=target.ticket, read=Memory(1).read, streams=1)
     with sender, pytest.raises(StreamRefusedError):
@@ -502,13 +504,12 @@ def test_stopping_twice_and_streams_end(
     wait_until(lambda: threading.active_count() < before, "all threads ended")
 
 
-def test_a_listener_on_ipv6(target_identity: tls.TlsPaths, source: ssl.SSLContext) -> None:
-    context = tls.server_context(target_identity)
+def test_a_listener_on_ipv6(accepting: ssl.SSLContext, source: ssl.SSLContext) -> None:
     with (
-        DataListener(listen("::1", 0), context, lambda *_: None) as listener,
+        DataListener(listen("::1", 0), accepting, lambda *_: None) as listener,
         tls.connect("::1", listener.port, source, server_name=TARGET_NAME) as stream,
     ):
-        assert tls.peer_name(stream) == TARGET_NAME
+        assert peer_of(stream).name == TARGET_NAME
 
 
 def test_a_port_that_is_taken(target: Target) -> None:

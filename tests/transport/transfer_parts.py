@@ -5,7 +5,6 @@ All over real sockets and real TLS on loopback.
 
 from __future__ import annotations
 
-import datetime
 import os
 import random
 import socket
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import trustme
 
 from transport import tls
 from transport.core import frames, tables
@@ -32,6 +30,7 @@ from transport.core.frames import (
     Hello,
     StreamKind,
 )
+from transport.identity import Peer
 from transport.inbound import PageSink
 from transport.receiver import DataListener, listen
 
@@ -46,29 +45,6 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < cutoff_s, f"timed out: {what}"
         threading.Event().wait(0.005)
-
-
-class Authority:
-    """Writes identities of one certificate authority below `directory`."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._authority = trustme.CA()
-
-    def issue(
-        self,
-        *names: str,
-        expires: datetime.datetime | None = None,
-        trusting: Authority | None = None,
-    ) -> tls.TlsPaths:
-        """A certificate for `names`, whose holder trusts `trusting` (this authority)."""
-        certificate = self._authority.issue_cert(*names, not_after=expires)
-        base = self._directory / f"{len(list(self._directory.iterdir()))}"
-        paths = tls.TlsPaths(*(base.with_suffix(end) for end in (".ca", ".pem", ".key")))
-        (trusting or self)._authority.cert_pem.write_to_path(str(paths.ca))
-        paths.certificate.write_bytes(b"".join(pem.bytes() for pem in certificate.cert_chain_pems))
-        certificate.private_key_pem.write_to_path(str(paths.key))
-        return paths
 
 
 class Recorder:
@@ -195,9 +171,9 @@ class Target:
         self.listener.stop()
         self.sink.close()
 
-    def _authorise(self, hello: Hello, peer: str) -> PageSink | None:
-        self.asked.append((hello.stream, peer))
-        known = self.open and hello.ticket == self.ticket and peer == SOURCE_NAME
+    def _authorise(self, hello: Hello, peer: Peer) -> PageSink | None:
+        self.asked.append((hello.stream, peer.name))
+        known = self.open and hello.ticket == self.ticket and peer.name == SOURCE_NAME
         return self.sink if known else None
 
 
