@@ -71,7 +71,8 @@ class Brake:
             assert not ended, f"ended: {underway.stdout[-2000:]} {underway.stderr}"
             return False
 
-        wait_until("CRIU is held", reached)
+        # Everything up to there: a busy machine needs longer than for a single state.
+        wait_until("CRIU is held", reached, deadline_s=60.0)
 
     def release(self) -> None:
         """Lets it go. Idempotent."""

@@ -141,11 +141,20 @@ def _number(name: str) -> int:
 
 def executed_ns(host: Host, name: str) -> dict[str, int]:
     """Every task of a container on this host, by its pid as this machine sees it, with the
-    processor time that it has had."""
+    processor time that it has had.
+
+    A CRIU that restores is in the container's cgroup too, with its hook and whoever looks after
+    that; what tells them apart is that the tasks have pids of their own.
+    """
     taken = {}
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for task in host.read_text(f"/sys/fs/cgroup/dolly/{name}/cgroup.procs").split():
-            taken[task] = int(Path(f"/proc/{task}/schedstat").read_text().split()[0])
+    ours = Path(f"/proc/{host.pid}/ns/pid").readlink()
+    tasks: list[str] = []
+    with contextlib.suppress(OSError):  # its cgroup is gone, or just going
+        tasks = host.read_text(f"/sys/fs/cgroup/dolly/{name}/cgroup.procs").split()
+    for task in tasks:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{task}/ns/pid").readlink() != ours:
+                taken[task] = int(Path(f"/proc/{task}/schedstat").read_text().split()[0])
     return taken
 
 
