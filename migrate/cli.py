@@ -22,7 +22,9 @@ from rich.console import Console
 
 from migrate import config, heap, oversight, progress, standing
 from migrate.agent.app import Agent
+from migrate.commands.ca import ca
 from migrate.commands.hosts import hosts
+from migrate.commands.identity import identity
 from migrate.commands.policy import policy
 from migrate.commands.service import service
 from migrate.coordinator import Coordinator
@@ -242,6 +244,8 @@ def agent(address: str, port: int) -> None:
     asyncio.run(serve())
 
 
+cli.add_command(ca)
+cli.add_command(identity)
 cli.add_command(policy)
 cli.add_command(hosts)
 cli.add_command(service)

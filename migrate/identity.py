@@ -1,7 +1,8 @@
-"""The identity of this host, for those who speak to other hosts."""
+"""The identity of this host, for those who speak to other hosts, and what its errors mean here."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from migrate.errors import MigrateError
@@ -9,6 +10,8 @@ from transport.errors import TransportError
 from transport.identity import HostIdentity
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from migrate import config
 
 
@@ -17,11 +20,14 @@ def own_identity(paths: config.HostPaths) -> HostIdentity:
 
     Raises MigrateError.
     """
-    try:
+    with identity_errors(remedy=f"enrol it (migrate hosts add); its files: {paths.tls.directory}"):
         return HostIdentity.load(paths.tls)
+
+
+@contextmanager
+def identity_errors(*, remedy: str = "") -> Iterator[None]:
+    """Errors of identities and authorities as this package's."""
+    try:
+        yield
     except TransportError as error:
-        raise MigrateError(
-            f"this host has no identity that it can use: {error}",
-            phase="preflight",
-            remedy=f"enrol it: its files are in {paths.tls.directory}",
-        ) from error
+        raise MigrateError(str(error), remedy=remedy) from error

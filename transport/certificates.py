@@ -297,6 +297,11 @@ def check_not_revoked(peer: Peer, revoked: Collection[int]) -> None:
         raise CertificateRevokedError(f"the identity of {peer} ({peer.serial:x}) was revoked")
 
 
+def name_of(certificate: x509.Certificate) -> str:
+    """The common name of its subject."""
+    return _common_name(certificate.subject)
+
+
 def expiry_of(certificate: x509.Certificate) -> datetime.datetime:
     return certificate.not_valid_after_utc
 

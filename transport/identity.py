@@ -139,6 +139,11 @@ class TlsIdentity:
         return self._tls.present().calling
 
     @property
+    def fleet(self) -> str:
+        """What the fleet's authority is called; no two are called the same."""
+        return certificates.name_of(self._tls.present().trust.authority)
+
+    @property
     def revocations(self) -> certificates.Revocations:
         """What this host knows to be revoked."""
         return self._tls.present().trust.revocations

@@ -120,7 +120,7 @@ def test_a_revoked_source_is_refused(lab: Lab, tmp_path: Path) -> None:
     source, target, fleet = lab.host("A"), lab.host("B"), Fleet(tmp_path)
     with threatened(lab, "l-revoked") as under:
         with dressed(source, fleet) as worn, dressed(target, fleet):
-            assert migrate(source, under.name, "B", "--dry-run").returncode == 0
+            source.run(["migrate", under.name, "--to", "B", "--dry-run"])
             target.write_text(f"{TLS}/crl.pem", fleet.revoke(worn).decode(), 0o600)
             told = explained(migrate(source, under.name, "B", "--json"))
         assert (told.host, told.container) == ("B", "runs on A")
