@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-import structlog
 from rich.console import Console
 
 from migrate import config, heap, oversight, progress, standing
@@ -31,6 +30,7 @@ from migrate.coordinator import Coordinator
 from migrate.dry_run import dry_run
 from migrate.errors import EXIT_FAILED, MigrateError
 from migrate.host_checks import raise_descriptor_limit
+from migrate.logs import log_to_stderr
 from migrate.options import Options
 from migrate.report import Report, summary_table, write_report
 from migrate.runtimes.base import validate_name
@@ -93,7 +93,7 @@ def show_log(migration_id: str) -> None:
 @click.argument("migration_id")
 def cancel(migration_id: str) -> None:
     """End a migration that is not committed; its container stays where it is."""
-    _log_to_stderr(logging.WARNING)
+    log_to_stderr(logging.WARNING)
     paths = config.HostPaths()
     click.echo(asyncio.run(oversight.cancel(paths, _runtimes(), migration_id)))
 
@@ -110,7 +110,7 @@ def recover(migration_id: str | None, owner: Owner | None) -> None:
     """
     if owner is not None and migration_id is None:
         raise click.UsageError("--force-source and --force-target need the migration's id")
-    _log_to_stderr(logging.WARNING)
+    log_to_stderr(logging.WARNING)
     paths = config.HostPaths()
     asyncio.run(oversight.recover(paths, _runtimes(), migration_id, owner, click.echo))
 
@@ -202,7 +202,7 @@ def container(
         port=int(port) if port else config.CONTROL_PORT,
         **asked,
     )
-    _log_to_stderr(logging.WARNING)
+    log_to_stderr(logging.WARNING)
     if only_check:
         forecast = asyncio.run(
             dry_run(options, _runtime(runtime), config.HostPaths(), new_migration_id())
@@ -235,11 +235,11 @@ def container(
 @click.option("--port", type=click.IntRange(1, 65535), default=config.CONTROL_PORT)
 def agent(address: str, port: int) -> None:
     """Receive containers on this host."""
-    _log_to_stderr(logging.INFO)
+    log_to_stderr(logging.INFO)
     heap.keep_small()
 
     async def serve() -> None:
-        await Agent(config.HostPaths(), _runtimes(), address).serve(address, port)
+        await Agent(config.HostPaths(), _runtimes(), address, port).serve()
 
     asyncio.run(serve())
 
@@ -297,16 +297,3 @@ def _show(report: Report, console: Console, *, as_json: bool) -> None:
         click.echo(msgspec.json.encode(report).decode())
     else:
         console.print(summary_table(report))
-
-
-def _log_to_stderr(level: int) -> None:
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"]),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )

@@ -135,6 +135,11 @@ class HostPaths:
         return self.state / "containers"
 
     @property
+    def front(self) -> Path:
+        """All that the agent's front sees of this host."""
+        return self.run / "front"
+
+    @property
     def agent_claim(self) -> Path:
         """What is locked by the agent of this host as long as it runs."""
         return self.run / "claims" / "agent"

@@ -67,6 +67,10 @@ class Outliving:
         """How it ended, None while it runs; as subprocess says it."""
         return self._process.poll()
 
+    def kill(self) -> None:
+        """SIGKILL; nothing to one that has ended."""
+        self._process.kill()
+
     async def wait(self) -> int:
         """Wait for its end. May be cancelled, and called by several at a time."""
         if self._process.poll() is None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
 from transport.core.connection import Inbox, Rounds
@@ -28,8 +29,10 @@ from transport.inbound import Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from transport.core.frames import FrameHeader
+    from transport.core.transcript import Carried
 
 FILES: Final = frozenset(("streams", "pieces"))
 PIECES_BYTES_MAX: Final = 64 << 20
@@ -116,6 +119,17 @@ class Ledger:
                 raise TargetFailedError("the ledger of a session is damaged")
             yield record
             at = end
+
+
+def carried_in(directory: Path) -> Carried:
+    """What the streams of a session have carried, once nobody writes its ledger any more. Raises
+    TargetFailedError, OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with closing(Ledger(descriptor)) as ledger:
+            return ledger.session().carried()
+    finally:
+        os.close(descriptor)
 
 
 def _read_all(descriptor: int, size: int) -> bytes:

@@ -1,5 +1,9 @@
 """The agent: a daemon that receives containers, by HTTP and WebSockets over mutual TLS 1.3.
 
+It is root, and listens on a unix socket alone. What talks to the network is its front (`front.py`),
+a process without rights; what comes from there has been decoded, and says who has proven to be the
+caller (`front_link.py`).
+
     POST /v1/sessions                 OpenSession -> SessionOpened | Refused
     POST /v1/migrations/ID/ROLE       Ask | Commit | Abort -> State      (`peer.py`)
     POST /v1/operator                 Recover -> Standing       (an operator, or this host itself)
@@ -7,7 +11,7 @@
     GET  /v1/sessions/ID/control      WebSocket: the messages of core/messages.py; with ?heard=N it
                                       goes on where the former connection broke
     GET  /v1/sessions/ID/rootfs?pass=N  WebSocket: one pass of rsync
-    the data port                     pages and image files (transport.receiver)
+    the data port                     pages and image files: the front, for `Sessions.sink_of`
 
 A caller is who its certificate says (`transport/identity.py`); a session answers only to the host
 that opened it.
@@ -25,11 +29,14 @@ import signal
 import socket
 from typing import TYPE_CHECKING
 
+import msgspec
 import structlog
 from aiohttp import web
 
 from migrate import config, policy_checks, preflight
 from migrate.agent.custodian import Custodian
+from migrate.agent.front_keeper import Front
+from migrate.agent.front_link import PEER_HEADER, Caller
 from migrate.agent.session import new_ticket
 from migrate.agent.sessions import Sessions
 from migrate.agent.words import Words
@@ -42,15 +49,19 @@ from migrate.journal import JournalWriter
 from migrate.policy import PolicyError, PolicyFile
 from migrate.rootfs import CHUNK_BYTES
 from transport.errors import TransportError
-from transport.identity import Peer, Role, peer_of
-from transport.receiver import DataListener, listen
+from transport.identity import Peer, Role
 
 if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler
+
     from migrate.agent.session import Session
     from migrate.refusals import Refusal
     from migrate.runtimes.base import Runtime
 
 log = structlog.get_logger()
+
+# Of a request: who calls, and from where.
+PEER, ADDRESS = "peer", "address"
 
 # ASCII digits alone; nobody makes more passes.
 _PASS = re.compile(r"[0-9]{1,6}")
@@ -59,7 +70,15 @@ _PASS = re.compile(r"[0-9]{1,6}")
 class Agent:
     """The agent of this host. Make it inside the event loop that serves it."""
 
-    def __init__(self, paths: config.HostPaths, runtimes: dict[str, Runtime], address: str) -> None:
+    def __init__(
+        self,
+        paths: config.HostPaths,
+        runtimes: dict[str, Runtime],
+        address: str,
+        port: int = config.CONTROL_PORT,
+        data_port: int = config.DATA_PORT,
+    ) -> None:
+        """Listens from now on; port 0 takes a free one. Raises MigrateError."""
         self._paths = paths
         self._runtimes = runtimes
         self._host = socket.gethostname()
@@ -72,17 +91,15 @@ class Agent:
         self._journal = JournalWriter(paths.journal)
         self._custodian = Custodian(self._journal, runtimes, paths)
         self._sessions = Sessions(paths, runtimes, self._journal, self._host)
-        self._data = DataListener(
-            listen(address, config.DATA_PORT),
-            self._identity.server_context(),
-            self._sessions.sink_of,
-        )
-        self._sessions.data = self._data
+        self._front = Front(paths, address, port, data_port, self._sessions.sink_of)
+        self._sessions.data = self._front
         self._words = Words(self._sessions, self._journal, self._custodian, paths)
 
     def application(self) -> web.Application:
         """The routes."""
-        app = web.Application(client_max_size=messages.MAX_MESSAGE_BYTES)
+        app = web.Application(
+            client_max_size=messages.MAX_MESSAGE_BYTES, middlewares=[self._with_peer]
+        )
         app.router.add_post("/v1/sessions", self._open)
         app.router.add_post("/v1/migrations/{id}/{role:source|target}", self._word)
         app.router.add_post("/v1/operator", self._operate)
@@ -91,15 +108,21 @@ class Agent:
         app.router.add_get("/v1/sessions/{id}/rootfs", self._rootfs)
         return app
 
-    async def serve(self, address: str, port: int) -> None:
+    @property
+    def ports(self) -> tuple[int, int]:
+        """Where it listens: control, data."""
+        return self._front.port, self._front.data_port
+
+    async def serve(self) -> None:
         """Serve until SIGTERM or SIGINT; sessions that hold nothing yet are undone then."""
         await self._sessions.adopt_former()
         chores = [asyncio.create_task(one()) for one in (self._custodian.run, self._keep_identity)]
         runner = web.AppRunner(self.application(), access_log=None)
         await runner.setup()
-        site = web.TCPSite(runner, address, port, ssl_context=self._identity.server_context())
-        await site.start()
-        log.info("agent listens", host=self._host, port=port, data_port=self._data.port)
+        await web.SockSite(runner, self._front.socket).start()
+        await self._front.start()
+        port, data_port = self.ports
+        log.info("agent listens", host=self._host, port=port, data_port=data_port)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -108,10 +131,23 @@ class Agent:
         for chore in chores:
             chore.cancel()
         await self._sessions.stop()
+        await self._front.stop()
         await runner.cleanup()
-        await asyncio.to_thread(self._data.stop)
         self._journal.close()
         self._claim.release()
+
+    @web.middleware
+    async def _with_peer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """The front alone may call, and says for whom."""
+        try:
+            if not self._front.is_caller(request):
+                raise ProtocolError("it is not the front that calls")
+            caller = Caller.from_header(request.headers.get(PEER_HEADER, ""))
+        except (msgspec.DecodeError, ProtocolError) as error:
+            log.warning("request refused", path=request.path, why=str(error))
+            raise web.HTTPForbidden(text=str(error)) from error
+        request[PEER], request[ADDRESS] = caller.peer, caller.address
+        return await handler(request)
 
     async def _open(self, request: web.Request) -> web.Response:
         peer = _host(request)
@@ -164,7 +200,7 @@ class Agent:
         opened = messages.SessionOpened(
             session_id=message.migration_id,
             ticket=new_ticket(),
-            data_port=self._data.port,
+            data_port=self._front.data_port,
             host=self._host,
             versions=await asyncio.to_thread(host_versions, runtime),
             free_memory_bytes=free_memory_bytes(),
@@ -284,9 +320,9 @@ async def _body(request: web.Request) -> bytes:
 
 
 def _peer(request: web.Request) -> Peer:
-    """Who calls, as the handshake has proven."""
-    assert request.transport is not None
-    return peer_of(request.transport.get_extra_info("ssl_object"))
+    """Who calls, as has been proven to the front."""
+    peer: Peer = request[PEER]
+    return peer
 
 
 def _host(request: web.Request) -> str:
@@ -299,7 +335,7 @@ def _host(request: web.Request) -> str:
 
 def _forbidden(request: web.Request, why: str) -> web.HTTPForbidden:
     peer = str(_peer(request))
-    log.warning("request refused", peer=peer, address=request.remote, path=request.path, why=why)
+    log.warning("request refused", peer=peer, address=request[ADDRESS], path=request.path, why=why)
     return web.HTTPForbidden(text=why)
 
 

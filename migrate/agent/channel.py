@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
 from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from migrate import config
+from migrate.agent.front_link import HUNG_UP, REFUSED
 from migrate.core import messages
 from migrate.core.outbox import Outbox
 from migrate.errors import ProtocolError
@@ -39,12 +39,10 @@ log = structlog.get_logger()
 _CLOSING_BYTES_MAX = 123
 # ASCII digits alone, below messages.MAX_HEARD.
 _COUNT = re.compile(r"[0-9]{1,9}")
-# TCP_CLOSE_WAIT of include/net/tcp_states.h: the peer has ended its side in order.
-_CLOSE_WAIT = 8
 
 
 class Connection:
-    """One WebSocket of the source, from the request that opens it."""
+    """One WebSocket of the source, as the front hands it on, from the request that opens it."""
 
     def __init__(self, request: web.Request) -> None:
         self.socket = web.WebSocketResponse(
@@ -54,20 +52,15 @@ class Connection:
         )
         assert request.transport is not None
         self._transport = request.transport
-        # Of its own, so that the state can be read after the event loop has closed its one.
-        self._tcp: socket.socket = request.transport.get_extra_info("socket").dup()
 
     def was_hung_up(self) -> bool:
-        """Whether the source's kernel has ended it in order. When it has ended."""
-        return self._tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE_WAIT
+        """Whether the source's kernel has ended it in order, as the front says. When it has
+        ended."""
+        return self.socket.close_code == HUNG_UP
 
     def abort(self) -> None:
         """End it now, without a word."""
         self._transport.abort()
-
-    def release(self) -> None:
-        """Nothing is asked of it any more."""
-        self._tcp.close()
 
 
 class ControlChannel:
@@ -121,8 +114,6 @@ class ControlChannel:
             await connection.socket.close(
                 code=WSCloseCode.PROTOCOL_ERROR, message=str(error).encode()[:_CLOSING_BYTES_MAX]
             )
-        finally:
-            connection.release()
         return connection.socket
 
     async def _serve(self, connection: Connection, heard: int | None) -> None:
@@ -186,7 +177,8 @@ class ControlChannel:
             former.abort()
 
     async def _listen(self, connection: Connection) -> bool:
-        """Hear messages until the connection ends; whether the source has ended it itself."""
+        """Hear messages until the connection ends; whether the source has ended it itself, or has
+        said what may not be said."""
         while (frame := await connection.socket.receive()).type is WSMsgType.TEXT:
             async with self._hearing:
                 if self._connection is not connection:
@@ -197,7 +189,7 @@ class ControlChannel:
                 await self._hear(message)
         if frame.type is WSMsgType.BINARY:
             raise ProtocolError("a control channel carries text")
-        return frame.type is WSMsgType.CLOSE and frame.data == WSCloseCode.OK
+        return frame.type is WSMsgType.CLOSE and frame.data in (WSCloseCode.OK, REFUSED)
 
     def _grace_s(self, connection: Connection) -> float:
         patience_s = 0.0 if self._is_over else self._patience_s()

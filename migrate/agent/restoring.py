@@ -73,9 +73,8 @@ class RestorePlan:
 class Restoring:
     """See the module. Methods are to be called once each, in order, from one event loop."""
 
-    def __init__(self, plan: RestorePlan, runtime: Runtime, store: PageStore, host: str) -> None:
+    def __init__(self, plan: RestorePlan, runtime: Runtime, host: str) -> None:
         self.plan = plan
-        self._store = store
         self._runtime = runtime
         self._host = host
         self._hold: CriuHold | None = None
@@ -130,18 +129,19 @@ class Restoring:
             os.close(read_fd)
         return write_fd
 
-    async def restore(self) -> dict[str, int]:
-        """Restore from the complete images; returns the marks (µs) of gate and hold."""
+    async def restore(self, store: PageStore) -> dict[str, int]:
+        """Restore from the complete images and the store of all else; returns the marks (µs) of
+        gate and hold."""
         assert self._hold is not None
         plan = self.plan
-        await asyncio.to_thread(self._complete_images)
+        await asyncio.to_thread(self._complete_images, store)
         deadline_s = config.RESTORE_DEADLINE_S if plan.lazy else config.EAGER_RESTORE_DEADLINE_S
         marks = {"restore": self._hold.open_gate()}
         marks["held"] = await self._until("post-restore", deadline_s)
         return marks
 
-    def _complete_images(self) -> None:
-        images.attach_page_store(self.plan.image_dir, self._store)
+    def _complete_images(self, store: PageStore) -> None:
+        images.attach_page_store(self.plan.image_dir, store)
         images.rearm_timers(self.plan.image_dir)
 
     async def commit(self) -> dict[str, int]:

@@ -24,6 +24,7 @@ from migrate import cgroup, config, holder, network, peer
 from migrate.agent import criu_roots
 from migrate.agent.adopted import AdoptedRestoring
 from migrate.agent.channel import ControlChannel
+from migrate.agent.lending import StillWrittenError
 from migrate.agent.pager_process import PagerLost
 from migrate.agent.restoring import RestorePlan, Restoring
 from migrate.agent.workspace import Workspace
@@ -45,14 +46,15 @@ from migrate.errors import (
 from migrate.ledger import Ledger
 from migrate.rootfs import Passes
 from migrate.runtimes.runc import bundle_cgroup
+from transport.errors import TransportError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from migrate.agent.front_keeper import Front
     from migrate.journal import JournalWriter, Migration
     from migrate.recovery import Owner
     from migrate.runtimes.base import Runtime
-    from transport.receiver import DataListener
 
 log = structlog.get_logger()
 
@@ -78,7 +80,7 @@ class Session:
         paths: config.HostPaths,
         runtime: Runtime,
         journal: JournalWriter,
-        data: DataListener,
+        data: Front,
         ticket: str,
     ) -> None:
         self.request = request
@@ -159,7 +161,7 @@ class Session:
         paths: config.HostPaths,
         runtime: Runtime,
         journal: JournalWriter,
-        data: DataListener,
+        data: Front,
     ) -> Session:
         """The session of an agent before this one, for `go_on`. Raises MigrateError."""
         self = cls(
@@ -302,7 +304,7 @@ class Session:
         orphaned = holder.command(
             self._paths, self.request.migration_id, "target", plan.work_dir / "hold"
         )
-        self._restoring = Restoring(plan, self._runtime, self.workspace.store, self._host)
+        self._restoring = Restoring(plan, self._runtime, self._host)
         await self._restoring.prepare(self._descriptors, orphaned)
         return E.PREPARED
 
@@ -320,11 +322,11 @@ class Session:
         assert isinstance(self._restoring, Restoring)
         assert self._restore is not None
         assert self._network is not None
+        await self._take_over()
         self._check_files(self._restore.files)
-        await self._revoke()
         netns = Path(self._network.netns)
         await asyncio.to_thread(network.hint_neighbours, netns, self.request.network)
-        self._marks = await self._restoring.restore()
+        self._marks = await self._restoring.restore(self.workspace.store)
         self._watching = asyncio.create_task(self._watch_copy(self._restoring))
         return E.CRIU_HELD
 
@@ -337,6 +339,22 @@ class Session:
         """After a restart: what an agent before this one had restored may have died with it."""
         assert isinstance(self._restoring, AdoptedRestoring)
         return None if await self._restoring.is_there() else E.COPY_LOST
+
+    async def _take_over(self) -> None:
+        """What has arrived is this process's from now on. A front that keeps something open for
+        writing is ended: it is not the one that was started."""
+        await self._revoke()
+        try:
+            try:
+                await asyncio.to_thread(self.workspace.take_over)
+            except StillWrittenError as error:
+                log.warning("the front is ended", why=str(error))
+                self._data.kill()
+                await asyncio.to_thread(self.workspace.take_over)
+        except (MigrateError, TransportError, OSError) as error:
+            raise RestoreFailed(
+                f"what has arrived can't be used: {error}", host=self._host, phase="restore"
+            ) from error
 
     def _check_files(self, files: tuple[messages.ImageFile, ...]) -> None:
         """Every file that the source names is here, whole; otherwise CRIU would guess."""

@@ -27,12 +27,12 @@ from transport.identity import Peer, Role
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from migrate.agent.front_keeper import Front
+    from migrate.agent.workspace import Workspace
     from migrate.core import messages
     from migrate.journal import JournalWriter, Migration, Record
     from migrate.runtimes.base import Runtime
     from transport.core.frames import Hello
-    from transport.inbound import PageSink
-    from transport.receiver import DataListener
 
 log = structlog.get_logger()
 
@@ -56,7 +56,7 @@ class Sessions:
         journal: JournalWriter,
         host: str,
     ) -> None:
-        self.data: DataListener | None = None
+        self.data: Front | None = None
         # Committed, and nobody knows whether the copy has run before this host went down.
         self.unknown: dict[str, Migration] = {}
         self._paths = paths
@@ -86,8 +86,8 @@ class Sessions:
             return None
         return session
 
-    def sink_of(self, hello: Hello, peer: Peer) -> PageSink | None:
-        """For the data listener, in its threads: which session a ticket belongs to."""
+    def sink_of(self, hello: Hello, peer: Peer) -> Workspace | None:
+        """For the front, in a thread: the directories of the session that a ticket belongs to."""
         for session in list(self._sessions.values()):
             if session.ticket == hello.ticket:
                 is_its_source = peer.role is Role.HOST and session.peer == peer.name

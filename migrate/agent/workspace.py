@@ -1,31 +1,34 @@
 """What a session has on the target's disk and in its memory, made and wiped as one thing.
 
 RUN/sessions/ID.target/        a tmpfs of its own: only this container's memory can fill it
-    img/  mem/  work/
+    img/  mem/  work/          this process's alone
+    lent/{img,mem,kept}/       the agent's front writes there what arrives, until `take_over`
 STATE/containers/NAME/         config.json and rootfs/: stays when the migration succeeds
 """
 
 from __future__ import annotations
 
-import errno
 import json
+import os
 import shutil
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from criu_glue.errors import CriuGlueError, LimitExceededError
-from criu_glue.images import ImageWriter
-from criu_glue.page_store import PageStore, PageStoreFullError
+from criu_glue.core.image_names import is_image_name
+from criu_glue.images import FILES_MAX
+from criu_glue.page_store import TASKS_MAX, PageStore, is_pages_name
 from migrate import config
+from migrate.agent.front_link import front_user
+from migrate.agent.lending import LendingError, LentDirectory
 from migrate.core import messages
 from migrate.errors import MigrateError, ProtocolError, remedy_of
 from migrate.mounts import mount_tmpfs, unmount
+from transport import ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from migrate.core.messages import OpenSession
+    from transport.core.transcript import Carried
 
 # Memory that a container may grow by while it is copied, as a share of what it has at the start.
 GROWTH = 0.5
@@ -39,15 +42,15 @@ class WorkspaceError(MigrateError):
 
 
 class Workspace:
-    """The directories of one session; also the sink of its data streams."""
+    """The directories of one session. What arrives is written by the agent's front."""
 
     def __init__(self, request: OpenSession, paths: config.HostPaths) -> None:
         self.session = paths.session(request.migration_id, "target")
         self.bundle = paths.containers / request.container
         self._request = request
-        self._quota_bytes = int(request.memory_bytes * (1 + GROWTH)) + config.SESSION_RESERVE_BYTES
+        self.quota_bytes = int(request.memory_bytes * (1 + GROWTH)) + config.SESSION_RESERVE_BYTES
         self._store: PageStore | None = None
-        self._images: ImageWriter | None = None
+        self._lent: tuple[LentDirectory, ...] = ()
         self._made_session = False
         self._made_bundle = False
 
@@ -62,8 +65,21 @@ class Workspace:
         return self.session / "img"
 
     @property
+    def memory_dir(self) -> Path:
+        """The page store's."""
+        return self.session / "mem"
+
+    @property
+    def _kept_dir(self) -> Path:
+        return self.session / "kept"
+
+    @property
+    def _lending_dir(self) -> Path:
+        return self.session / "lent"
+
+    @property
     def store(self) -> PageStore:
-        """The page store; there is one between `make` and `wipe_session`."""
+        """The page store; there is one between `take_over` and `wipe_session`."""
         assert self._store is not None
         return self._store
 
@@ -85,17 +101,20 @@ class Workspace:
         try:
             self.session.mkdir(mode=0o700, parents=True)
             self._made_session = True
-            mount_tmpfs(self.session, self._quota_bytes)
+            mount_tmpfs(self.session, self.quota_bytes)
             self.work_dir.mkdir(mode=0o700)
             (self.session / REQUEST_NAME).write_bytes(messages.encode(self._request))
-            self._store = PageStore(self.session / "mem", quota_bytes=self._quota_bytes)
-            self._images = ImageWriter(self.image_dir, quota_bytes=self._quota_bytes)
+            for directory in (self.image_dir, self.memory_dir, self._kept_dir, self._lending_dir):
+                directory.mkdir(mode=0o700)
+            for name in ("mem", "img", "kept"):
+                lent = LentDirectory(self._lending_dir / name, front_user())
+                self._lent = (*self._lent, lent)
             self.bundle.parent.mkdir(parents=True, exist_ok=True)
             self.bundle.mkdir(mode=0o700)
             self._made_bundle = True
             self.rootfs.mkdir()
             (self.bundle / "config.json").write_text(text)
-        except (OSError, CriuGlueError) as error:
+        except (OSError, LendingError) as error:
             self.discard()
             cause = error if isinstance(error, OSError) else error.__cause__
             raise WorkspaceError(
@@ -103,23 +122,36 @@ class Workspace:
                 remedy=remedy_of(cause) if isinstance(cause, OSError) else "",
             ) from error
 
-    def write(self, task: int, address: int, data: memoryview) -> None:
-        """Pages from a data stream. Raises OSError of ENOSPC when there is no room."""
-        with _no_room():
-            self.store.write(task, address, data)
+    def lend(self) -> list[int]:
+        """The directories that what arrives is written into, as descriptors for whoever writes:
+        memory, images, ledger. The caller's to close. From any thread. Raises LendingError."""
+        descriptors: list[int] = []
+        try:
+            for lent in self._lent:
+                descriptors.append(lent.descriptor())  # noqa: PERF401  those so far are closed
+        except LendingError:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        return descriptors
 
-    def zero(self, task: int, address: int, pages: int) -> None:
-        """Zero pages from a data stream."""
-        self.store.zero(task, address, pages)
-
-    def write_file(self, name: str, offset: int, data: memoryview) -> None:
-        """A part of an image file from a data stream. Raises OSError of ENOSPC, too."""
-        assert self._images is not None
-        with _no_room():
-            self._images.write_file(name, offset, data)
+    def take_over(self) -> Carried:
+        """Nobody else writes here any more, by whatever descriptor, and what has arrived is this
+        process's; what the streams have carried. Blocking. Raises StillWrittenError, and may be
+        called again then; LendingError and TransportError for what must not be there."""
+        for lent in self._lent:
+            lent.take_back()
+        memory, images, kept = self._lent
+        memory.inherit(self.memory_dir, is_pages_name, TASKS_MAX)
+        images.inherit(self.image_dir, is_image_name, FILES_MAX)
+        kept.inherit(self._kept_dir, ledger.FILES.__contains__, len(ledger.FILES))
+        self._store = PageStore(self.memory_dir, quota_bytes=self.quota_bytes)
+        return ledger.carried_in(self._kept_dir)
 
     def wipe_session(self) -> None:
         """Give back the memory: the images and the page store. Idempotent; blocking."""
+        for lent in self._lent:
+            lent.close()
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -144,19 +176,6 @@ def read_request(session: Path) -> OpenSession | None:
     except (OSError, ProtocolError):
         return None
     return message if isinstance(message, messages.OpenSession) else None
-
-
-@contextmanager
-def _no_room() -> Iterator[None]:
-    """A tmpfs or a quota that is full, in the words of the data streams' sinks."""
-    try:
-        yield
-    except CriuGlueError as error:
-        cause = error.__cause__
-        is_full = isinstance(cause, OSError) and cause.errno == errno.ENOSPC
-        if is_full or isinstance(error, (PageStoreFullError, LimitExceededError)):
-            raise OSError(errno.ENOSPC, str(error)) from error
-        raise
 
 
 def container_config(text: str, netns: Path) -> str:

@@ -184,10 +184,11 @@ _ALWAYS: Final = re.compile(
     r"|cgroup (init\.scope|dolly)"
     r"|mount /run/netns"
     r"|file /run/(lock|mount|netns|sshd|sshd\.pid|migrate-agent\.pid|migrate|runc|criu\.kdat)"
-    r"|file /run/migrate/(sessions|claims|claims/agent)"
+    r"|file /run/migrate/(sessions|claims|claims/agent|front)"
     r"|file /var/lib/migrate/(containers|journal\.sqlite.*)"
     r"|process 0::/init\.scope (\S*catatonit -P|sshd: .*listener.*"
-    r"|\S*python3 -m (migrate|tests\.faults\.halting) agent.*)"
+    r"|\S*python3 -m (migrate|tests\.faults\.halting) agent.*"
+    r"|\S*python3 -P -m migrate\.agent\.front .*)"
 )
 
 

@@ -1,4 +1,4 @@
-"""Both ends of the control channel with a wire between them that breaks, over real TLS."""
+"""Both ends of the control channel, the agent's front, and a wire that breaks, over real TLS."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from aiohttp import web
 
 from migrate import config
 from migrate.agent.channel import ControlChannel
+from migrate.agent.front_http import Gateway
 from migrate.conversation import Conversation
 from migrate.core import messages as m
 from migrate.core.events import SourceEventKind as E
@@ -119,21 +120,29 @@ def server_context(paths: config.HostPaths) -> ssl.SSLContext:
 
 
 @pytest.fixture
-async def ends(paths: config.HostPaths, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ends]:
+async def ends(
+    paths: config.HostPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Ends]:
     monkeypatch.setattr(config, "RECONNECT_PAUSE_S", 0.01)
     target = Target()
     app = web.Application()
     app.router.add_get("/v1/sessions/m1/control", target.answer)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server_context(paths)).start()
-    wire = Wire(runner.addresses[0][1])
+    await web.UnixSite(runner, str(tmp_path / "agent.sock")).start()
+    gateway = Gateway(str(tmp_path / "agent.sock"))
+    front = web.AppRunner(gateway.application(), shutdown_timeout=0.1)
+    await front.setup()
+    await web.TCPSite(front, "127.0.0.1", 0, ssl_context=server_context(paths)).start()
+    wire = Wire(front.addresses[0][1])
     await wire.start()
     ends = Ends(target, wire, paths)
     yield ends
     await ends.conversation.close()
     await target.channel.part("the test is over")
     await wire.close()
+    await front.cleanup()
+    await gateway.close()
     await runner.cleanup()
 
 
