@@ -92,8 +92,9 @@ FORMER_PATIENCE_S = 5.0
 # For an agent that stops to undo the sessions that hold nothing.
 STOP_DEADLINE_S = 30.0
 
-# How often the agent looks whether its certificate for TLS is half through its life of a day.
-IDENTITY_PERIOD_S = 600.0
+# How often the agent looks whether its certificate for TLS is half through its life of a day, and
+# for revocations that a command brought: as long as a connection of a revoked host may live on.
+IDENTITY_PERIOD_S = 5.0
 
 # Sessions that an agent serves at once, whatever its policy says: each may hold a container's
 # memory.

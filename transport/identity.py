@@ -10,7 +10,8 @@ One directory (0700) holds a host's files (0600), PEM, each replaced by one rena
 `TlsIdentity` needs no `identity.pem`: who only speaks TLS has nothing in its hands that is worth
 anything tomorrow. Every check of a peer is made inside the handshake, by the classes of streams
 that the contexts make: no user of a context can forget one, blocking or asyncio. In each handshake
-the files are looked at, and changed ones taken, so a renewal or a revocation needs no restart.
+the files are looked at, and changed ones taken, so a renewal or a revocation needs no restart. What
+a peer sends is not given to anybody once its revocation is known, however old the connection is.
 
 It must not know what travels.
 """
@@ -36,6 +37,7 @@ from cryptography.hazmat.primitives.serialization import (
 from transport import certificates, sealed_files
 from transport.certificates import Peer, Role
 from transport.errors import (
+    CertificateRevokedError,
     IdentityUnusableError,
     PeerNotTrustedError,
     RoleNotAllowedError,
@@ -89,6 +91,7 @@ class _FleetContext(ssl.SSLContext):
     """A context whose streams have the trust that they judge their peers by."""
 
     trust: _Trust
+    revoked: _Revoked
 
 
 class _FleetSocket(ssl.SSLSocket):
@@ -100,6 +103,12 @@ class _FleetSocket(ssl.SSLSocket):
         super().do_handshake(block)
         self.peer = _judged(self)
 
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:  # noqa: A002 - as in ssl
+        """What `recv` and `recv_into` call."""
+        received = super().read(len, buffer)
+        _check_not_revoked(self, self.peer)
+        return received
+
 
 class _FleetObject(ssl.SSLObject):
     """The same for asyncio."""
@@ -109,6 +118,11 @@ class _FleetObject(ssl.SSLObject):
     def do_handshake(self) -> None:
         super().do_handshake()
         self.peer = _judged(self)
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:  # noqa: A002 - as in ssl
+        received = super().read(len, buffer)
+        _check_not_revoked(self, self.peer)
+        return received
 
 
 def peer_of(stream: object) -> Peer:
@@ -125,8 +139,10 @@ class TlsIdentity:
     def __init__(self, paths: IdentityPaths) -> None:
         """Raises TlsError."""
         self.paths = paths
-        self._tls = _Watched((paths.ca, paths.crl, paths.leaf), lambda: _TlsFiles(paths))
-        self._server = _context(ssl.PROTOCOL_TLS_SERVER, paths, self._tls.present().trust)
+        revoked = _Revoked()
+        self._tls = _Watched((paths.ca, paths.crl, paths.leaf), lambda: _TlsFiles(paths, revoked))
+        trust = self._tls.present().trust
+        self._server = _context(ssl.PROTOCOL_TLS_SERVER, paths, trust, revoked)
         # Called in each handshake, with a name or without: OpenSSL's final_server_name.
         self._server.sni_callback = self._give_present
 
@@ -137,6 +153,10 @@ class TlsIdentity:
     def client_context(self) -> ssl.SSLContext:
         """For calling now: it stays with the files of this moment."""
         return self._tls.present().calling
+
+    def refresh(self) -> None:
+        """Look at the files now. What was revoked meanwhile ends connections that are open."""
+        self._tls.present()
 
     @property
     def fleet(self) -> str:
@@ -223,6 +243,7 @@ class HostIdentity(TlsIdentity):
                 sealed_files.replace(self.paths.crl, pem)
         except OSError as error:
             raise IdentityUnusableError(f"cannot write {self.paths.crl}: {error}") from error
+        self.refresh()
         return True
 
 
@@ -281,14 +302,21 @@ class _Trust:
         self.revocations = certificates.read_revocations(_read(paths.crl), self.authority)
 
 
+class _Revoked:
+    """The serials of the latest list: of all connections of a process, old ones too."""
+
+    serials: frozenset[int] = frozenset()
+
+
 class _TlsFiles:
     """What can be done with one state of the files that TLS needs."""
 
-    def __init__(self, paths: IdentityPaths) -> None:
+    def __init__(self, paths: IdentityPaths, revoked: _Revoked) -> None:
         _read(paths.leaf, is_secret=True)
         self.trust = _Trust(paths)
-        self.accepting = _context(ssl.PROTOCOL_TLS_SERVER, paths, self.trust)
-        self.calling = _context(ssl.PROTOCOL_TLS_CLIENT, paths, self.trust)
+        self.accepting = _context(ssl.PROTOCOL_TLS_SERVER, paths, self.trust, revoked)
+        self.calling = _context(ssl.PROTOCOL_TLS_CLIENT, paths, self.trust, revoked)
+        revoked.serials = self.trust.revocations.serials
 
 
 class _OwnFiles:
@@ -331,12 +359,13 @@ class _Watched(Generic[_T]):
         return [_state_of(path) for path in self._files]
 
 
-def _context(side: int, paths: IdentityPaths, trust: _Trust) -> _FleetContext:
+def _context(side: int, paths: IdentityPaths, trust: _Trust, revoked: _Revoked) -> _FleetContext:
     """TLS 1.3, a certificate of the authority from whoever is there. A client checks the name."""
     context = _FleetContext(side)
     context.sslsocket_class = _FleetSocket
     context.sslobject_class = _FleetObject
     context.trust = trust
+    context.revoked = revoked
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
@@ -358,12 +387,20 @@ def _judged(stream: ssl.SSLSocket | ssl.SSLObject) -> Peer:
     try:
         chain = [certificates.read_certificate(one) for one in _verified_chain(stream)]
         peer = certificates.peer_of_chain(chain, context.trust.authority, now())
-        certificates.check_not_revoked(peer, context.trust.revocations.serials)
+        certificates.check_not_revoked(peer, context.revoked.serials)
         if not stream.server_side and peer.role is not Role.HOST:
             raise RoleNotAllowedError(f"{peer} is no host")
     except TlsError as refusal:
         raise PeerRefused(refusal) from refusal
     return peer
+
+
+def _check_not_revoked(stream: ssl.SSLSocket | ssl.SSLObject, peer: Peer | None) -> None:
+    """Raises PeerRefused."""
+    context = stream.context
+    assert isinstance(context, _FleetContext)
+    if peer is not None and peer.serial in context.revoked.serials:
+        raise PeerRefused(CertificateRevokedError(f"the identity of {peer} has been revoked"))
 
 
 def _verified_chain(stream: ssl.SSLSocket | ssl.SSLObject) -> list[bytes]:

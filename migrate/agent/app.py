@@ -285,12 +285,13 @@ class Agent:
         return web.Response(status=204)
 
     async def _keep_identity(self) -> None:
-        """Renew this host's certificate for TLS, for as long as the agent runs."""
+        """Renew this host's certificate for TLS, and take what commands have put beside it."""
         while True:
             await asyncio.sleep(config.IDENTITY_PERIOD_S)
             try:
                 if await asyncio.to_thread(self._identity.renew):
                     log.info("certificate renewed")
+                await asyncio.to_thread(self._identity.refresh)
             except TransportError as error:
                 log.warning("certificate not renewed", why=str(error))
 

@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -138,6 +139,27 @@ def test_a_revoked_host_is_refused_by_both_sides_at_the_next_handshake(fleet: Fl
     assert isinstance(client, StreamBrokenError)
     client, _ = meet(beta.client_context(), alpha.server_context(), "alpha")
     assert refused(client, CertificateRevokedError, "alpha")
+
+
+def test_an_open_connection_ends_when_its_peer_is_revoked(fleet: Fleet) -> None:
+    alpha, beta = HostIdentity.load(fleet.host("alpha")), HostIdentity.load(fleet.host("beta"))
+    ours, theirs = socket.socketpair()
+    calling = alpha.client_context()
+    with ThreadPoolExecutor(1) as pool:
+        client = pool.submit(calling.wrap_socket, ours, server_hostname="beta")
+        with beta.server_context().wrap_socket(theirs, server_side=True) as server:
+            buffer = bytearray(1)
+            with client.result() as stream:
+                stream.sendall(b"12")
+                assert server.recv(1) == b"1"
+                sealed_files.replace(beta.paths.crl, fleet.revoke(alpha.paths))
+                assert server.recv_into(buffer) == 1  # nobody has looked at the files yet
+                beta.refresh()
+                stream.sendall(b"34")
+                with pytest.raises(ssl.SSLCertVerificationError, match="revoked"):
+                    server.recv(1)
+                with pytest.raises(ssl.SSLCertVerificationError, match="revoked"):
+                    server.recv_into(buffer)
 
 
 def test_a_revoked_host_knows_it(fleet: Fleet) -> None:
@@ -443,8 +465,9 @@ async def test_asyncio_ends_a_handshake_with_a_refused_peer(fleet: Fleet) -> Non
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         served.append(peer_of(writer.get_extra_info("ssl_object")))
-        writer.write(await reader.read(1))
-        await writer.drain()
+        with suppress(ConnectionError, ssl.SSLError):
+            while data := await reader.read(1):
+                writer.write(data)
         writer.close()
 
     async def ask(caller: TlsIdentity) -> bytes:
@@ -462,10 +485,20 @@ async def test_asyncio_ends_a_handshake_with_a_refused_peer(fleet: Fleet) -> Non
     port = server.sockets[0].getsockname()[1]
     async with server:
         assert await ask(alpha) == b"x"
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", port, ssl=alpha.client_context(), server_hostname="beta"
+        )
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
         beta.take_revocations(fleet.revoke(alpha.paths))
         with suppress(ConnectionError):
             assert await ask(alpha) == b""
-        assert served == [alpha.owner]
+        # The one that was open is not served any more, either.
+        writer.write(b"x")
+        with suppress(ConnectionError):
+            assert await reader.read(1) == b""
+        writer.close()
+        assert served == [alpha.owner, alpha.owner]
         gamma = HostIdentity.load(fleet.host("gamma"))
         gamma.take_revocations(fleet.revoke(beta.paths))
         with pytest.raises(ssl.SSLCertVerificationError, match="revoked"):
