@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from criu_glue.errors import CriuGlueError
-from migrate import config, network, peer, preflight, progress, recovery
+from migrate import config, network, peer, preflight, progress, recovery, signing
 from migrate.claim import Claim, claimant
 from migrate.conversation import Conversation
 from migrate.copying import Copying
@@ -27,6 +27,7 @@ from migrate.core.convergence import Verdict
 from migrate.core.downtime import Marks, MarksError, downtime_parts
 from migrate.core.events import SourceEventKind as E
 from migrate.core.events import target_reported
+from migrate.core.manifest import Binding
 from migrate.core.states import SOURCE_TERMINAL
 from migrate.core.states import SourceState as S
 from migrate.core.table import Verdict as JournalVerdict
@@ -59,11 +60,13 @@ from transport.sender import default_streams
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from migrate.core.manifest import SignedManifest
     from migrate.facts import ContainerFacts
     from migrate.options import Options
     from migrate.progress import Observer
     from migrate.report import Report
     from migrate.runtimes.base import Runtime
+    from transport.core.transcript import Carried
 
 log = structlog.get_logger()
 
@@ -412,8 +415,25 @@ class Coordinator:
             bundle=str(container.bundle),
         )
         await self._copying.make_ready()
-        self._standstill = Standstill(self._copying, self._freezing, self._builder)
+        self._standstill = Standstill(self._copying, self._freezing, self._builder, self._seal)
         self._prepared_here.set()
+
+    def _seal(self, carried: Carried) -> SignedManifest:
+        """What has been sent, signed by this host for this session and for no other."""
+        assert self._facts is not None
+        assert self._target is not None
+        assert self._target.link.opened is not None
+        binding = Binding(
+            migration_id=self.migration_id,
+            container=self.options.container,
+            epoch=self._attempt,
+            source=self._host,
+            target=self._target.link.opened.host,
+            versions=self._facts.versions,
+            protocol=messages.PROTOCOL,
+        )
+        manifest = signing.manifest_of(binding, carried, time.time())
+        return signing.sealed(manifest, self._target.link.identity)
 
     # --- while it stands still ---
 

@@ -187,6 +187,10 @@ class RestoreFailed(MigrateError):
     """The container could not be restored on the target."""
 
 
+class CheckpointRefused(RestoreFailed):
+    """A checkpoint is not what its signed manifest says, or the manifest is not to be believed."""
+
+
 class NotConverging(MigrateError):
     """The container writes memory faster than it travels, and the user chose to give up then."""
 

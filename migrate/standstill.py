@@ -24,20 +24,32 @@ from migrate.rootfs import shared_file_mappings
 from migrate.runtimes.runc import DESCRIPTORS_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from criu_glue.core.pagemap import PageRuns
     from migrate.copying import Copying
+    from migrate.core.manifest import SignedManifest
     from migrate.freezing import Freezing
     from migrate.report import ReportBuilder
     from migrate.rootfs import RootfsPassRun
+    from transport.core.transcript import Carried
     from transport.sender import RoundStats
 
 
 class Standstill:
-    """See the module: `freeze_and_dump`, then `send_final`. `marks` are the instants (µs)."""
+    """See the module: `freeze_and_dump`, then `send_final`. `marks` are the instants (µs).
 
-    def __init__(self, copying: Copying, freezing: Freezing, report: ReportBuilder) -> None:
+    `seal` makes the signed manifest of what was sent.
+    """
+
+    def __init__(
+        self,
+        copying: Copying,
+        freezing: Freezing,
+        report: ReportBuilder,
+        seal: Callable[[Carried], SignedManifest],
+    ) -> None:
+        self._seal = seal
         self._copying = copying
         self._freezing = freezing
         self._report = report
@@ -64,7 +76,7 @@ class Standstill:
         self.marks["dumped"] = await self._freezing.dumped()
 
     async def send_final(self) -> messages.Restore:
-        """Send what is left; returns the request for the restore."""
+        """Send what is left; returns the request for the restore, signed."""
         assert self._sending is not None
         memory, image_dir = self._copying.memory, self._freezing.image_dir
         self._report.add_round(await self._sending)
@@ -83,8 +95,11 @@ class Standstill:
         self._report.add_images(await asyncio.to_thread(memory.sender.send_files, named))
         passes = [await run.wait(config.ROOTFS_FROZEN_DEADLINE_S) for run in self._passes]
         self.marks["rootfs_done"] = max(one.ended_us for one in passes)
+        signed = self._seal(await asyncio.to_thread(memory.sender.carried))
         return messages.Restore(
-            files=tuple(messages.ImageFile(one.name, one.bytes) for one in files),
+            manifest=signed.manifest,
+            signature=signed.signature,
+            certificate=signed.certificate,
             lazy_pages=sum(int(runs[:, 1].sum()) for runs in lazy.values()),
         )
 

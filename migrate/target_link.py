@@ -62,7 +62,7 @@ class TargetLink:
     def __init__(self, host: str, port: int, paths: config.HostPaths) -> None:
         self.host = host
         self._port = port
-        self._identity = own_identity(paths)
+        self.identity = own_identity(paths)
         self._http: aiohttp.ClientSession | None = None
         self._control: aiohttp.ClientWebSocketResponse | None = None
         self.opened: messages.SessionOpened | None = None
@@ -167,7 +167,7 @@ class TargetLink:
     @property
     def context(self) -> ssl.SSLContext:
         """For a connection that is made now: this host's certificate may have been renewed."""
-        return self._identity.client_context()
+        return self.identity.client_context()
 
     @property
     def is_open(self) -> bool:

@@ -37,8 +37,8 @@ from migrate import config, policy_checks, preflight
 from migrate.agent.custodian import Custodian
 from migrate.agent.front_keeper import Front
 from migrate.agent.front_link import PEER_HEADER, Caller
-from migrate.agent.session import new_ticket
 from migrate.agent.sessions import Sessions
+from migrate.agent.ticket import Ticket
 from migrate.agent.words import Words
 from migrate.claim import Claim
 from migrate.core import messages
@@ -197,9 +197,10 @@ class Agent:
             codes = [one.code for one in refusals]
             log.warning("session refused", peer=peer, container=message.container, why=codes)
             return messages.Refused(_few(refusals))
+        ticket = Ticket(peer, message.streams)
         opened = messages.SessionOpened(
             session_id=message.migration_id,
-            ticket=new_ticket(),
+            ticket=ticket.secret.hex(),
             data_port=self._front.data_port,
             host=self._host,
             versions=await asyncio.to_thread(host_versions, runtime),
@@ -209,7 +210,7 @@ class Agent:
         if message.dry_run:
             return opened
         try:
-            await self._sessions.begin(message, peer, runtime, opened.ticket)
+            await self._sessions.begin(message, peer, runtime, ticket)
         except MigrateError as error:
             return _refused("session", error)
         return opened

@@ -39,7 +39,7 @@ from migrate.agent.front_link import (
 )
 from migrate.errors import MigrateError
 from migrate.processes import Outliving, module_command
-from transport.errors import TransportError
+from transport.errors import StreamRefusedError, TransportError
 from transport.identity import IdentityPaths
 from transport.receiver import listen
 
@@ -303,8 +303,9 @@ class _Answers:
             workspace = self._sink_of(greeting.hello, greeting.caller.peer)
             if workspace is not None:
                 return Granted(workspace.quota_bytes), workspace.lend()
-        except (MigrateError, ValueError) as error:
-            log.warning("not granted", stream=greeting.stream, why=str(error))
+        except (MigrateError, StreamRefusedError, ValueError) as error:
+            peer = greeting.caller.name
+            log.warning("not granted", peer=peer, stream=greeting.stream, why=str(error))
         return NotGranted(), ()
 
 

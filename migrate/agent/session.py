@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,19 +19,21 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from migrate import cgroup, config, holder, network, peer
+from migrate import cgroup, config, holder, network, peer, signing
 from migrate.agent import criu_roots
 from migrate.agent.adopted import AdoptedRestoring
 from migrate.agent.channel import ControlChannel
 from migrate.agent.lending import StillWrittenError
 from migrate.agent.pager_process import PagerLost
 from migrate.agent.restoring import RestorePlan, Restoring
+from migrate.agent.ticket import Ticket
 from migrate.agent.workspace import Workspace
 from migrate.announce import Announcer
 from migrate.core import messages, target_machine
 from migrate.core.actions import TargetAction as A
 from migrate.core.events import TargetEventKind as E
 from migrate.core.events import event_of_source_message, source_reported
+from migrate.core.manifest import Binding, SignedManifest
 from migrate.core.states import TARGET_TERMINAL
 from migrate.core.states import TargetState as S
 from migrate.driver import Driver, quietly
@@ -41,11 +42,10 @@ from migrate.errors import (
     MigrateError,
     ProtocolError,
     RestoreFailed,
-    TransferFailed,
 )
 from migrate.ledger import Ledger
 from migrate.rootfs import Passes
-from migrate.runtimes.runc import bundle_cgroup
+from migrate.runtimes.runc import DESCRIPTORS_NAME, bundle_cgroup
 from transport.errors import TransportError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from migrate.journal import JournalWriter, Migration
     from migrate.recovery import Owner
     from migrate.runtimes.base import Runtime
+    from transport.core.transcript import Carried
 
 log = structlog.get_logger()
 
@@ -81,11 +82,11 @@ class Session:
         runtime: Runtime,
         journal: JournalWriter,
         data: Front,
-        ticket: str,
+        ticket: Ticket,
     ) -> None:
         self.request = request
         self.peer = peer
-        self.ticket = bytes.fromhex(ticket)
+        self.ticket = ticket
         self._paths = paths
         self._host = host
         self._runtime = runtime
@@ -172,7 +173,7 @@ class Session:
             runtime=runtime,
             journal=journal,
             data=data,
-            ticket=new_ticket(),
+            ticket=Ticket(migration.peer, streams=0),
         )
         self.is_receiving = False
         self.ready.set_result(None)
@@ -322,8 +323,8 @@ class Session:
         assert isinstance(self._restoring, Restoring)
         assert self._restore is not None
         assert self._network is not None
-        await self._take_over()
-        self._check_files(self._restore.files)
+        carried = await self._take_over()
+        await asyncio.to_thread(self._accept, self._restore, carried)
         netns = Path(self._network.netns)
         await asyncio.to_thread(network.hint_neighbours, netns, self.request.network)
         self._marks = await self._restoring.restore(self.workspace.store)
@@ -340,30 +341,51 @@ class Session:
         assert isinstance(self._restoring, AdoptedRestoring)
         return None if await self._restoring.is_there() else E.COPY_LOST
 
-    async def _take_over(self) -> None:
+    async def _take_over(self) -> Carried:
         """What has arrived is this process's from now on. A front that keeps something open for
         writing is ended: it is not the one that was started."""
         await self._revoke()
         try:
             try:
-                await asyncio.to_thread(self.workspace.take_over)
+                return await asyncio.to_thread(self.workspace.take_over)
             except StillWrittenError as error:
                 log.warning("the front is ended", why=str(error))
                 self._data.kill()
-                await asyncio.to_thread(self.workspace.take_over)
+                return await asyncio.to_thread(self.workspace.take_over)
         except (MigrateError, TransportError, OSError) as error:
             raise RestoreFailed(
                 f"what has arrived can't be used: {error}", host=self._host, phase="restore"
             ) from error
 
-    def _check_files(self, files: tuple[messages.ImageFile, ...]) -> None:
-        """Every file that the source names is here, whole; otherwise CRIU would guess."""
-        for file in files:
-            path = self.workspace.image_dir / file.name
-            if not path.is_file() or path.stat().st_size != file.size_bytes:
-                raise TransferFailed(
-                    f"the image file {file.name} did not arrive whole", host=self._host
-                )
+    def _accept(self, restore: messages.Restore, carried: Carried) -> None:
+        """CRIU sees nothing but what the source has signed for this session. Blocking.
+
+        The manifest stays with the container: it says who brought it here.
+        """
+        request = self.request
+        signed = SignedManifest(restore.manifest, restore.signature, restore.certificate)
+        binding = Binding(
+            migration_id=request.migration_id,
+            container=request.container,
+            epoch=request.attempt,
+            source=self.peer,
+            target=self._host,
+            versions=request.versions,
+            protocol=request.protocol,
+        )
+        try:
+            signing.check_arrived(
+                signed,
+                binding,
+                carried,
+                self.workspace.image_dir,
+                beside=(DESCRIPTORS_NAME,),
+                trust=self._paths.tls,
+                now_s=time.time(),
+            )
+            signing.store(self.workspace.bundle / signing.MANIFEST_NAME, signed)
+        except OSError as error:
+            raise RestoreFailed(f"the manifest can't be kept: {error}", phase="restore") from error
 
     async def _record_commit(self) -> E:
         await self._ledger.record(str(S.COMMITTED), str(E.COMMIT_RECEIVED))
@@ -449,7 +471,7 @@ class Session:
         """No stream and no rsync writes here any more, and none is let in."""
         self.is_receiving = False
         await self.passes.end()
-        await asyncio.to_thread(self._data.revoke, self.ticket)
+        await asyncio.to_thread(self._data.revoke, self.ticket.secret)
 
     def _close_announcer(self) -> None:
         if self._announcer is not None:
@@ -531,8 +553,3 @@ class Session:
         event = event_of_source_message(message)
         if event is not None:
             await self.driver.post(event.kind, from_peer=True)
-
-
-def new_ticket() -> str:
-    """32 random bytes in hex, for the data streams of one session."""
-    return secrets.token_hex(32)

@@ -22,17 +22,18 @@ from migrate.core.events import TargetEventKind as E
 from migrate.core.states import TARGET_TERMINAL
 from migrate.core.states import TargetState as S
 from migrate.errors import MigrateError
-from transport.identity import Peer, Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from migrate.agent.front_keeper import Front
+    from migrate.agent.ticket import Ticket
     from migrate.agent.workspace import Workspace
     from migrate.core import messages
     from migrate.journal import JournalWriter, Migration, Record
     from migrate.runtimes.base import Runtime
     from transport.core.frames import Hello
+    from transport.identity import Peer
 
 log = structlog.get_logger()
 
@@ -87,15 +88,18 @@ class Sessions:
         return session
 
     def sink_of(self, hello: Hello, peer: Peer) -> Workspace | None:
-        """For the front, in a thread: the directories of the session that a ticket belongs to."""
+        """For the front, in a thread: the directories of the session that a ticket belongs to.
+
+        Raises StreamRefusedError for a ticket that may not be used like this.
+        """
         for session in list(self._sessions.values()):
-            if session.ticket == hello.ticket:
-                is_its_source = peer.role is Role.HOST and session.peer == peer.name
-                return session.workspace if session.is_receiving and is_its_source else None
+            if session.is_receiving and session.ticket.is_shown_by(hello):
+                session.ticket.admit(hello, peer)
+                return session.workspace
         return None
 
     async def begin(
-        self, message: messages.OpenSession, peer: str, runtime: Runtime, ticket: str
+        self, message: messages.OpenSession, peer: str, runtime: Runtime, ticket: Ticket
     ) -> None:
         """Start a session; returns when it takes streams. Raises MigrateError."""
         assert self.data is not None

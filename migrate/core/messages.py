@@ -45,6 +45,8 @@ MAX_CPUINFO_BYTES: Final = 64 * 1024
 MAX_TASKS: Final = 4096
 MAX_FILES: Final = 4 * MAX_TASKS + 256
 """Image files of one restore: about four per task and a few for the whole."""
+MAX_MANIFEST_BYTES: Final = 1440 << 10
+"""Room for MAX_FILES names and hashes; as base64 it still fits a message."""
 MAX_MARKS: Final = 64
 MAX_REFUSALS: Final = 64
 MAX_BYTES: Final = 1 << 50
@@ -73,6 +75,9 @@ Count: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_BYTES // 4096)]
 Micros: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_US)]
 Attempt: TypeAlias = Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
 Task: TypeAlias = Annotated[int, Meta(ge=1, le=1 << 22)]
+ManifestBytes: TypeAlias = Annotated[bytes, Meta(min_length=1, max_length=MAX_MANIFEST_BYTES)]
+Signature: TypeAlias = Annotated[bytes, Meta(min_length=64, max_length=64)]
+Certificate: TypeAlias = Annotated[bytes, Meta(min_length=1, max_length=8192)]
 Marks: TypeAlias = Annotated[dict[Code, Micros], Meta(max_length=MAX_MARKS)]
 """Name of an instant -> microseconds of the sender's monotonic clock."""
 
@@ -119,13 +124,6 @@ class Versions(Part, frozen=True):
     architecture: Label
 
 
-class ImageFile(Part, frozen=True):
-    """An image file that the source has sent: its name in the image directory and its size."""
-
-    name: FileName
-    size_bytes: Bytes
-
-
 # --- source to target ---
 
 
@@ -167,9 +165,14 @@ class Prepare(Message, frozen=True, tag="prepare"):
 
 
 class Restore(Message, frozen=True, tag="restore"):
-    """Asks for the restore; every file and page named has been acknowledged before."""
+    """Asks for the restore; all that the manifest (`manifest.py`) names has been acknowledged.
 
-    files: Annotated[tuple[ImageFile, ...], Meta(max_length=MAX_FILES)]
+    signature: of the source's identity over the manifest. certificate: that identity's, DER.
+    """
+
+    manifest: ManifestBytes
+    signature: Signature
+    certificate: Certificate
     lazy_pages: Count
 
 

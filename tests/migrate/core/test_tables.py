@@ -364,7 +364,7 @@ def test_what_a_message_of_the_target_means(message: object, kind: SourceEventKi
     ("message", "kind"),
     [
         (Prepare(("a", "b", "c")), F.PREPARE_ASKED),
-        (Restore((), 0), F.RESTORE_ASKED),
+        (Restore(b"said", bytes(64), b"who", 0), F.RESTORE_ASKED),
         (Commit("m", 1), F.COMMIT_RECEIVED),
         (Abort("m", 1, "cancelled"), F.ABORT_RECEIVED),
         (Ask("m", 1), F.SOURCE_ASKS),
