@@ -35,7 +35,7 @@ class Guest:
     """A connection at the door. `turn_away` ends it, from any thread; it is called once at most."""
 
     address: str
-    turn_away: Callable[[], None] = field(repr=False)
+    turn_away: Callable[[], object] = field(default=lambda: None, repr=False)
     is_inside: bool = False
     was_turned_away: bool = False
 

@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import structlog
 
 from transport import tls
+from transport.complaints import Complaints
 from transport.core.frames import HELLO_BYTES, Hello, Status, parse_hello
 from transport.core.transcript import Carried
+from transport.door import Door, Guest
 from transport.errors import (
     FrameError,
     StreamBrokenError,
@@ -54,8 +56,6 @@ Authorise: TypeAlias = Callable[[Hello, Peer], PageSink | None]
 
 STREAMS_TOTAL_MAX = 64
 """Greeted streams of all sessions: four full ones; a stream costs a thread and 3 MiB."""
-GREETING_MAX = 32
-"""Connections that have not proven who they are; a flood of them pushes out no greeted stream."""
 SESSIONS_MAX = 64
 """Sessions remembered; beyond it the oldest one without connections can't be resumed."""
 END_DEADLINE_S = 10.0
@@ -71,6 +71,7 @@ class _Connection:
     """One accepted connection; its fields change under the listener's condition."""
 
     address: str
+    guest: Guest
     stream: ssl.SSLSocket | None = None
     peer: Peer | None = None
     """None: it has proven nothing yet."""
@@ -114,7 +115,7 @@ class DataListener:
         *,
         remember: Callable[[bytes], Session] = lambda _: Session(),
         streams_max: int = STREAMS_TOTAL_MAX,
-        greeting_max: int = GREETING_MAX,
+        door: Door | None = None,
         handshake_deadline_s: float = tls.HANDSHAKE_DEADLINE_S,
         idle_deadline_s: float = IDLE_DEADLINE_S,
         frame_deadline_s: float = FRAME_DEADLINE_S,
@@ -125,7 +126,8 @@ class DataListener:
         self._authorise = authorise
         self._remember = remember
         self._streams_max = streams_max
-        self._greeting_max = greeting_max
+        self._door = door if door is not None else Door()
+        self._complaints = Complaints()
         self._handshake_deadline_s = handshake_deadline_s
         self._idle_deadline_s = idle_deadline_s
         self._frame_deadline_s = frame_deadline_s
@@ -202,22 +204,21 @@ class DataListener:
                 self._log.warning("accepting failed", reason=str(error))
                 self._stopping.wait(_PAUSE_S)
                 continue
-            self._begin(plain, f"{address[0]}:{address[1]}")
+            self._begin(plain, *address[:2])
 
-    def _begin(self, plain: socket.socket, address: str) -> None:
+    def _begin(self, plain: socket.socket, address: str, port: int) -> None:
         """Give an accepted connection its thread, if there is room."""
-        connection = _Connection(address)
+        connection = _Connection(f"{address}:{port}", Guest(address))
+        connection.guest.turn_away = connection.cut
         connection.thread = threading.Thread(
             target=self._run, args=(connection, plain), name="page-stream", daemon=True
         )
         with self._changed:
-            greeting = sum(each.session is None for each in self._connections)
-            has_room = greeting < self._greeting_max
-            if has_room:
-                self._connections.add(connection)
-        if not has_room:
+            self._connections.add(connection)
+        if not self._door.enter(connection.guest):
             plain.close()
-            self._refused(connection, "too many connections that have not greeted")
+            self._refused(connection, "too many connections of this host, or in all")
+            self._leave(connection)
             return
         try:
             connection.thread.start()
@@ -241,9 +242,10 @@ class DataListener:
         stream = tls.accepted(plain, self._context)
         with self._changed:
             connection.stream = stream
-            if self._stopping.is_set():
-                connection.revoked = True
-                connection.cut()
+            connection.revoked |= self._stopping.is_set()
+        if connection.revoked or connection.guest.was_turned_away:
+            # Said before there was something to cut.
+            connection.cut()
         tls.shake_hands(stream, deadline_s=self._handshake_deadline_s)
         connection.peer = peer = peer_of(stream)
         hello = self._greeting(stream)
@@ -314,6 +316,8 @@ class DataListener:
             session = self._session(hello.ticket)
             if session.failure is not None:
                 raise type(session.failure)(f"the session failed before: {session.failure}")
+            if not self._door.admit(connection.guest):
+                raise StreamBusyError("turned away before it was known")
             connection.session = session
             return session, sink
 
@@ -329,19 +333,28 @@ class DataListener:
         return session
 
     def _refused(self, connection: _Connection, reason: str) -> None:
+        fields: dict[str, int] | None = {}
+        if connection.session is None:
+            fields = self._complaints.allow(connection.guest.address)
+            if connection.guest.was_turned_away:
+                reason = f"too many connections that have not greeted ({reason})"
         if connection.revoked:
             reason = f"cut by this side ({reason})"
+        if fields is None:
+            return
         self._log.warning(
             "stream refused" if connection.session is None else "stream ended early",
             address=connection.address,
             peer=connection.who,
             stream=connection.index,
             reason=reason,
+            **fields,
         )
 
     def _leave(self, connection: _Connection) -> None:
         if connection.stream is not None:
             tls.part(connection.stream)
+        self._door.leave(connection.guest)
         with self._changed:
             self._connections.discard(connection)
             self._changed.notify_all()

@@ -29,6 +29,7 @@ from tests.transport.transfer_parts import (
 from transport import tls
 from transport.core import frames
 from transport.core.frames import HEADER_BYTES, PAGE_BYTES, Hello, Status, StreamKind
+from transport.door import Door
 from transport.identity import HostIdentity
 from transport.sender import PageSender
 
@@ -260,16 +261,22 @@ def test_no_more_streams_than_allowed(
         wait_until(admitted, "room again")
 
 
-def test_a_flood_of_silent_connections_does_not_push_out_streams(
+def test_a_flood_of_silent_connections_pushes_out_itself(
     narrow: Callable[..., Target], source: ssl.SSLContext, log: Recorder
 ) -> None:
-    with narrow(greeting_max=2) as target, RawClient(target.port, source) as client:
+    """Those that have waited longest go; a stream that is served stays, and others still get in."""
+    with narrow(door=Door(waiting_max=2)) as target, RawClient(target.port, source) as client:
         client.greet(target.ticket)
         flood = [socket.create_connection(("127.0.0.1", target.port)) for _ in range(5)]
         wait_until(lambda: len(log.complaints) == 3, "three too many")
         assert all("too many" in fields["reason"] for _, fields in log.complaints)
+        for gone in flood[:3]:
+            gone.settimeout(DEADLINE_S)
+            assert gone.recv(1) == b""
         client.page(1, 1, NEW)
         assert client.answer().status == Status.APPLIED
+        with RawClient(target.port, source) as other:
+            assert other.greet(target.ticket, 1).status == Status.ACCEPTED
         for each in flood:
             each.close()
 
