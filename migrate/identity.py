@@ -20,14 +20,19 @@ def own_identity(paths: config.HostPaths) -> HostIdentity:
 
     Raises MigrateError.
     """
-    with identity_errors(remedy=f"enrol it (migrate hosts add); its files: {paths.tls.directory}"):
+    try:
         return HostIdentity.load(paths.tls)
+    except TransportError as error:
+        raise MigrateError(
+            f"this host has no identity that it can use: {error}",
+            remedy="enrol it: migrate hosts add, or by hand: migrate identity",
+        ) from error
 
 
 @contextmanager
-def identity_errors(*, remedy: str = "") -> Iterator[None]:
+def identity_errors() -> Iterator[None]:
     """Errors of identities and authorities as this package's."""
     try:
         yield
     except TransportError as error:
-        raise MigrateError(str(error), remedy=remedy) from error
+        raise MigrateError(str(error)) from error

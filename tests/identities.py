@@ -26,8 +26,8 @@ class Fleet:
         """The files of an enrolled host, in `at` or a directory of their own."""
         return self._enrol(name, Role.HOST, addresses, at)
 
-    def operator(self, name: str) -> IdentityPaths:
-        return self._enrol(name, Role.OPERATOR, (), None)
+    def operator(self, name: str, at: Path | None = None) -> IdentityPaths:
+        return self._enrol(name, Role.OPERATOR, (), at)
 
     def revoke(self, *revoked: IdentityPaths) -> bytes:
         """Take identities back; the list that says so, which nobody has yet."""

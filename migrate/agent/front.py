@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import structlog
 from aiohttp import web
 
-from migrate import heap
+from migrate import config, heap
 from migrate.agent import lockdown
 from migrate.agent.front_http import Gateway
 from migrate.agent.front_keeper import SOCKET_NAME, identity_in
@@ -52,7 +52,6 @@ from transport.identity import TlsIdentity
 from transport.receiver import DataListener
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Sequence
 
     from transport.core.frames import Hello
@@ -124,11 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lockdown.lock_down(given.root, given.user)
     asks, orders = Link(socket.socket(fileno=given.asks)), Link(socket.socket(fileno=given.orders))
     control, data = socket.socket(fileno=given.control), socket.socket(fileno=given.data)
-    context = TlsIdentity(identity_in(Path("/"))).server_context()
+    identity = TlsIdentity(identity_in(Path("/")))
+    context = identity.server_context()
     streams = Streams(asks)
     streams.listener = DataListener(data, context, streams.sink_of, remember=streams.session_of)
     threading.Thread(target=_obey, args=(orders, streams), name="orders", daemon=True).start()
-    asyncio.run(_serve(control, context, asks))
+    asyncio.run(_serve(control, identity, asks))
 
 
 def _obey(orders: Link, streams: Streams) -> None:
@@ -137,13 +137,15 @@ def _obey(orders: Link, streams: Streams) -> None:
     os._exit(0)
 
 
-async def _serve(control: socket.socket, context: ssl.SSLContext, asks: Link) -> None:
+async def _serve(control: socket.socket, identity: TlsIdentity, asks: Link) -> None:
     gateway = Gateway(f"/{SOCKET_NAME}")
     runner = web.AppRunner(gateway.application(), access_log=None)
     await runner.setup()
-    await web.SockSite(runner, control, ssl_context=context).start()
+    await web.SockSite(runner, control, ssl_context=identity.server_context()).start()
     await asyncio.to_thread(asks.ask, Ready())
-    await asyncio.Event().wait()
+    while True:
+        await asyncio.sleep(config.IDENTITY_PERIOD_S)
+        await asyncio.to_thread(identity.refresh)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ PRODUCT = [
 ]
 WEAKENING = re.compile(
     r"CERT_NONE|CERT_OPTIONAL|check_hostname\s*=\s*False|_create_unverified_context"
-    r"|ssl\s*=\s*False|verify_ssl|set_ciphers|TLSv1_[0-2]\b|TLSv1\b|http://"
+    r"|ssl\s*=\s*False|verify_ssl|set_ciphers|TLSv1_[0-2]\b|TLSv1\b|http://(?!agent\b)"
     r"|SSLKEYLOGFILE|keylog_filename"
 )
 CONTEXTS = re.compile(r"PROTOCOL_TLS|create_default_context|wrap_bio\(")
