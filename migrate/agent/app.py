@@ -60,9 +60,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-# Of a request: who calls, and from where.
-PEER, ADDRESS = "peer", "address"
-
 # ASCII digits alone; nobody makes more passes.
 _PASS = re.compile(r"[0-9]{1,6}")
 
@@ -142,11 +139,10 @@ class Agent:
         try:
             if not self._front.is_caller(request):
                 raise ProtocolError("it is not the front that calls")
-            caller = Caller.from_header(request.headers.get(PEER_HEADER, ""))
+            _caller(request)
         except (msgspec.DecodeError, ProtocolError) as error:
             log.warning("request refused", path=request.path, why=str(error))
             raise web.HTTPForbidden(text=str(error)) from error
-        request[PEER], request[ADDRESS] = caller.peer, caller.address
         return await handler(request)
 
     async def _open(self, request: web.Request) -> web.Response:
@@ -323,8 +319,13 @@ async def _body(request: web.Request) -> bytes:
 
 def _peer(request: web.Request) -> Peer:
     """Who calls, as has been proven to the front."""
-    peer: Peer = request[PEER]
-    return peer
+    return _caller(request).peer
+
+
+def _caller(request: web.Request) -> Caller:
+    """What the front says of who calls. Raises msgspec.DecodeError, which `_with_peer` has seen to
+    before anybody else asks."""
+    return Caller.from_header(request.headers.get(PEER_HEADER, ""))
 
 
 def _host(request: web.Request) -> str:
@@ -337,7 +338,9 @@ def _host(request: web.Request) -> str:
 
 def _forbidden(request: web.Request, why: str) -> web.HTTPForbidden:
     peer = str(_peer(request))
-    log.warning("request refused", peer=peer, address=request[ADDRESS], path=request.path, why=why)
+    log.warning(
+        "request refused", peer=peer, address=_caller(request).address, path=request.path, why=why
+    )
     return web.HTTPForbidden(text=why)
 
 

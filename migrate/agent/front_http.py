@@ -7,6 +7,7 @@ own goes through, but for rsync's, which the agent does not read either.
 
 from __future__ import annotations
 
+import io
 import re
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,7 @@ class Gateway:
 
     async def _hand_on(self, request: web.Request, caller: Caller, body: bytes) -> web.Response:
         async with self._agent.request(
-            request.method, request.path, data=body, headers=_headers(caller)
+            request.method, request.path, data=io.BytesIO(body), headers=_headers(caller)
         ) as answer:
             return web.Response(
                 status=answer.status, body=await answer.read(), content_type=answer.content_type

@@ -138,14 +138,14 @@ class Front:
         ]
 
     async def stop(self) -> None:
-        """End the front; nobody listens any more. Idempotent."""
+        """End the front; nobody listens any more but whoever serves `socket`. Idempotent."""
         for task in self._tasks:
             task.cancel()
         now, self._now = self._now, None
         if now is not None:
             await self._end(now)
-        for each in (self._control, self._data, self.socket):
-            each.close()
+        self._control.close()
+        self._data.close()
 
     def revoke(self, ticket: bytes) -> None:
         """Have the streams of a session ended and its files closed. Blocking, from any thread.

@@ -79,7 +79,7 @@ PLAIN: Final = Course(
     lives={
         # It waits for the end of the fill.
         **_both(WHOLE, ("", "tell_filled.before"), Victim.COORDINATOR),
-        **_both(WHOLE, WHOLE, Victim.AGENT),
+        **_both(WHOLE, WHOLE, Victim.AGENT, Victim.FRONT),
         **_both(("run_preflight.after", ""), ("", "tell_filled.after"), Victim.LINK),
         **_both(
             ("open_session.after", "enter_done.before"),

@@ -30,6 +30,7 @@ class Victim(StrEnum):
 
     COORDINATOR = "coordinator"
     AGENT = "agent"  # the target's
+    FRONT = "front"  # the target's agent's
     SOURCE_AGENT = "source-agent"
     GUARD = "guard"
     SOURCE_RUNC = "source-runc"

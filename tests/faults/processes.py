@@ -70,6 +70,12 @@ def find(host: Host, victim: Victim, migration: str) -> int | None:
     return first[0] if first else None
 
 
+def front(host: Host) -> int | None:
+    """What the agent of that host has for the network; None when it is just being replaced."""
+    pids = [one.pid for one in processes(host) if "migrate.agent.front" in one.words]
+    return pids[0] if pids else None
+
+
 def _is(process: Process, victim: Victim, session: str) -> bool:
     words = process.words
     by_word = any(session in word for word in words)

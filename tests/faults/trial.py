@@ -166,6 +166,10 @@ class Trial:
                 host = self.target if deed is Victim.AGENT else self.source
                 self.scene.lab.kill_agent(host.name)
                 self._down.append(host)
+            case Victim.FRONT:
+                pid = processes.front(self.target)
+                assert pid is not None, "there is no front"
+                processes.send(pid, signal.SIGKILL)
             case Victim.LINK:
                 self._cut_s = time.monotonic()
                 self.scene.set_link(up=False)

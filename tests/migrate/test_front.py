@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import shutil
+import signal
+import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 
 from migrate import config
+from migrate.agent.app import Agent
 from migrate.agent.front_keeper import Front
+from migrate.agent.front_link import PEER_HEADER, Caller
 from migrate.agent.lending import LentDirectory
+from migrate.core import messages as m
 from tests.identities import Fleet
 from tests.migrate.wire import Wire
 from tests.transport.transfer_parts import Memory
@@ -23,7 +30,7 @@ from transport import tls
 from transport.core.frames import Hello
 from transport.core.transcript import Carried
 from transport.errors import StreamRefusedError
-from transport.identity import HostIdentity, Peer
+from transport.identity import HostIdentity, IdentityPaths, Peer
 from transport.ledger import carried_in
 from transport.sender import PageSender
 from transport.worker import ReadPages
@@ -31,6 +38,7 @@ from transport.worker import ReadPages
 DEADLINE_S = 60.0
 TARGET = "target.test"
 SOURCE = "source.test"
+HERE = socket.gethostname()
 TICKET = bytes(range(32))
 USER = 65530
 
@@ -118,6 +126,11 @@ async def rig(tmp_path: Path, directories: Directories) -> AsyncIterator[Rig]:
     await rig.front.start()
     yield rig
     await rig.front.stop()
+    rig.front.socket.close()
+
+
+def owner_of(paths: IdentityPaths) -> Peer:
+    return HostIdentity.load(paths).owner
 
 
 def names_in(directory: str) -> set[str]:
@@ -219,3 +232,94 @@ async def test_a_ticket_that_the_agent_does_not_know(rig: Rig) -> None:
     rig.is_open = False
     with rig.sender(Memory(1)) as sender, pytest.raises(StreamRefusedError):
         await asyncio.to_thread(sender.connect)
+
+
+# -- what a peer says through it --
+
+
+class Served:
+    """An agent with its front, and somebody who speaks to it over TLS."""
+
+    def __init__(self, base: Path) -> None:
+        self.paths = config.HostPaths(base / "run", base / "state", base / "config")
+        self.fleet = Fleet(base / "fleet")
+        self.fleet.host(HERE, at=self.paths.tls.directory)
+        self.agent = Agent(self.paths, {}, "127.0.0.1", 0, 0)
+
+    async def say(
+        self, who: IdentityPaths, method: str, path: str, data: bytes, **headers: str
+    ) -> tuple[int, str]:
+        context = HostIdentity.load(who).client_context()
+        url = f"https://127.0.0.1:{self.agent.ports[0]}{path}"
+        async with (
+            aiohttp.ClientSession() as client,
+            client.request(
+                method,
+                url,
+                data=io.BytesIO(data),
+                headers=headers,
+                ssl=context,
+                server_hostname=HERE,
+            ) as answer,
+        ):
+            return answer.status, await answer.text()
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    served = Served(tmp_path)
+    serving = asyncio.create_task(served.agent.serve())
+    await until("it serves", lambda: served.agent._front._tasks or serving.done())
+    yield served
+    os.kill(os.getpid(), signal.SIGTERM)
+    await serving
+
+
+RECOVER = m.encode(m.Recover("m-1", "target"))
+
+
+async def test_who_calls_is_who_has_proven_it(served: Served) -> None:
+    operator = served.fleet.operator("ada")
+    other = served.fleet.host("other.test")
+    status, words = await served.say(operator, "POST", "/v1/operator", RECOVER)
+    assert (status, words) == (404, "this agent has no such migration in its hands")
+    claim = Caller.of(owner_of(operator)).header()
+    status, words = await served.say(other, "POST", "/v1/operator", RECOVER, **{PEER_HEADER: claim})
+    assert (status, words) == (403, "only an operator or this host itself may say that")
+
+
+async def test_nobody_but_the_front_is_heard(served: Served, tmp_path: Path) -> None:
+    """Not even root: what runs beside the agent has certificates to show, as everybody has."""
+    path = str(served.paths.front / "agent.sock")
+    claim = Caller.of(owner_of(served.fleet.operator("ada"))).header()
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(path)) as client,
+        client.post(
+            "http://agent/v1/operator", data=RECOVER, headers={PEER_HEADER: claim}
+        ) as answer,
+    ):
+        assert answer.status == 403
+
+
+REFUSED = (
+    ("POST", "/v1/sessions", b"{", 409),
+    ("POST", "/v1/sessions", b"[" * 100_000, 409),
+    ("POST", "/v1/sessions", bytes(m.MAX_MESSAGE_BYTES + 1), 413),
+    ("POST", "/v1/migrations/m-1/target", b'{"type":"unheard-of"}', 409),
+    ("POST", "/v1/migrations/../target", RECOVER, 404),
+    ("POST", "/v1/migrations/a%2Fb/target", RECOVER, 404),
+    ("POST", "/v1/migrations/" + "a" * 65 + "/target", RECOVER, 404),
+    ("PUT", "/v1/crl", b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n", 409),
+    ("GET", "/v1/sessions/m-1/control?heard=-1", b"", 400),
+    ("GET", "/v1/sessions/m-1/rootfs?pass=1e3", b"", 400),
+    ("GET", "/v1/sessions/m-1/control", b"", 404),
+    ("GET", "/", b"", 404),
+)
+
+
+async def test_what_may_not_be_said_does_not_get_through(served: Served) -> None:
+    host = served.fleet.host("other.test")
+    answers = [(await served.say(host, *words), expected) for *words, expected in REFUSED]
+    assert [status for (status, _), _ in answers] == [expected for _, expected in answers]
+    status, _ = await served.say(host, "PUT", "/v1/crl", served.fleet.authority.crl_pem)
+    assert status == 204
