@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import click
+import msgspec
 
+from migrate.commands.identity import Answer
 from migrate.commands.terminal import passphrase
 from migrate.errors import UsageError
 from migrate.hosts.book import fleet_directory
 from migrate.identity import identity_errors
 from transport import enrolment
-from transport.authority import Authority
+from transport.authority import REQUEST_BYTES_MAX, Authority
 from transport.identity import IdentityPaths, Role
 
 _fleet = click.option(
@@ -44,6 +47,34 @@ def init(fleet: Path, passphrase_file: Path | None) -> None:
     with identity_errors():
         Authority.create(fleet, secret)
     click.echo(f"the authority is in {fleet}: keep a copy of this directory, and the passphrase")
+
+
+@ca.command("sign")
+@click.argument("name")
+@click.argument("request", type=click.File("rb"))
+@click.option("--address", "addresses", multiple=True, help="May be called by this address too.")
+@_fleet
+@_passphrase_file
+def sign(
+    name: str,
+    request: IO[bytes],
+    addresses: tuple[str, ...],
+    fleet: Path,
+    passphrase_file: Path | None,
+) -> None:
+    """Give the host NAME an identity for its REQUEST (a file, - for standard input).
+
+    The answer, on standard output, is for migrate identity install. Make sure that the request is
+    that host's: whoever made it will speak for it.
+    """
+    with identity_errors():
+        authority = Authority.open(fleet, passphrase(passphrase_file))
+        wanted = request.read(REQUEST_BYTES_MAX + 1)
+        certificate = authority.issue(wanted, name, Role.HOST, addresses)
+        answer = Answer(
+            authority.certificate_pem.decode(), authority.crl_pem.decode(), certificate.decode()
+        )
+    click.echo(msgspec.json.encode(answer).decode())
 
 
 @ca.command("operator")
