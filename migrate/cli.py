@@ -12,6 +12,7 @@ import secrets
 import signal
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,12 @@ import msgspec
 from rich.console import Console
 
 from migrate import config, heap, oversight, progress, standing
+from migrate.agent import once as agents
 from migrate.agent.app import Agent
 from migrate.commands.ca import ca
-from migrate.commands.hosts import hosts
+from migrate.commands.hosts import hosts, over_ssh
 from migrate.commands.identity import identity
+from migrate.commands.once import once
 from migrate.commands.policy import policy
 from migrate.commands.service import service
 from migrate.coordinator import Coordinator
@@ -31,17 +34,21 @@ from migrate.dry_run import dry_run
 from migrate.errors import EXIT_FAILED, MigrateError
 from migrate.host_checks import raise_descriptor_limit
 from migrate.logs import log_to_stderr
+from migrate.once import OneShot
+from migrate.once import sweep as sweep_once
 from migrate.options import Options
 from migrate.report import Report, summary_table, write_report
 from migrate.runtimes.base import validate_name
 from migrate.runtimes.runc import Runc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from migrate.core.messages import MigrationId
     from migrate.recovery import Owner
     from migrate.runtimes.base import Runtime
+    from transport.ssh.asking import Asking
 
 
 class _ContainerFirst(click.Group):
@@ -102,7 +109,8 @@ def cancel(migration_id: str) -> None:
 @click.argument("migration_id", required=False)
 @click.option("--force-source", "owner", flag_value="source", help="The source keeps it.")
 @click.option("--force-target", "owner", flag_value="target", help="The target has it.")
-def recover(migration_id: str | None, owner: Owner | None) -> None:
+@over_ssh
+def recover(migration_id: str | None, owner: Owner | None, asking: Asking) -> None:
     """Finish or undo migrations that nobody drives.
 
     Shows what each side says and does what is safe. The --force options count only where the other
@@ -113,11 +121,18 @@ def recover(migration_id: str | None, owner: Owner | None) -> None:
     log_to_stderr(logging.WARNING)
     paths = config.HostPaths()
     asyncio.run(oversight.recover(paths, _runtimes(), migration_id, owner, click.echo))
+    sweep_once(paths, asking, click.echo)
 
 
 @cli.command()
 @click.argument("name")
-@click.option("--to", "target", required=True, help="The host to move to, NAME or NAME:PORT.")
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    help="The host to move to, NAME or NAME:PORT; USER@HOST[:PORT] for one that is in no fleet,"
+    " by SSH.",
+)
 @click.option("--runtime", type=click.Choice(["runc"]), default="runc", show_default=True)
 @click.option(
     "--tracker",
@@ -181,6 +196,7 @@ def recover(migration_id: str | None, owner: Owner | None) -> None:
 @click.option(
     "--report", "report_path", type=click.Path(path_type=Path), help="Write the report here."
 )
+@over_ssh
 def container(
     name: str,
     target: str,
@@ -188,28 +204,60 @@ def container(
     only_check: bool,
     as_json: bool,
     report_path: Path | None,
+    asking: Asking,
     **asked: Any,
 ) -> None:
     """Move the container NAME to another host while it runs."""
+    if report_path is not None and not report_path.parent.is_dir():
+        raise click.BadParameter(f"{report_path.parent} is no directory", param_hint="--report")
+    log_to_stderr(logging.WARNING)
+    paths, migration_id = config.HostPaths(), new_migration_id()
+
+    def move(options: Options, paths: config.HostPaths) -> None:
+        if only_check:
+            _check_both(options, paths, _runtime(runtime), migration_id, as_json=as_json)
+            return
+        coordinator = partial(Coordinator, options, _runtime(runtime), paths)
+        _move(coordinator, migration_id, report_path, as_json=as_json)
+
+    if "@" not in target:
+        host, port = _host_and_port(target)
+        move(Options(validate_name(name), host, port, **asked), paths)
+        return
+    tell = partial(click.echo, err=True)
+    with OneShot(target, migration_id, paths, asking, tell) as shot:
+        there = shot.listening
+        options = Options(validate_name(name), there.host, there.port, way=shot.way, **asked)
+        move(options, shot.paths)
+
+
+def _host_and_port(target: str) -> tuple[str, int]:
     host, _, port = target.partition(":")
     if port and not port.isdecimal():
         raise click.BadParameter(f"{port!r} is not a port", param_hint="--to")
-    if report_path is not None and not report_path.parent.is_dir():
-        raise click.BadParameter(f"{report_path.parent} is no directory", param_hint="--report")
-    options = Options(
-        container=validate_name(name),
-        target=host,
-        port=int(port) if port else config.CONTROL_PORT,
-        **asked,
-    )
-    log_to_stderr(logging.WARNING)
-    if only_check:
-        forecast = asyncio.run(
-            dry_run(options, _runtime(runtime), config.HostPaths(), new_migration_id())
-        )
-        encoded = msgspec.json.encode(forecast).decode()
-        click.echo(encoded if as_json else "\n".join(forecast.lines()))
-        return
+    return host, int(port) if port else config.CONTROL_PORT
+
+
+def _check_both(
+    options: Options,
+    paths: config.HostPaths,
+    runtime: Runtime,
+    migration_id: MigrationId,
+    *,
+    as_json: bool,
+) -> None:
+    forecast = asyncio.run(dry_run(options, runtime, paths, migration_id))
+    encoded = msgspec.json.encode(forecast).decode()
+    click.echo(encoded if as_json else "\n".join(forecast.lines()))
+
+
+def _move(
+    make: Callable[[progress.Observer, MigrationId], Coordinator],
+    migration_id: MigrationId,
+    report_path: Path | None,
+    *,
+    as_json: bool,
+) -> None:
     console = Console(stderr=as_json)
     observer: progress.JsonLines | progress.Terminal
     display: AbstractContextManager[object]
@@ -218,9 +266,7 @@ def container(
     else:
         observer = progress.Terminal(console)
         display = observer
-    coordinator = Coordinator(
-        options, _runtime(runtime), config.HostPaths(), observer, new_migration_id()
-    )
+    coordinator = make(observer, migration_id)
     try:
         with display:
             report = asyncio.run(_run(coordinator))
@@ -233,21 +279,35 @@ def container(
 @cli.command()
 @click.option("--address", default="0.0.0.0", show_default=True, help="Where to listen.")  # noqa: S104
 @click.option("--port", type=click.IntRange(1, 65535), default=config.CONTROL_PORT)
-def agent(address: str, port: int) -> None:
+@click.option("--once", "migration_id", hidden=True, help="For this migration alone.")
+def agent(address: str, port: int, migration_id: str | None) -> None:
     """Receive containers on this host."""
     log_to_stderr(logging.INFO)
     heap.keep_small()
+    paths = config.HostPaths()
+    asyncio.run(
+        _serve(paths, address, port)
+        if migration_id is None
+        else _serve_once(paths.once(migration_id), address)
+    )
 
-    async def serve() -> None:
-        await Agent(config.HostPaths(), _runtimes(), address, port).serve()
 
-    asyncio.run(serve())
+async def _serve(paths: config.HostPaths, address: str, port: int) -> None:
+    await Agent(paths, _runtimes(), address, port).serve()
+
+
+async def _serve_once(paths: config.HostPaths, address: str) -> None:
+    serving = Agent(paths, _runtimes(), address, 0, 0)
+    await serving.serve(lambda: agents.until_ended(paths, serving))
+    if agents.is_dismissed(paths):
+        await asyncio.to_thread(agents.clear, paths)
 
 
 cli.add_command(ca)
 cli.add_command(identity)
 cli.add_command(policy)
 cli.add_command(hosts)
+cli.add_command(once)
 cli.add_command(service)
 
 

@@ -5,7 +5,7 @@ Values that the operator may want to change come from the command line; the rest
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transport.identity_paths import IdentityPaths
@@ -108,17 +108,36 @@ GHOST_FILE_BYTES_MAX = 64 << 20
 class HostPaths:
     """Where this host keeps what a migration needs.
 
-    `run` is on a tmpfs and gone after a reboot; `state` survives one.
+    `run` is on a tmpfs and gone after a reboot; `state` survives one. `identity` and `bundles` are
+    below `config` and `state` unless they are given.
     """
 
     run: Path = Path("/run/migrate")
     state: Path = Path("/var/lib/migrate")
     config: Path = Path("/etc/migrate")
+    identity: Path | None = None
+    bundles: Path | None = None
+
+    def once(self, migration_id: str) -> HostPaths:
+        """What is for that migration alone, as if this host had nothing else: see `agent/once.py`.
+        Containers that come go where all are, since they stay."""
+        state = self.state / "once" / migration_id
+        return replace(
+            self,
+            run=self.run / "once" / migration_id,
+            state=state,
+            identity=state / "tls",
+            bundles=self.containers,
+        )
+
+    def with_identity(self, directory: Path) -> HostPaths:
+        """The same host, which shows another identity."""
+        return replace(self, identity=directory)
 
     @property
     def tls(self) -> IdentityPaths:
         """The identity of this host."""
-        return IdentityPaths(self.config / "tls")
+        return IdentityPaths(self.identity or self.config / "tls")
 
     @property
     def journal(self) -> Path:
@@ -133,7 +152,7 @@ class HostPaths:
     @property
     def containers(self) -> Path:
         """Bundles of containers that came here."""
-        return self.state / "containers"
+        return self.bundles or self.state / "containers"
 
     @property
     def front(self) -> Path:

@@ -322,7 +322,7 @@ class Coordinator:
 
     async def _open_session(self) -> E:
         assert self._facts is not None
-        link = TargetLink(self.options.target, self.options.port, self._paths)
+        link = TargetLink(self.options.target, self.options.port, self._paths, self.options.way)
         self._target = target = Conversation(
             link, self._post_heard, self._note, patience_s=self.options.link_patience_s
         )
@@ -492,7 +492,9 @@ class Coordinator:
     async def _ask_agent(self, ask: messages.Ask) -> E | None:
         target, port = self.options.target, self.options.port
         try:
-            return target_reported(await peer.say(target, port, self._paths, "target", ask))
+            return target_reported(
+                await peer.say(target, port, self._paths, "target", ask, self.options.way)
+            )
         except MigrateError as error:
             log.info("the target is not heard", why=str(error))
             await self._hold()

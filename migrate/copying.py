@@ -135,9 +135,10 @@ class Copying:
             await asyncio.to_thread(self._memory.close)
 
     def _make_sender(self, opened: SessionOpened, read: ReadPages) -> PageSender:
-        link, target = self._link, self._options.target
+        link = self._link
+        address, port = link.way.to(self._options.target, opened.data_port)
         return PageSender(
-            lambda _: tls.connect(target, opened.data_port, link.context, server_name=opened.host),
+            lambda _: tls.connect(address, port, link.context, server_name=opened.host),
             ticket=bytes.fromhex(opened.ticket),
             read=read,
             streams=self._options.streams or default_streams(),

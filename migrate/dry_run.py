@@ -76,7 +76,7 @@ async def dry_run(
     )
     facts = checked.facts
     tracker, warning = await asyncio.to_thread(tracker_for, options, facts, host)
-    link = TargetLink(options.target, options.port, paths)
+    link = TargetLink(options.target, options.port, paths, options.way)
     try:
         opened = await link.open_session(
             facts.open_session(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from migrate import config
+from migrate.way import DIRECT, Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +24,4 @@ class Options:
     streams: int | None = None
     link_patience_s: float = config.LINK_PATIENCE_S
     shared: tuple[str, ...] = ()
+    way: Way = DIRECT

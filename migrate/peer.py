@@ -8,11 +8,13 @@ side that has crashed and come back can be asked all the same, and a side that h
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 import aiohttp
 
-from migrate import config
+from migrate import config, once
 from migrate.core import messages
 from migrate.errors import ProtocolError
 from migrate.identity import own_identity
@@ -20,6 +22,7 @@ from migrate.target_link import unreachable
 
 if TYPE_CHECKING:
     from migrate.journal import Role
+    from migrate.way import Way
 
 # What is answered about a migration that a host knows nothing of: no evidence for anything.
 UNKNOWN = "unknown"
@@ -31,13 +34,34 @@ async def say(
     paths: config.HostPaths,
     role: Role,
     message: messages.Ask | messages.Commit | messages.Abort,
+    way: Way | None = None,
 ) -> str:
     """The state that the peer answers with, UNKNOWN when it knows of no such migration.
 
-    Raises Unreachable, ProtocolError.
+    way: to the peer; if it is not known, it is found, also to a host that is in no fleet
+    (`once.py`). Raises Unreachable, ProtocolError, MigrateError.
     """
+    if way is not None:
+        return await _say(host, port, paths, role, message, way)
+    with contextlib.ExitStack() as stack:
+        found, own = await asyncio.to_thread(
+            once.way_back, paths, message.migration_id, port, stack
+        )
+        return await _say(host, port, own, role, message, found)
+
+
+async def _say(
+    host: str,
+    port: int,
+    paths: config.HostPaths,
+    role: Role,
+    message: messages.Ask | messages.Commit | messages.Abort,
+    way: Way,
+) -> str:
     url = f"https://{host}:{port}/v1/migrations/{message.migration_id}/{role}"
-    connector = aiohttp.TCPConnector(ssl=own_identity(paths).client_context())
+    connector = aiohttp.TCPConnector(
+        ssl=own_identity(paths).client_context(), resolver=way.resolver()
+    )
     timeout = aiohttp.ClientTimeout(
         total=config.WORD_DEADLINE_S, sock_connect=config.WORD_CONNECT_DEADLINE_S
     )

@@ -24,6 +24,7 @@ from migrate.core.outbox import Outbox
 from migrate.errors import ProtocolError, SessionRefused, Unreachable
 from migrate.identity import own_identity
 from migrate.rootfs import CHUNK_BYTES
+from migrate.way import DIRECT
 from transport.identity import peer_of
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from migrate.core.messages import OpenSession, SourceMessage, TargetMessage
+    from migrate.way import Way
 
 # Samples of the two hosts' clocks; the best round trip of them counts.
 PINGS = 16
@@ -59,8 +61,9 @@ class NobodyListens(Unreachable):
 class TargetLink:
     """One migration's way to the agent of `host`. Close it; one event loop."""
 
-    def __init__(self, host: str, port: int, paths: config.HostPaths) -> None:
+    def __init__(self, host: str, port: int, paths: config.HostPaths, way: Way = DIRECT) -> None:
         self.host = host
+        self.way = way
         self._port = port
         self.identity = own_identity(paths)
         self._http: aiohttp.ClientSession | None = None
@@ -246,7 +249,8 @@ class TargetLink:
     def _client(self) -> aiohttp.ClientSession:
         if self._http is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.CONNECT_DEADLINE_S)
-            self._http = aiohttp.ClientSession(timeout=timeout)
+            connector = aiohttp.TCPConnector(resolver=self.way.resolver())
+            self._http = aiohttp.ClientSession(connector=connector, timeout=timeout)
         return self._http
 
     def _url(self, path: str) -> str:

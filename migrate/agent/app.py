@@ -27,7 +27,7 @@ import contextlib
 import re
 import signal
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
@@ -52,6 +52,8 @@ from transport.errors import TransportError
 from transport.identity import Peer, Role
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from aiohttp.typedefs import Handler
 
     from migrate.agent.session import Session
@@ -110,8 +112,14 @@ class Agent:
         """Where it listens: control, data."""
         return self._front.port, self._front.data_port
 
-    async def serve(self) -> None:
-        """Serve until SIGTERM or SIGINT; sessions that hold nothing yet are undone then."""
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is a session that has not ended, or one that an operator has to decide."""
+        return bool(self._sessions.live() or self._sessions.unknown)
+
+    async def serve(self, until: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Serve until SIGTERM or SIGINT, or until `until`, begun when it listens, has ended.
+        Sessions that hold nothing yet are undone then."""
         await self._sessions.adopt_former()
         chores = [asyncio.create_task(one()) for one in (self._custodian.run, self._keep_identity)]
         runner = web.AppRunner(self.application(), access_log=None)
@@ -124,6 +132,9 @@ class Agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        if until is not None:
+            chores.append(asyncio.create_task(until()))
+            chores[-1].add_done_callback(lambda _: stop.set())
         await stop.wait()
         for chore in chores:
             chore.cancel()

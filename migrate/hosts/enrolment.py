@@ -22,6 +22,7 @@ from migrate.errors import MigrateError, UsageError
 from migrate.hosts import book, bundle, wheels
 from migrate.hosts.book import HostRecord
 from migrate.hosts.remote import PROGRAM_ROOT, HostFacts, RemoteHost
+from migrate.identity import identity_errors
 from migrate.service import ServiceState, Started
 from transport.errors import TransportError
 from transport.identity import Role
@@ -91,7 +92,7 @@ def add(
         state = host.migrate(["service", "state"], ServiceState)
         _check_clock(name, state)
         if not _is_enrolled(state, name, authority):
-            _give_identity(host, name, authority, all_addresses)
+            give_identity(host, PROGRAM_ROOT, name, authority, all_addresses)
             tell(f"{name}: enrolled")
         started = host.migrate(["service", "start"], Started)
         tell(_told(name, started, version))
@@ -294,20 +295,25 @@ def _is_enrolled(state: ServiceState, name: str, authority: Authority) -> bool:
     return ours is not None and not ours.revoked and days >= RENEW_BELOW_DAYS
 
 
-def _give_identity(
-    host: RemoteHost, name: str, authority: Authority, addresses: Sequence[str]
+def give_identity(
+    host: RemoteHost,
+    root: str,
+    name: str,
+    authority: Authority,
+    addresses: Sequence[str] = (),
+    into: Sequence[str] = (),
 ) -> None:
-    """The key is made on the host; what travels is a request and certificates."""
-    wanted = host.run([_MIGRATE, "identity", "request"]).stdout
-    try:
+    """The key is made on the host; what travels is a request and certificates. `into`: options of
+    `migrate identity`. Raises MigrateError."""
+    command = [f"{root}/current/bin/migrate", "identity"]
+    wanted = host.run([*command, "request", *into]).stdout
+    with identity_errors():
         answer = {
             "ca": authority.certificate_pem.decode(),
             "crl": authority.crl_pem.decode(),
             "certificate": authority.issue(wanted, name, Role.HOST, addresses).decode(),
         }
-    except TransportError as error:
-        raise MigrateError(f"{name} can't be enrolled: {error}", host=name) from error
-    host.run([_MIGRATE, "identity", "install"], stdin=msgspec.json.encode(answer))
+    host.run([*command, "install", *into], stdin=msgspec.json.encode(answer))
 
 
 def _address_of(host: RemoteHost) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from tests.lab.waiting import wait_until
 PROGRAMS: Final = "/usr/local/faults"
 ENVIRONMENT: Final = {"PATH": f"{PROGRAMS}:{PATH_INSIDE}"}
 """Of everything that starts `migrate` in a lab host: it is the one that can be stopped."""
-_MIGRATE: Final = f"""\
+HALTING: Final = f"""\
 #!/bin/sh
 export PYTHONPATH={SOURCE_INSIDE} PYTHONPYCACHEPREFIX=/var/cache/migrate/pyc
 exec /usr/bin/python3 -m tests.faults.halting "$@"
@@ -48,7 +48,7 @@ class Scene:
         self.lab.start()
         try:
             for host in self.lab.hosts:
-                host.write_text(f"{PROGRAMS}/migrate", _MIGRATE, 0o755)
+                host.write_text(f"{PROGRAMS}/migrate", HALTING, 0o755)
                 for directory in (halting.ARMED, halting.REACHED):
                     host.path(directory).mkdir(parents=True)
                 agents.launch(host, ENVIRONMENT)
