@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+_GIVE_BACK_AFTER_S = 10.0
+
 # Of the standard library, what is imported where it is first needed; then it can't be found.
 _NEEDED_LATER = (concurrent.futures.thread, encodings.idna)
 
@@ -107,7 +109,8 @@ class Streams:
             received = self._received.pop(ticket, None)
         if received is not None:
             received.close()
-        heap.give_back()
+        # Not now: a container may stand still.
+        threading.Timer(_GIVE_BACK_AFTER_S, heap.give_back).start()
         return Done(), ()
 
 
