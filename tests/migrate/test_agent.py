@@ -80,6 +80,9 @@ async def test_roles(site: Site) -> None:
     assert await site.status(other, "POST", "/v1/migrations/m-1/target", ASK) == 200
     assert await site.status(person, "POST", "/v1/migrations/m-1/target", ASK) == 403
     assert await site.status(person, "POST", "/v1/sessions", ASK) == 403
+    assert await site.status(other, "GET", "/v1/sessions/m-1/control", b"") == 404
+    (stray,) = [line for line in site.log if line["event"] == "channel refused"]
+    assert (stray["peer"], stray["path"]) == ("other", "/v1/sessions/m-1/control")
     refused = [line for line in site.log if line["event"] == "request refused"]
     assert [(line["peer"], line["path"]) for line in refused] == [
         ("other", "/v1/operator"),
