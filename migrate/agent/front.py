@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-from aiohttp import web
 
 from migrate import config, heap
 from migrate.agent import lockdown
@@ -46,6 +45,7 @@ from migrate.agent.front_link import (
     Revoke,
 )
 from migrate.agent.received import Received
+from migrate.agent.site import Site
 from migrate.logs import log_to_stderr
 from transport.errors import TransportError
 from transport.identity import TlsIdentity
@@ -142,9 +142,7 @@ def _obey(orders: Link, streams: Streams) -> None:
 
 async def _serve(control: socket.socket, identity: TlsIdentity, asks: Link) -> None:
     gateway = Gateway(f"/{SOCKET_NAME}")
-    runner = web.AppRunner(gateway.application(), access_log=None)
-    await runner.setup()
-    await web.SockSite(runner, control, ssl_context=identity.server_context()).start()
+    await Site(gateway.application(), control, identity.server_context()).start()
     await asyncio.to_thread(asks.ask, Ready())
     while True:
         await asyncio.sleep(config.IDENTITY_PERIOD_S)

@@ -7,6 +7,7 @@ own goes through, but for rsync's, which the agent does not read either.
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 from typing import TYPE_CHECKING
@@ -20,14 +21,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from migrate import config
 from migrate.agent.front_link import PEER_HEADER, Caller
 from migrate.agent.relay import CLOSE_DEADLINE_S, Relay
+from migrate.agent.site import BODY_DEADLINE_S
 from migrate.core import messages
 from migrate.errors import ProtocolError
 from migrate.rootfs import CHUNK_BYTES, END
 from transport.identity import peer_of
 
 if TYPE_CHECKING:
-    import asyncio
-
     from migrate.agent.relay import CheckText
 
 log = structlog.get_logger()
@@ -143,7 +143,10 @@ class Gateway:
 async def body_of(request: web.Request) -> bytes:
     """What the caller sends; one that hangs up meanwhile hears no answer either."""
     try:
-        return await request.read()
+        async with asyncio.timeout(BODY_DEADLINE_S):
+            return await request.read()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(text="the request took too long") from error
     except ConnectionError as error:
         raise web.HTTPBadRequest(text="the request broke off") from error
 
