@@ -18,6 +18,7 @@ from typing import Final
 from criu_glue.core.wire import (
     IMG_COMMON_MAGIC,
     WIRE_BYTES,
+    WIRE_VARINT,
     ImageFormatError,
     check_magic,
     iterate_fields,
@@ -59,12 +60,19 @@ def rearm_timers(data: bytes, what: str = "files") -> bytes:
 def _nanoseconds_of_expired(data: bytes, start: int, end: int) -> int | None:
     """Where the one byte is that says how many nanoseconds a timer has left; None for a timer that
     is not one of these."""
-    values = {field: value for field, _, value, _ in iterate_fields(data, start, end)}
+    values: dict[int, int] = {}
+    begin = start
+    for field, kind, value, size in iterate_fields(data, start, end):
+        if field in values or kind not in (WIRE_VARINT, WIRE_BYTES):
+            raise ImageFormatError("a timer has a field twice, or of a kind that is unknown here")
+        values[field] = value
+        # Only between numbers the bytes below mean what they say.
+        begin = value + size if kind == WIRE_BYTES else begin
     has_period = values.get(_PERIOD_SECONDS) or values.get(_PERIOD_NANOSECONDS)
     has_time = values.get(_SECONDS) or values.get(_NANOSECONDS)
     if has_time or not has_period or not values.get(_TICKS):
         return None
-    place = data.find(_NO_TIME_LEFT, start, end)
+    place = data.find(_NO_TIME_LEFT, begin, end)
     if place < 0:
         raise ImageFormatError("a timer's fields are not in the order of their numbers")
     return place + len(_NO_TIME_LEFT) - 1

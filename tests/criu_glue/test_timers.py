@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from typing import Any
 
 import pytest
 
-from criu_glue.core.timers import rearm_timers
-from criu_glue.core.wire import ImageFormatError
+from criu_glue.core.timers import FILES_MAGIC, rearm_timers
+from criu_glue.core.wire import IMG_COMMON_MAGIC, ImageFormatError
 from tests.criu_glue.checkpoint_images import image, images
 
 
@@ -98,3 +99,18 @@ def test_what_is_no_files_image_is_refused() -> None:
     for bad in (b"", b"x" * 64, good[:-1], image("MM", [])):
         with pytest.raises(ImageFormatError):
             rearm_timers(bad)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"\x35\x00\x38\x00\x40",  # a number of four bytes that holds the bytes of two fields
+        b"\x38\x00\x40\x00",  # "no time left", once more
+    ],
+)
+def test_a_timer_whose_fields_are_not_what_they_seem_is_refused(fields: bytes) -> None:
+    timer_ = b"\x28\x01" + fields + b"\x38\x00\x40\x00\x48\x01\x50\x00"
+    entry = b"\x08\x11\x62" + bytes([len(timer_)]) + timer_
+    image_ = struct.pack("<III", IMG_COMMON_MAGIC, FILES_MAGIC, len(entry)) + entry
+    with pytest.raises(ImageFormatError, match="twice, or of a kind"):
+        rearm_timers(image_)
