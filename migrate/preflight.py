@@ -324,11 +324,12 @@ def _of_configuration(request: OpenSession, rules: Policy) -> list[Refusal]:
         refusals += judge_resources(spec, _read(_CONTROLLERS_HERE).split())
         refusals += _of_cgroup(spec, request.container)
         refusals += _of_profile(str(spec.get("process", {}).get("apparmorProfile") or ""))
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        shared = rules.receive.bind_mounts
+        binds = (one.source for one in mounts if one.is_bind)
+        here = frozenset(source for source in binds if _is_here(source, shared))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, OSError) as error:
         text = f"the container's config.json can't be read: {error}"
         return [Refusal("config", text, "check it on the source")]
-    shared = rules.receive.bind_mounts
-    here = frozenset(one.source for one in mounts if one.is_bind and _is_here(one.source, shared))
     return [*refusals, *judge_mounts(mounts, shared, here)]
 
 
