@@ -165,7 +165,7 @@ class Agent:
             if message.host != peer:
                 raise ProtocolError(f"{peer} can't open a session in the name of {message.host}")
         except MigrateError as error:
-            log.warning("session refused", peer=peer, why=str(error))
+            log.warning("session refused", **_who(request), why=str(error))
             return _answer(_refused("protocol", error))
         async with self._opening:
             return _answer(await self._admit(message, peer))
@@ -262,7 +262,7 @@ class Agent:
                 raise ProtocolError("the word is about another migration")
             return _answer(await answer[request.match_info["role"]](word, caller))
         except MigrateError as error:
-            log.warning("word refused", peer=caller, why=str(error))
+            log.warning("word refused", **_who(request), why=str(error))
             raise web.HTTPConflict(text=error.message) from error
 
     async def _operate(self, request: web.Request) -> web.Response:
@@ -282,14 +282,14 @@ class Agent:
 
     async def _revocations(self, request: web.Request) -> web.Response:
         """The authority's list of revoked identities, whoever brings it: it proves itself."""
-        peer, pem = _peer(request), await _body(request)
         try:
-            is_new = await asyncio.to_thread(self._identity.take_revocations, pem)
+            is_new = await asyncio.to_thread(self._identity.take_revocations, await _body(request))
         except TransportError as error:
-            log.warning("revocations refused", peer=str(peer), why=str(error))
+            log.warning("revocations refused", **_who(request), why=str(error))
             raise web.HTTPConflict(text=str(error)) from error
         if is_new:
-            log.info("revocations taken", peer=str(peer), number=self._identity.revocations.number)
+            number = self._identity.revocations.number
+            log.info("revocations taken", **_who(request), number=number)
         return web.Response(status=204)
 
     async def _keep_identity(self) -> None:
@@ -316,6 +316,7 @@ class Agent:
         """The session of the URL, if it is the caller's; otherwise there is none for it."""
         session = self._sessions.find(request.match_info["id"], _host(request))
         if session is None:
+            log.warning("channel refused", **_who(request), path=request.path, why="no session")
             raise web.HTTPNotFound(text="no such session")
         return session
 
@@ -348,11 +349,14 @@ def _host(request: web.Request) -> str:
 
 
 def _forbidden(request: web.Request, why: str) -> web.HTTPForbidden:
-    peer = str(_peer(request))
-    log.warning(
-        "request refused", peer=peer, address=_caller(request).address, path=request.path, why=why
-    )
+    log.warning("request refused", **_who(request), path=request.path, why=why)
     return web.HTTPForbidden(text=why)
+
+
+def _who(request: web.Request) -> dict[str, str]:
+    """For the log."""
+    caller = _caller(request)
+    return {"peer": str(caller.peer), "address": caller.address}
 
 
 def _refused(code: str, error: MigrateError) -> messages.Refused:
