@@ -369,16 +369,19 @@ def _only(name: x509.Name, kind: x509.ObjectIdentifier) -> str:
 
 def _check_issued(certificate: x509.Certificate, authority: x509.Certificate) -> None:
     strange = PeerNotTrustedError("a certificate that this fleet's authority did not sign")
-    if certificate.issuer != authority.subject:
-        raise strange
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except InvalidSignature as error:
-        raise strange from error
+    with _well_formed("certificate"):
+        if certificate.issuer != authority.subject:
+            raise strange
+        try:
+            certificate.verify_directly_issued_by(authority)
+        except InvalidSignature as error:
+            raise strange from error
 
 
 def _check_time(certificate: x509.Certificate, at: datetime.datetime) -> None:
-    if not certificate.not_valid_before_utc <= at <= expiry_of(certificate):
+    with _well_formed("certificate"):
+        is_valid = certificate.not_valid_before_utc <= at <= expiry_of(certificate)
+    if not is_valid:
         raise CertificateExpiredError(
             f"a certificate that holds from {certificate.not_valid_before_utc:%F %R}"
             f" to {expiry_of(certificate):%F %R} UTC"
