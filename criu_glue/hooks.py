@@ -22,6 +22,10 @@ into a directory of the migration, give us the moments that matter:
 - On the source the hook freezes the tasks' cgroup before it says that it holds: they are stopped by
   CRIU's ptrace alone, and would go on the moment that CRIU is killed. On the target they wait for
   CRIU in a futex (`criu/cr-restore.c: __restore_switch_stage`), so there they stay.
+- A copy has a second, short hold at pre-resume (`HoldPlan.judged`): only there have its tasks their
+  credentials and seccomp filters (`criu/pie/restorer.c`: behind the stage that post-restore is in),
+  and they stand in CRIU's ptrace, before their first instruction. The word is "run" or "refuse".
+  The failure of this hook would only be logged, so a refused copy is killed by it, by its init.
 - Each action leaves a file `seen.ACTION`, and the gate CRIU's pid in `criu.pid`, for a process that
   comes later and has heard no event.
 
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Verdict = Literal["commit", "abort"]
+Judgement = Literal["run", "refuse"]
 
 # The descriptor on which the gate leaves CRIU its finished page-server socket. Above what runtimes
 # pass (runc: 3..7), below CRIU's own service descriptors, which start at the top of the limit.
@@ -97,7 +102,7 @@ _HOOK = """\
 # CRIU runs this at each of its actions; see criu_glue/hooks.py.
 action=$CRTOOLS_SCRIPT_ACTION holds=
 true > {seen}."$action"
-{at_unlock}[ "$action" = {hold_at} ] && holds=1
+{at_unlock}{judged}[ "$action" = {hold_at} ] && holds=1
 {freeze}echo "$action" 1<> {events}
 [ "$holds" ] || exit 0
 {watch}read -r verdict <> {verdict}
@@ -136,6 +141,19 @@ fi
 """
 
 
+# The mark comes behind the kill: a hook that ends in between has refused nothing. The port goes
+# first, so that no client hears of the sockets' end.
+_JUDGED = """\
+if [ "$action" = pre-resume ]; then
+    echo "$action" 1<> {events}
+    {watch}read -r word <> {judgement}
+    {unwatch}[ "$word" = run ] && exit 0
+    {unplug}kill -KILL "$CRTOOLS_INIT_PID" && : > {refused}
+    exit 1
+fi
+"""
+
+
 class Waitable(Protocol):
     """The runtime's process, as asyncio's or any other."""
 
@@ -151,7 +169,9 @@ class HoldPlan:
     `hold_at` is the action at which CRIU waits for the verdict. `at_unlock` are command lines that
     run exactly when CRIU says that sockets may speak again. `options` are lines of
     CRIU's configuration file. `freeze` is the cgroup that is frozen as long as CRIU is held.
-    `orphaned` is started when the hold lasts (see the module) and ended with it.
+    `orphaned` is started when the hold lasts (see the module) and ended with it. `judged` is the
+    same for the hold at pre-resume, which there is only if it is given; `at_refusal` are command
+    lines that run before a refused copy is killed.
     """
 
     hold_at: Literal["post-dump", "post-restore"]
@@ -159,6 +179,8 @@ class HoldPlan:
     at_unlock: tuple[tuple[str, ...], ...] = ()
     freeze: Path | None = None
     orphaned: tuple[str, ...] = ()
+    judged: tuple[str, ...] = ()
+    at_refusal: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(slots=True)
@@ -182,7 +204,7 @@ class CriuHold:
             raise CriuGlueError("criu is not installed")
         (directory / "bin").mkdir(mode=0o700, parents=True)
         hold = cls(directory)
-        for fifo in ("events", "gate", "verdict"):
+        for fifo in ("events", "gate", "verdict", "judgement"):
             os.mkfifo(directory / fifo, 0o600)
             # Read and write: opening never blocks, and the pipe keeps what was written to it until
             # the other side opens it.
@@ -241,6 +263,11 @@ class CriuHold:
         os.write(self._fds["verdict"], verdict.encode() + b"\n")
         return time.monotonic_ns() // 1000
 
+    def judge(self, word: Judgement) -> int:
+        """Answer the hold at pre-resume; returns the moment (µs)."""
+        os.write(self._fds["judgement"], word.encode() + b"\n")
+        return time.monotonic_ns() // 1000
+
     def close(self) -> None:
         """Give up observing. A CRIU that is held stays held."""
         if "events" in self._fds:
@@ -285,6 +312,11 @@ def say(directory: Path, verdict: Verdict) -> bool:
     return _say(directory / "verdict", verdict)
 
 
+def judge(directory: Path, word: Judgement) -> bool:
+    """Answer a hold at pre-resume that another process made; True when it waited."""
+    return _say(directory / "judgement", word)
+
+
 def is_held(directory: Path) -> bool:
     """Whether a CRIU waits for its verdict."""
     return _say(directory / "verdict", "")
@@ -296,8 +328,14 @@ def has_seen(directory: Path, action: str) -> bool:
 
 
 def is_let_go(directory: Path) -> bool:
-    """Whether the hook has let CRIU go on: from then on restored tasks may have run."""
-    return (directory / "committed").exists()
+    """Whether the hook has let CRIU go on: from then on restored tasks may have run, unless they
+    were refused at pre-resume."""
+    return (directory / "committed").exists() and not is_refused(directory)
+
+
+def is_refused(directory: Path) -> bool:
+    """Whether a copy was killed at pre-resume: it has executed nothing."""
+    return (directory / "refused").exists()
 
 
 def criu_pid(directory: Path) -> int | None:
@@ -340,7 +378,7 @@ def _hook_text(directory: Path, plan: HoldPlan) -> str:
     def quoted(name: str) -> str:
         return shlex.quote(str(directory / name))
 
-    at_unlock = freeze = watch = ""
+    at_unlock = freeze = watch = judged = ""
     if plan.at_unlock:
         command = " && ".join(shlex.join(words) for words in plan.at_unlock)
         at_unlock = _AT_UNLOCK.format(
@@ -350,8 +388,19 @@ def _hook_text(directory: Path, plan: HoldPlan) -> str:
         freeze = _FREEZE.format(cgroup_freeze=shlex.quote(str(plan.freeze / "cgroup.freeze")))
     if plan.orphaned:
         watch = _WATCH.format(patience_s=PATIENCE_S, command=shlex.join(plan.orphaned))
+    if plan.judged:
+        unplug = "".join(f"{shlex.join(words)}; " for words in plan.at_refusal)
+        judged = _JUDGED.format(
+            events=quoted("events"),
+            watch=_WATCH.format(patience_s=PATIENCE_S, command=shlex.join(plan.judged)),
+            judgement=quoted("judgement"),
+            unwatch=_UNWATCH,
+            unplug=unplug,
+            refused=quoted("refused"),
+        )
     return _HOOK.format(
         at_unlock=at_unlock,
+        judged=judged,
         freeze=freeze,
         watch=watch,
         unwatch=_UNWATCH if watch else "",

@@ -13,12 +13,14 @@ import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from migrate.container_checks import DEFAULT_DEVICES, is_below
+from migrate.core import confinement
 from migrate.refusals import Refusal
 from migrate.runtimes.oci import part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from migrate.core.confinement import Confinements
     from migrate.core.messages import OpenSession
     from migrate.policy import Policy, Receive
     from migrate.runtimes.base import Mount
@@ -109,6 +111,32 @@ def judge_receive(
             *_of_seccomp(spec, receive),
             *_of_kernel_files(spec, mounts, receive),
         ]
+    return refusals
+
+
+def judge_tasks(policy: Policy, confinements: Confinements) -> list[Refusal]:
+    """Whether tasks that are held back like this may run here, whatever config.json says."""
+    receive = policy.receive
+    if receive.privileged:
+        return []
+    refusals = [
+        Refusal(
+            "policy-capability",
+            f"a task of the container has the capability {name}",
+            _add("receive", "capabilities", name),
+        )
+        for name in confinement.unusual(
+            confinements, USUAL_CAPABILITIES | set(receive.capabilities)
+        )
+    ]
+    if confinement.unfiltered(confinements) and not receive.seccomp_off:
+        refusals.append(
+            Refusal(
+                "policy-seccomp",
+                "a task of the container has no seccomp filter",
+                f"set [receive] seccomp_off = true in {FILE} there, if it may",
+            )
+        )
     return refusals
 
 

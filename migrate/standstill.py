@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from criu_glue import images
 from criu_glue.mappings import cgroup_pids
-from migrate import config
+from migrate import config, confinement
 from migrate.core import messages
 from migrate.errors import DumpFailed
 from migrate.rootfs import shared_file_mappings
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from criu_glue.core.pagemap import PageRuns
     from migrate.copying import Copying
+    from migrate.core.confinement import Confinements
     from migrate.core.manifest import SignedManifest
     from migrate.freezing import Freezing
     from migrate.report import ReportBuilder
@@ -54,6 +55,7 @@ class Standstill:
         self._freezing = freezing
         self._report = report
         self._sending: asyncio.Task[RoundStats] | None = None
+        self._confining: asyncio.Task[Confinements] | None = None
         self._passes: list[RootfsPassRun] = []
         self.marks: dict[str, int] = {}
 
@@ -70,14 +72,19 @@ class Standstill:
             self._report.add_round(await asyncio.to_thread(memory.send, delta.code))
         self._freezing.start_dump()
         self._sending = asyncio.create_task(asyncio.to_thread(memory.send, delta.rest))
-        # Heard by `send_final`, unless the dump fails before.
-        self._sending.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        # While CRIU works: it changes nothing of this.
+        cgroup = self._copying.facts.container.cgroup
+        self._confining = asyncio.create_task(asyncio.to_thread(confinement.read, cgroup))
+        for one in (self._sending, self._confining):
+            # Heard by `send_final`, unless the dump fails before.
+            one.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         self._passes = [final_rootfs, *self._recheck_mapped_files(after=final_rootfs)]
         self.marks["dumped"] = await self._freezing.dumped()
 
     async def send_final(self) -> messages.Restore:
         """Send what is left; returns the request for the restore, signed."""
         assert self._sending is not None
+        assert self._confining is not None
         memory, image_dir = self._copying.memory, self._freezing.image_dir
         self._report.add_round(await self._sending)
         lazy = await asyncio.to_thread(images.lazy_ranges, image_dir)
@@ -101,6 +108,7 @@ class Standstill:
             signature=signed.signature,
             certificate=signed.certificate,
             lazy_pages=sum(int(runs[:, 1].sum()) for runs in lazy.values()),
+            confinement=await self._confining,
         )
 
     def _tell_written_by_criu(self, lazy: Mapping[int, PageRuns]) -> None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from criu_glue import images
 from criu_glue.hooks import (
     CriuHold,
@@ -26,8 +28,9 @@ from criu_glue.hooks import (
     criu_pid,
     has_seen,
     is_let_go,
+    is_refused,
 )
-from migrate import config, output_keeper
+from migrate import config, confinement, output_keeper
 from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended, waited
 from migrate.agent.pager_process import PagerProcess
 from migrate.criu_run import RuntimeOrCriu
@@ -40,8 +43,14 @@ if TYPE_CHECKING:
 
     from criu_glue.page_store import PageStore
     from migrate.agent.pager_process import FillResult
+    from migrate.core.confinement import Confinements
     from migrate.network_identity import Port
     from migrate.runtimes.base import Runtime
+
+
+class CopyRefused(RestoreFailed):
+    """The restored tasks were held back less than on their source, and were killed before their
+    first instruction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,11 @@ class RestorePlan:
         """Logs, sockets and the programs of the hold."""
         return self.session / "work"
 
+    @property
+    def confinement(self) -> Path:
+        """What the source said of its tasks, for a judge that comes when the agent is gone."""
+        return self.work_dir / "confinement.json"
+
 
 class Restoring:
     """See the module. Methods are to be called once each, in order, from one event loop."""
@@ -81,6 +95,7 @@ class Restoring:
         self._pager: PagerProcess | None = None
         self._process: Outliving | None = None
         self._keeper: Outliving | None = None
+        self._expected: Confinements | None = None
 
     async def prepare(self, descriptors: tuple[str, str, str], orphaned: tuple[str, ...]) -> None:
         """Start the runtime and the pager; returns when CRIU waits at its gate. `orphaned` is who
@@ -98,6 +113,12 @@ class Restoring:
                 ("manage-cgroups ignore", "network-lock skip", "verbosity 2"),
                 at_unlock,
                 orphaned=orphaned,
+                judged=confinement.command(
+                    plan.confinement, self._cgroup(), plan.work_dir / "hold"
+                ),
+                at_refusal=tuple(
+                    ("ip", "link", "set", "dev", port.host_end, "nomaster") for port in plan.ports
+                ),
             ),
         )
         if plan.lazy:
@@ -129,11 +150,13 @@ class Restoring:
             os.close(read_fd)
         return write_fd
 
-    async def restore(self, store: PageStore) -> dict[str, int]:
+    async def restore(self, store: PageStore, expected: Confinements) -> dict[str, int]:
         """Restore from the complete images and the store of all else; returns the marks (µs) of
-        gate and hold."""
+        gate and hold. `expected` is what has to hold the tasks back before they may run."""
         assert self._hold is not None
         plan = self.plan
+        self._expected = expected
+        plan.confinement.write_bytes(msgspec.json.encode(expected))
         await asyncio.to_thread(self._complete_images, store)
         deadline_s = config.RESTORE_DEADLINE_S if plan.lazy else config.EAGER_RESTORE_DEADLINE_S
         marks = {"restore": self._hold.open_gate()}
@@ -145,18 +168,48 @@ class Restoring:
         images.rearm_timers(self.plan.image_dir)
 
     async def commit(self) -> dict[str, int]:
-        """Let the container run; returns the marks (µs) of the release and of the first run."""
+        """Let the container run, unless it is held back less than its source was (CopyRefused);
+        returns the marks (µs) of the release and of the first run."""
         assert self._hold is not None
         marks = {"released": self._hold.decide("commit")}
         deadline_s = config.HANDOVER_DEADLINE_S
         try:
+            await self._until("pre-resume", deadline_s)
+            await self._judge()
             marks["resumed"] = await self._until("post-resume", deadline_s)
+        except CopyRefused:
+            raise
         except RestoreFailed:
             # A runtime that was killed does not keep its CRIU from letting the tasks run.
             if not await asyncio.to_thread(self._is_resumed, deadline_s):
                 raise
             marks["resumed"] = time.monotonic_ns() // 1000
         return marks
+
+    async def _judge(self) -> None:
+        """Only here have the tasks what holds them back; CRIU gives it to them at the very end."""
+        assert self._hold is not None
+        assert self._expected is not None
+        found = await asyncio.to_thread(confinement.differences, self._expected, self._cgroup())
+        self._hold.judge("refuse" if found else "run")
+        if not found:
+            return
+        hold = self.plan.work_dir / "hold"
+        is_dead = await asyncio.to_thread(
+            waited, partial(is_refused, hold), config.RUNTIME_EXIT_DEADLINE_S
+        )
+        kind = CopyRefused if is_dead else RestoreFailed
+        raise kind(
+            f"the copy is held back less than its source: {'; '.join(found)}",
+            host=self._host,
+            phase="committed",
+            remedy="see whether this host's kernel and security modules are like the source's",
+        )
+
+    def _cgroup(self) -> Path:
+        group = bundle_cgroup(self.plan.bundle, self.plan.container)
+        assert group is not None
+        return group
 
     async def is_lost(self) -> bool:
         """Returns when the runtime or its CRIU has ended: whether without the copy having been let

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from migrate import cgroup, config, holder, network, peer, signing
+from migrate import cgroup, config, holder, network, peer, policy, policy_checks, signing
 from migrate.agent import criu_roots
 from migrate.agent.adopted import AdoptedRestoring
 from migrate.agent.channel import ControlChannel
 from migrate.agent.lending import StillWrittenError
 from migrate.agent.pager_process import PagerLost
-from migrate.agent.restoring import RestorePlan, Restoring
+from migrate.agent.restoring import CopyRefused, RestorePlan, Restoring
 from migrate.agent.ticket import Ticket
 from migrate.agent.workspace import Workspace
 from migrate.announce import Announcer
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from migrate.agent.front_keeper import Front
+    from migrate.core.confinement import Confinements
     from migrate.journal import JournalWriter, Migration
     from migrate.recovery import Owner
     from migrate.runtimes.base import Runtime
@@ -325,9 +326,10 @@ class Session:
         assert self._network is not None
         carried = await self._take_over()
         await asyncio.to_thread(self._accept, self._restore, carried)
+        await asyncio.to_thread(self._check_confinement, self._restore.confinement)
         netns = Path(self._network.netns)
         await asyncio.to_thread(network.hint_neighbours, netns, self.request.network)
-        self._marks = await self._restoring.restore(self.workspace.store)
+        self._marks = await self._restoring.restore(self.workspace.store, self._restore.confinement)
         self._watching = asyncio.create_task(self._watch_copy(self._restoring))
         return E.CRIU_HELD
 
@@ -387,6 +389,18 @@ class Session:
         except OSError as error:
             raise RestoreFailed(f"the manifest can't be kept: {error}", phase="restore") from error
 
+    def _check_confinement(self, confinement: Confinements) -> None:
+        """What the images make of the tasks may be other than what config.json says of them. The
+        copy will be held to what is judged here (`Restoring.commit`). Blocking."""
+        refusals = policy_checks.judge_tasks(policy.load(self._paths.policy), confinement)
+        if refusals:
+            raise RestoreFailed(
+                "; ".join(one.message for one in refusals),
+                host=self._host,
+                phase="restore",
+                remedy=refusals[0].remedy,
+            )
+
     async def _record_commit(self) -> E:
         await self._ledger.record(str(S.COMMITTED), str(E.COMMIT_RECEIVED))
         self._marks = {"commit": time.monotonic_ns() // 1000}
@@ -402,6 +416,9 @@ class Session:
             self._announcer = await asyncio.to_thread(Announcer, netns, self.request.network)
         try:
             self._marks |= await self._restoring.commit()
+        except CopyRefused as error:
+            self.failed(A.RESUME, error)
+            return E.COPY_LOST
         except RestoreFailed:
             # A CRIU that has lost its runtime meanwhile has undone its restore when told to go on.
             if isinstance(self._restoring, Restoring) or await self._restoring.is_there():

@@ -29,6 +29,7 @@ from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta
 
+from migrate.core.confinement import Confinements
 from migrate.errors import ProtocolError
 from migrate.network_identity import NetworkIdentity
 
@@ -168,12 +169,15 @@ class Restore(Message, frozen=True, tag="restore"):
     """Asks for the restore; all that the manifest (`manifest.py`) names has been acknowledged.
 
     signature: of the source's identity over the manifest. certificate: that identity's, DER.
+    confinement: what held the tasks back on the source when they were frozen, and must hold the
+    copy.
     """
 
     manifest: ManifestBytes
     signature: Signature
     certificate: Certificate
     lazy_pages: Count
+    confinement: Confinements
 
 
 class Commit(Message, frozen=True, tag="commit"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import signal
 import socket
 import stat
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +25,10 @@ from criu_glue.hooks import (
     HoldPlan,
     abort_from_outside,
     criu_pid,
+    has_seen,
     is_held,
     is_let_go,
+    is_refused,
 )
 from tests.lab.waiting import wait_until
 
@@ -328,4 +332,78 @@ async def test_a_hook_that_is_killed_has_failed(directory: Path) -> None:
     hook.kill()
     assert await runtime.end() == 1
     assert not (directory / "committed").exists()
+    hold.close()
+
+
+@pytest.fixture
+def init(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """Plays the first task of what is restored."""
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        monkeypatch.setenv("CRTOOLS_INIT_PID", str(process.pid))
+        yield process
+        process.kill()
+
+
+JUDGED_ACTIONS = ("post-restore", "network-unlock", "pre-resume", "post-resume")
+
+
+def prepare_judged(directory: Path, *judge: str) -> CriuHold:
+    refused = ("touch", str(directory.parent / "unplugged"))
+    plan = HoldPlan("post-restore", (), judged=judge, at_refusal=(refused,))
+    hold = CriuHold.prepare(directory, plan)
+    hold.open_gate()
+    hold.decide("commit")
+    return hold
+
+
+@pytest.mark.parametrize("word", ["run", "refuse"])
+async def test_a_copy_waits_for_its_judge(
+    directory: Path, init: subprocess.Popen[bytes], word: str
+) -> None:
+    hold = prepare_judged(directory, "false")
+    runtime = Runtime(hold, RESTORE, JUDGED_ACTIONS)
+    await runtime.start()
+    assert await hold.wait_or_end("pre-resume", runtime.process, DEADLINE_S)
+    assert init.poll() is None
+    assert not has_seen(directory, "post-resume")
+    hold.judge("run" if word == "run" else "refuse")
+    assert await runtime.end() == (0 if word == "run" else 1)
+    if word == "run":
+        assert init.poll() is None
+        assert is_let_go(directory)
+    else:
+        assert init.wait(DEADLINE_S) == -signal.SIGKILL
+        assert is_refused(directory)
+        assert not is_let_go(directory)
+    assert (directory.parent / "unplugged").exists() == (word == "refuse")
+    hold.close()
+
+
+@pytest.mark.parametrize("word", ["run", "refuse"])
+async def test_a_copy_whose_agent_is_silent_is_judged_by_another(
+    directory: Path, init: subprocess.Popen[bytes], word: str
+) -> None:
+    say = 'echo "$0" > "$1"'
+    hold = prepare_judged(directory, "sh", "-c", say, word, str(directory / "judgement"))
+    runtime = Runtime(hold, RESTORE, JUDGED_ACTIONS)
+    await runtime.start()
+    assert await hold.wait_or_end("pre-resume", runtime.process, DEADLINE_S)
+    hold.close()
+    assert await runtime.end() == (0 if word == "run" else 1)
+    assert is_refused(directory) == (word == "refuse")
+
+
+async def test_what_could_not_be_killed_was_not_refused(
+    directory: Path, init: subprocess.Popen[bytes]
+) -> None:
+    """It may have run: nobody may say that it has not."""
+    init.kill()
+    init.wait()
+    hold = prepare_judged(directory, "false")
+    hold.judge("refuse")
+    runtime = Runtime(hold, RESTORE, JUDGED_ACTIONS)
+    await runtime.start()
+    assert await runtime.end() == 1
+    assert not is_refused(directory)
+    assert is_let_go(directory)
     hold.close()

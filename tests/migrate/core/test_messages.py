@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrate.core import messages as m
+from migrate.core.confinement import UNLIMITED, Confinements, Sheet
 from migrate.errors import ProtocolError
 from migrate.network_identity import (
     Interface,
@@ -75,6 +76,30 @@ OPEN_BYTES = (
     b'"AQI=","dry_run":false,"patience_s":30.0,"protocol":1}'
 )
 
+CONFINEMENT = Confinements(
+    (
+        Sheet(
+            users=(0, 0, 0, 0),
+            groups=(0, 0, 0, 0),
+            more_groups=(10,),
+            inheritable=0,
+            permitted=5,
+            effective=5,
+            bounding=5,
+            ambient=0,
+            no_new_privileges=True,
+            seccomp=2,
+            filters=1,
+            label="",
+            user_map="0 0 4294967295",
+            group_map="0 0 4294967295",
+            setgroups="allow",
+            oom_score_adj=0,
+            limits={"Max open files": (1024, UNLIMITED)},
+        ),
+    ),
+    {1: 0, 7: 0},
+)
 FROM_SOURCE = [
     (OPEN, OPEN_BYTES),
     (
@@ -82,10 +107,15 @@ FROM_SOURCE = [
         b'{"type":"prepare","descriptors":["/dev/null","pipe:[5]","pipe:[6]"]}',
     ),
     (
-        m.Restore(b"said", b"s" * 63 + b"!", b"who", 5),
+        m.Restore(b"said", b"s" * 63 + b"!", b"who", 5, CONFINEMENT),
         b'{"type":"restore","manifest":"c2FpZA==","signature":"'
         + b"c3Nz" * 21
-        + b'IQ==","certificate":"d2hv","lazy_pages":5}',
+        + b'IQ==","certificate":"d2hv","lazy_pages":5,'
+        b'"confinement":{"sheets":[{"users":[0,0,0,0],"groups":[0,0,0,0],"more_groups":[10],'
+        b'"inheritable":0,"permitted":5,"effective":5,"bounding":5,"ambient":0,'
+        b'"no_new_privileges":true,"seccomp":2,"filters":1,"label":"","user_map":"0 0 4294967295",'
+        b'"group_map":"0 0 4294967295","setgroups":"allow","oom_score_adj":0,'
+        b'"limits":{"Max open files":[1024,-1]}}],"threads":{"1":0,"7":0}}}',
     ),
     (m.Commit("m1", 7), b'{"type":"commit","migration_id":"m1","attempt":7}'),
     (
@@ -263,7 +293,9 @@ def test_another_protocol_is_refused_by_its_number_and_not_by_its_fields() -> No
 def test_restores_that_carry_no_signed_manifest(
     manifest: int, signature_bytes: int, certificate_bytes: int
 ) -> None:
-    restore = m.Restore(bytes(manifest), bytes(signature_bytes), bytes(certificate_bytes), 0)
+    restore = m.Restore(
+        bytes(manifest), bytes(signature_bytes), bytes(certificate_bytes), 0, CONFINEMENT
+    )
     with pytest.raises(ProtocolError):
         m.decode_from_source(m.encode(restore))
 
@@ -273,7 +305,7 @@ def test_a_message_that_is_too_large_is_refused_on_both_ends() -> None:
     with pytest.raises(ProtocolError, match="larger than"):
         m.decode_from_source(data)
     with pytest.raises(ProtocolError, match="larger than"):
-        m.encode(m.Restore(bytes(m.MAX_MESSAGE_BYTES), bytes(64), b"who", 0))
+        m.encode(m.Restore(bytes(m.MAX_MESSAGE_BYTES), bytes(64), b"who", 0, CONFINEMENT))
 
 
 def test_the_largest_session_request_fits() -> None:

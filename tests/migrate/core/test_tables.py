@@ -7,6 +7,7 @@ import pytest
 
 from migrate.core import source_machine, target_machine
 from migrate.core.actions import SourceAction, TargetAction
+from migrate.core.confinement import Confinements
 from migrate.core.events import (
     SourceEvent,
     SourceEventKind,
@@ -364,7 +365,7 @@ def test_what_a_message_of_the_target_means(message: object, kind: SourceEventKi
     ("message", "kind"),
     [
         (Prepare(("a", "b", "c")), F.PREPARE_ASKED),
-        (Restore(b"said", bytes(64), b"who", 0), F.RESTORE_ASKED),
+        (Restore(b"said", bytes(64), b"who", 0, Confinements((), {})), F.RESTORE_ASKED),
         (Commit("m", 1), F.COMMIT_RECEIVED),
         (Abort("m", 1, "cancelled"), F.ABORT_RECEIVED),
         (Ask("m", 1), F.SOURCE_ASKS),
