@@ -29,6 +29,7 @@ from migrate.commands.identity import identity
 from migrate.commands.once import once
 from migrate.commands.policy import policy
 from migrate.commands.service import service
+from migrate.commands.verify import verify
 from migrate.coordinator import Coordinator
 from migrate.dry_run import dry_run
 from migrate.errors import EXIT_FAILED, MigrateError
@@ -306,6 +307,7 @@ async def _serve_once(paths: config.HostPaths, address: str) -> None:
 cli.add_command(ca)
 cli.add_command(identity)
 cli.add_command(policy)
+cli.add_command(verify)
 cli.add_command(hosts)
 cli.add_command(once)
 cli.add_command(service)

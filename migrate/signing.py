@@ -139,6 +139,8 @@ def hashed_images(
     """
     known = known or {}
     found = []
+    # One for all files: the kernel has to clear a new one.
+    buffer = memoryview(bytearray(PIECE_BYTES))
     try:
         for name in _names(directory, beside):
             descriptor = os.open(directory / name, _OPEN)
@@ -149,7 +151,7 @@ def hashed_images(
                 if name in known and known[name].size_bytes == status.st_size:
                     found.append(known[name])
                 else:
-                    found.append(FileEntry(name, *_hashed(descriptor)))
+                    found.append(FileEntry(name, *_hashed(descriptor, buffer)))
             finally:
                 os.close(descriptor)
     except OSError as error:
@@ -168,9 +170,8 @@ def _names(directory: Path, beside: Collection[str]) -> list[str]:
     return sorted(names)
 
 
-def _hashed(descriptor: int) -> tuple[int, bytes]:
-    """Size and hash of a file."""
-    buffer = memoryview(bytearray(PIECE_BYTES))
+def _hashed(descriptor: int, buffer: memoryview) -> tuple[int, bytes]:
+    """Size and hash of a file, read through `buffer`, which holds a piece."""
     size_bytes = 0
     digests = []
     for count in _pieces(descriptor, buffer):

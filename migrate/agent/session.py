@@ -38,6 +38,7 @@ from migrate.core.states import TARGET_TERMINAL
 from migrate.core.states import TargetState as S
 from migrate.driver import Driver, quietly
 from migrate.errors import (
+    CheckpointRefused,
     JournalError,
     MigrateError,
     ProtocolError,
@@ -386,6 +387,9 @@ class Session:
                 now_s=time.time(),
             )
             signing.store(self.workspace.bundle / signing.MANIFEST_NAME, signed)
+        except CheckpointRefused as error:
+            remedy = f"try again; if it stays so, {self.peer} sends something else than it signs"
+            raise error.at(phase="restore", remedy=remedy) from error
         except OSError as error:
             raise RestoreFailed(f"the manifest can't be kept: {error}", phase="restore") from error
 

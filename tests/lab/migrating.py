@@ -69,13 +69,19 @@ class Underway:
     """A `migrate` that runs. What it writes goes to files, so that it never waits for a reader."""
 
     def __init__(
-        self, source: Host, name: str, arguments: Sequence[str], env: Mapping[str, str] | None
+        self,
+        source: Host,
+        name: str,
+        arguments: Sequence[str],
+        env: Mapping[str, str] | None,
+        *,
+        program: Sequence[str] = ("migrate",),
     ) -> None:
         self.source = source
         self._report = source.path(REPORT.format(name=name))
         self._stdout: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by finish)
         self._stderr: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = ["migrate", *arguments, "--report", REPORT.format(name=name)]
+        command = [*program, *arguments, "--report", REPORT.format(name=name)]
         self.process: subprocess.Popen[str] = source.popen(
             command, stdin=subprocess.DEVNULL, stdout=self._stdout, stderr=self._stderr, env=env
         )
