@@ -26,7 +26,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -396,6 +396,7 @@ def _well_formed(what: str) -> Iterator[None]:
     except (
         ValueError,
         TypeError,
+        UnsupportedAlgorithm,
         x509.DuplicateExtension,
         x509.ExtensionNotFound,
         x509.InvalidVersion,

@@ -447,7 +447,10 @@ def test_a_signers_certificate(fleet: Fleet, tmp_path: Path) -> None:
     altered = der[:-1] + bytes([der[-1] ^ 1])
     # Signed by Ed448, says its outer part, and by Ed25519 its inner one.
     torn = b"\x2b\x65\x71".join(der.rsplit(b"\x2b\x65\x70", 1))
-    for wrong in (stranger.certificate_der, leaf, altered, torn, der[:-9], b"", b"0" * 9000):
+    unheard_of = der.replace(b"\x2b\x65\x70\x03\x21", b"\x2b\x65\x2a\x03\x21")
+    assert unheard_of != der
+    wrongs = (stranger.certificate_der, leaf, altered, torn, unheard_of, der[:-9], b"", b"0" * 9000)
+    for wrong in wrongs:
         with pytest.raises(PeerNotTrustedError):
             verify(wrong, beta.paths, at)
     for late in (366 * DAY, -DAY):
