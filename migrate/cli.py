@@ -27,6 +27,7 @@ from migrate.commands.ca import ca
 from migrate.commands.hosts import hosts, over_ssh
 from migrate.commands.identity import identity
 from migrate.commands.once import once
+from migrate.commands.operator import operator
 from migrate.commands.policy import policy
 from migrate.commands.service import service
 from migrate.commands.verify import verify
@@ -306,6 +307,7 @@ async def _serve_once(paths: config.HostPaths, address: str) -> None:
 
 cli.add_command(ca)
 cli.add_command(identity)
+cli.add_command(operator)
 cli.add_command(policy)
 cli.add_command(verify)
 cli.add_command(hosts)

@@ -14,18 +14,16 @@ import socket
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-import aiohttp
-
 from migrate import config, peer, recovery
 from migrate.claim import Claim, Claimant, ClaimTakenError, claimant
 from migrate.core import messages
-from migrate.core.states import SOURCE_TERMINAL, SourceState, TargetState
+from migrate.core.states import SOURCE_TERMINAL, SourceState
 from migrate.core.table import Verdict
-from migrate.errors import InDoubt, MigrateError, ProtocolError, UsageError, held_on, runs_on
+from migrate.errors import InDoubt, MigrateError, Unreachable, UsageError, runs_on
 from migrate.identity import own_identity
 from migrate.journal import Journal, JournalWriter
+from migrate.operating import check_standing, tell_agent
 from migrate.standing import is_known, last_state, reading, status, unknown_migration
-from migrate.target_link import unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -260,52 +258,12 @@ async def _recover_target(
     tell: Callable[[str], None],
 ) -> None:
     host, name = socket.gethostname(), migration.container
-    standing = await _tell_agent(messages.Recover(migration.migration_id, owner or ""), host, paths)
-    tell(f"{migration.migration_id} {name}: {standing.peer}; {host} says {standing.state}")
-    if standing.stopped:
-        raise InDoubt(
-            standing.stopped,
-            host=host,
-            phase=standing.state,
-            container_state=f"is frozen on {host}",
-            remedy=(
-                f"end it and start it anew; or, if it may go on with what it has: migrate recover"
-                f" {migration.migration_id} --force-target"
-            ),
-        )
-    if standing.state in (TargetState.HELD, TargetState.IN_DOUBT, TargetState.COMMITTED):
-        raise InDoubt(
-            f"{migration.peer} has not said whose {migration.container} is: {standing.peer}",
-            host=host,
-            phase=standing.state,
-            container_state=held_on(host),
-            remedy=(
-                f"bring {migration.peer} back; if it is gone for good: migrate recover"
-                f" {migration.migration_id} --force-target (it goes on here) or --force-source"
-                " (what is held here ends). Never both, on either host"
-            ),
-        )
-
-
-async def _tell_agent(
-    message: messages.Recover, host: str, paths: config.HostPaths
-) -> messages.Standing:
-    connector = aiohttp.TCPConnector(ssl=own_identity(paths).client_context())
-    timeout = aiohttp.ClientTimeout(total=2 * config.WORD_DEADLINE_S)
-    url = f"https://127.0.0.1:{config.CONTROL_PORT}/v1/operator"
+    word = messages.Recover(migration.migration_id, owner or "")
+    own, port = own_identity(paths), config.CONTROL_PORT
     try:
-        async with (
-            aiohttp.ClientSession(connector=connector, timeout=timeout) as http,
-            http.post(url, data=messages.encode(message), server_hostname=host) as response,
-        ):
-            body = await response.content.read(messages.MAX_MESSAGE_BYTES + 1)
-            if response.status == 404:
-                raise MigrateError(body.decode(errors="replace")[:200], host=host)
-    except (TimeoutError, aiohttp.ClientError, OSError) as error:
-        failure = unreachable(host, config.CONTROL_PORT, error)
-        failure.remedy = "start `migrate agent` here: it goes on with what is under way"
-        raise failure from error
-    answer = messages.decode_from_target(body)
-    if not isinstance(answer, messages.Standing):
-        raise ProtocolError(f"the agent answered {type(answer).__name__}", host=host)
-    return answer
+        standing = await tell_agent(word, own, host=host, address="127.0.0.1", port=port)
+    except Unreachable as error:
+        error.remedy = "start `migrate agent` here: it goes on with what is under way"
+        raise
+    tell(f"{migration.migration_id} {name}: {standing.peer}; {host} says {standing.state}")
+    check_standing(standing, host=host, name=name, source=migration.peer)

@@ -17,7 +17,7 @@ from transport import enrolment
 from transport.authority import REQUEST_BYTES_MAX, Authority
 from transport.identity import IdentityPaths, Role
 
-_fleet = click.option(
+at_fleet = click.option(
     "--fleet",
     type=click.Path(file_okay=False, path_type=Path),
     default=fleet_directory,
@@ -37,7 +37,7 @@ def ca() -> None:
 
 
 @ca.command("init")
-@_fleet
+@at_fleet
 @_passphrase_file
 def init(fleet: Path, passphrase_file: Path | None) -> None:
     """Make the authority of a new fleet. Who has its key and passphrase rules all its hosts."""
@@ -53,7 +53,7 @@ def init(fleet: Path, passphrase_file: Path | None) -> None:
 @click.argument("name")
 @click.argument("request", type=click.File("rb"))
 @click.option("--address", "addresses", multiple=True, help="May be called by this address too.")
-@_fleet
+@at_fleet
 @_passphrase_file
 def sign(
     name: str,
@@ -79,19 +79,24 @@ def sign(
 
 @ca.command("operator")
 @click.argument("name")
-@_fleet
+@at_fleet
 @_passphrase_file
 def operator(name: str, fleet: Path, passphrase_file: Path | None) -> None:
     """Give a person an identity: they may decide about migrations in doubt, on every host."""
     secret = passphrase(passphrase_file)
-    paths = IdentityPaths(fleet / "operators" / name)
+    paths = operator_paths(fleet, name)
     with identity_errors():
         identity = enrolment.enrol_here(paths, Authority.open(fleet, secret), name, Role.OPERATOR)
         click.echo(f"{paths.directory}: {identity.owner}, until {identity.expires:%F}")
 
 
+def operator_paths(fleet: Path, name: str) -> IdentityPaths:
+    """The identity of an operator."""
+    return IdentityPaths(fleet / "operators" / name)
+
+
 @ca.command("list")
-@_fleet
+@at_fleet
 @_passphrase_file
 def show(fleet: Path, passphrase_file: Path | None) -> None:
     """Show every identity that the authority has signed."""
@@ -103,7 +108,7 @@ def show(fleet: Path, passphrase_file: Path | None) -> None:
 
 @ca.command("revoke")
 @click.argument("who")
-@_fleet
+@at_fleet
 @_passphrase_file
 def revoke(who: str, fleet: Path, passphrase_file: Path | None) -> None:
     """Take back the identities of a NAME, or the one with this SERIAL.

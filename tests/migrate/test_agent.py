@@ -17,6 +17,7 @@ from migrate import config
 from migrate.agent.app import Agent
 from migrate.core import messages as m
 from migrate.errors import MigrateError
+from migrate.operating import tell_agent
 from tests.identities import Fleet
 from transport.errors import CertificateRevokedError
 from transport.identity import HostIdentity, IdentityPaths
@@ -90,6 +91,16 @@ async def test_roles(site: Site) -> None:
         ("operator alice", "/v1/sessions"),
     ]
     assert all(str(line["address"]).startswith("127.0.0.1") for line in refused)
+
+
+async def test_an_operator_speaks_from_elsewhere(site: Site) -> None:
+    person, port = HostIdentity.load(site.fleet.operator("alice")), site.agent.ports[0]
+    word = m.Recover("m-1", "")
+    with pytest.raises(MigrateError, match="no such migration"):
+        await tell_agent(word, person, host=HERE, address="127.0.0.1", port=port)
+    other = HostIdentity.load(site.fleet.host("other"))
+    with pytest.raises(MigrateError, match="only an operator"):
+        await tell_agent(word, other, host=HERE, address="127.0.0.1", port=port)
 
 
 async def test_an_operator_is_no_host_of_the_same_name(site: Site) -> None:

@@ -32,12 +32,12 @@ class Desk:
 
     def ca(self, *words: str, stdin: str = "", code: int = 0) -> str:
         given = ("--fleet", str(self.fleet), "--passphrase-file", str(self.passphrase))
-        return self._run("ca", *words, *given, stdin=stdin, code=code)
+        return self.run("ca", *words, *given, stdin=stdin, code=code)
 
     def identity(self, *words: str, stdin: str = "", code: int = 0) -> str:
-        return self._run("identity", *words, "--config", str(self.config), stdin=stdin, code=code)
+        return self.run("identity", *words, "--config", str(self.config), stdin=stdin, code=code)
 
-    def _run(self, *words: str, stdin: str = "", code: int) -> str:
+    def run(self, *words: str, stdin: str = "", code: int = 0) -> str:
         ran = CliRunner().invoke(cli, words, input=stdin, standalone_mode=False)
         text, found = ran.stdout, 0
         if isinstance(ran.exception, MigrateError):
@@ -67,6 +67,9 @@ def test_a_person_gets_an_identity_and_loses_it(desk: Desk) -> None:
     assert (person.owner.name, person.owner.role) == ("alice", Role.OPERATOR)
     assert desk.ca("list").split()[:3] == [f"{person.owner.serial:x}", "operator", "alice"]
     assert "no name" in desk.ca("operator", "../bob", code=1)
+    there = ("operator", "recover", "localhost", "m-1", "--fleet", str(desk.fleet), "--port", "9")
+    assert "does not answer" in desk.run(*there, "--as", "alice", code=1)
+    assert "there is no" in desk.run(*there, "--as", "bob", code=1)
     assert "no identity of bob" in desk.ca("revoke", "bob", code=2)
 
     assert "alice" in desk.ca("revoke", "alice")
