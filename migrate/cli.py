@@ -226,6 +226,8 @@ def container(
         host, port = _host_and_port(target)
         move(Options(validate_name(name), host, port, **asked), paths)
         return
+    # Before somebody types a password for nothing.
+    _runtime(runtime).inspect(validate_name(name))
     tell = partial(click.echo, err=True)
     with OneShot(target, migration_id, paths, asking, tell) as shot:
         there = shot.listening

@@ -74,6 +74,7 @@ def hosts() -> None:
 @click.option(
     "--address", "addresses", multiple=True, help="Another host may call it by this address too."
 )
+@click.option("--new-fleet", is_flag=True, help="It leaves the fleet that it is in.")
 @over_ssh
 def add(
     destination: str,
@@ -82,6 +83,7 @@ def add(
     install_packages: bool,
     wheels: Path | None,
     addresses: tuple[str, ...],
+    new_fleet: bool,
     asking: Asking,
 ) -> None:
     """Install the agent on a host, give it an identity, start it.
@@ -89,7 +91,7 @@ def add(
     Asking again upgrades and repairs; what is there already is left alone.
     """
     authority = _open(fleet, passphrase_file)
-    wishes = enrolment.Wishes(install_packages, wheels)
+    wishes = enrolment.Wishes(install_packages, wheels, new_fleet)
     record = enrolment.add(destination, fleet, authority, asking, wishes, addresses, _tell)
     click.echo(f"{record.name} is in the fleet: migrate CONTAINER --to {record.name}")
 

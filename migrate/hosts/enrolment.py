@@ -45,10 +45,12 @@ _PACKAGES: Final = {"criu": "criu", "runc": "runc", "rsync": "rsync", "ip": "ipr
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the operator allows: packages to be installed on the host; wheels from a directory."""
+    """What the operator allows: packages to be installed on the host; wheels from a directory; that
+    the host leaves the fleet that it is in."""
 
     install_packages: bool = False
     wheels: Path | None = None
+    new_fleet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,9 @@ def add(
         state = host.migrate(["service", "state"], ServiceState)
         _check_clock(name, state)
         if not _is_enrolled(state, name, authority):
-            give_identity(host, PROGRAM_ROOT, name, authority, all_addresses)
+            give_identity(
+                host, PROGRAM_ROOT, name, authority, all_addresses, new_fleet=wishes.new_fleet
+            )
             tell(f"{name}: enrolled")
         started = host.migrate(["service", "start"], Started)
         tell(_told(name, started, version))
@@ -302,6 +306,8 @@ def give_identity(
     authority: Authority,
     addresses: Sequence[str] = (),
     into: Sequence[str] = (),
+    *,
+    new_fleet: bool = False,
 ) -> None:
     """The key is made on the host; what travels is a request and certificates. `into`: options of
     `migrate identity`. Raises MigrateError."""
@@ -313,7 +319,8 @@ def give_identity(
             "crl": authority.crl_pem.decode(),
             "certificate": authority.issue(wanted, name, Role.HOST, addresses).decode(),
         }
-    host.run([*command, "install", *into], stdin=msgspec.json.encode(answer))
+    leave = ["--new-fleet"] if new_fleet else []
+    host.run([*command, "install", *into, *leave], stdin=msgspec.json.encode(answer))
 
 
 def _address_of(host: RemoteHost) -> tuple[str, ...]:
