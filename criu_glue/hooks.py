@@ -80,6 +80,14 @@ if len(sys.argv) > 2 and sys.argv[1] == "swrk":
         theirs.close()
         with open({pid!r}, "w") as pid:
             pid.write(f"{{os.getpid()}} {{os.getppid()}}\\n")
+        # A dump lets go of its tasks when it dies: the kernel takes another process when memory
+        # runs out. Not so a restore: its tasks would inherit this where their own value is 0.
+        if request == b"\\x08\\x01":
+            try:
+                with open("/proc/self/oom_score_adj", "w") as rank:
+                    rank.write("-1000")
+            except OSError:
+                pass
         with open({events!r}, "r+b", buffering=0) as events:
             events.write(b"gate\\n")
         # Whoever made the gate keeps it open for writing: no writer, or its end, is his end.

@@ -144,17 +144,20 @@ class Task:
         """The task's number in its own, innermost pid namespace (pid_namespaces(7))."""
         return int(self.status("NSpid").split()[-1])
 
-    def threads(self) -> list[int]:
-        """Its threads by their host numbers, the main thread first."""
+    def names(self, directory: str) -> list[str]:
+        """What is in a directory below /proc/PID."""
         try:
-            fd = os.open("task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
             try:
-                names = os.listdir(fd)  # noqa: PTH208  a descriptor has no Path
-                return sorted(map(int, names), key=lambda tid: (tid != self.pid, tid))
+                return os.listdir(fd)  # noqa: PTH208  a descriptor has no Path
             finally:
                 os.close(fd)
         except OSError as error:
             raise self._translated(error) from error
+
+    def threads(self) -> list[int]:
+        """Its threads by their host numbers, the main thread first."""
+        return sorted(map(int, self.names("task")), key=lambda tid: (tid != self.pid, tid))
 
     def thread_state(self, thread: int) -> str:
         """One letter as in proc(5): R, S, D, T, t, Z, X, I."""

@@ -83,7 +83,7 @@ class TracedThread:
         self.tid = tid
         self._task = task
         self._saved = request.Registers()
-        self._saved_mask = ctypes.c_uint64()
+        self._saved_mask = 0
         self._instruction = 0
         self._stopped = False
         self._borrowed = False
@@ -92,9 +92,7 @@ class TracedThread:
     def attach(self) -> None:
         """Seize and stop the thread. Raises TaskGoneError, TaskBusyError, InjectionError."""
         deadline_s = time.monotonic() + STOP_DEADLINE_S
-        options = request.O_TRACESYSGOOD
-        if int(self._task.status("Seccomp", thread=self.tid)):
-            options |= request.O_SUSPEND_SECCOMP
+        options = self._options()
         self._instruction = _find_syscall_instruction(self._task, self.tid)
         try:
             request.ptrace(request.SEIZE, self.tid, 0, options)
@@ -111,6 +109,23 @@ class TracedThread:
             self._resume(request.CONT, status & 0x7F)
         raise InjectionError(f"thread {self.tid} gets more than {SIGNALS_MAX} signals at a time")
 
+    def adopt(self) -> None:
+        """Take over a thread that this thread of ours has seized and stopped by itself."""
+        request.ptrace(request.SETOPTIONS, self.tid, 0, self._options())
+        self._instruction = _find_syscall_instruction(self._task, self.tid)
+        self._stopped = True
+
+    @property
+    def stack_pointer(self) -> int:
+        """Where the stack of the borrowed thread ends."""
+        return int(self._saved.rsp)
+
+    def _options(self) -> int:
+        options = request.O_TRACESYSGOOD
+        if int(self._task.status("Seccomp", thread=self.tid)):
+            options |= request.O_SUSPEND_SECCOMP
+        return options
+
     def borrow(self) -> None:
         """Save what `call` changes. The thread must be attached."""
         request.ptrace(request.GETREGS, self.tid, 0, ctypes.addressof(self._saved))
@@ -122,11 +137,15 @@ class TracedThread:
             # The program was replaced (execve) since the search.
             self._instruction = _find_syscall_instruction(self._task, self.tid)
         _keep_waiting(self._saved)
-        self._leave_rseq()
-        request.ptrace(request.GETSIGMASK, self.tid, 8, ctypes.addressof(self._saved_mask))
+        memory = f"task/{self.tid}/mem"
+        self._saved.rip = outside_sequence(
+            self.tid,
+            self._saved.rip,
+            lambda address, size: self._task.open_and_read_at(memory, address, size),
+        )
+        self._saved_mask = request.signal_mask(self.tid)
         self._borrowed = True
-        everything = ctypes.c_uint64(_ALL_SIGNALS)
-        request.ptrace(request.SETSIGMASK, self.tid, 8, ctypes.addressof(everything))
+        request.set_signal_mask(self.tid, _ALL_SIGNALS)
 
     def call(self, number: int, *arguments: int) -> int:
         """Run one system call that does not block. Returns its result, which is a negative errno
@@ -149,9 +168,9 @@ class TracedThread:
             raise InjectionError(f"thread {self.tid} did not run system call {number}")
         return ctypes.c_int64(registers.rax).value
 
-    def release(self) -> None:
-        """Put everything back and detach, also after a failure, however long it takes the thread
-        to come to a stop: without its registers it could not go on."""
+    def put_back(self) -> None:
+        """Undo `borrow`, also after a failure, however long it takes the thread to come to a stop:
+        without its registers it could not go on. It stays stopped."""
         if self._borrowed:
             if not self._stopped:
                 # `call` has failed while the thread was running.
@@ -164,7 +183,12 @@ class TracedThread:
                 if self._wait_unsignalled(None) >> 8 == request.EVENT_STOP:
                     break
             request.ptrace(request.SETREGS, self.tid, 0, ctypes.addressof(self._saved))
-            request.ptrace(request.SETSIGMASK, self.tid, 8, ctypes.addressof(self._saved_mask))
+            request.set_signal_mask(self.tid, self._saved_mask)
+            self._borrowed = False
+
+    def release(self) -> None:
+        """Put everything back and detach."""
+        self.put_back()
         request.ptrace(request.DETACH, self.tid)
         if self._stop_again:
             os.kill(self._task.pid, signal.SIGSTOP)
@@ -204,31 +228,25 @@ class TracedThread:
             return TaskBusyError(f"thread {self.tid} is traced by {_name(tracer)}")
         return InjectionError(f"thread {self.tid} can't be traced: {error}")
 
-    def _leave_rseq(self) -> None:
-        """If the thread is inside a restartable sequence (rseq(2)), let it resume at the abort
-        handler, as the kernel does after a preemption. The kernel forgets the sequence when it
-        sees the thread run elsewhere, so that it must not resume in the middle."""
-        configuration = request.RseqConfiguration()
-        try:
-            request.ptrace(
-                request.GET_RSEQ_CONFIGURATION,
-                self.tid,
-                ctypes.sizeof(configuration),
-                ctypes.addressof(configuration),
-            )
-        except OSError:
-            return
-        if not configuration.abi_pointer:
-            return
-        memory = f"task/{self.tid}/mem"
-        # struct rseq: rseq_cs at 8. struct rseq_cs: start_ip, post_commit_offset, abort_ip at 8.
-        sequence = self._task.open_and_read_at(memory, configuration.abi_pointer + 8, 8)
-        address = int.from_bytes(sequence, "little")
-        if not address:
-            return
-        words = memoryview(self._task.open_and_read_at(memory, address + 8, 24)).cast("Q")
-        if len(words) == 3 and words[0] <= self._saved.rip < words[0] + words[1]:
-            self._saved.rip = words[2]
+
+def outside_sequence(tid: int, rip: int, read: Callable[[int, int], bytes]) -> int:
+    """Where a stopped thread is to resume: if it is inside a restartable sequence (rseq(2)), at the
+    abort handler, as the kernel does after a preemption. The kernel forgets the sequence when it
+    sees the thread run elsewhere, so that it must not resume in the middle.
+
+    `read` gives so many bytes of the task's memory at an address.
+    """
+    area = request.rseq_area(tid)
+    if not area:
+        return rip
+    # struct rseq: rseq_cs at 8. struct rseq_cs: start_ip, post_commit_offset, abort_ip at 8.
+    address = int.from_bytes(read(area + 8, 8), "little")
+    if not address:
+        return rip
+    words = memoryview(read(address + 8, 24)).cast("Q")
+    if len(words) == 3 and words[0] <= rip < words[0] + words[1]:
+        return words[2]
+    return rip
 
 
 def run_in_thread(task: Task, tid: int, work: Callable[[TracedThread], T]) -> T:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MOUNT = Path("/sys/fs/cgroup")
 
@@ -69,22 +72,19 @@ def thaw(cgroup: Path) -> None:
         return
 
 
-def freeze_when_ended(cgroup: Path, pid: int) -> threading.Thread:
-    """Freeze `cgroup` again in the moment that process `pid` ends; the thread that waits for it.
+@contextlib.contextmanager
+def thawed(cgroup: Path) -> Iterator[None]:
+    """Let the tasks below a frozen cgroup run for a while. Behind it they freeze again, none of
+    them having left the kernel if something else stopped it meanwhile."""
+    thaw(cgroup)
+    try:
+        yield
+    finally:
+        refreeze(cgroup)
 
-    For tasks that only the ptrace of that process stops: they run as soon as it is killed.
-    """
-    # Opened here, so that the number is not another's by the time that it is waited for.
-    pidfd = os.pidfd_open(pid)
 
-    def wait() -> None:
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        poller.poll()
-        os.close(pidfd)
-        with contextlib.suppress(OSError):
-            (cgroup / "cgroup.freeze").write_text("1")
-
-    thread = threading.Thread(target=wait, name="freeze-when-ended", daemon=True)
-    thread.start()
-    return thread
+def refreeze(cgroup: Path) -> None:
+    """Have the tasks below `cgroup` freeze before they execute anything more, as far as they do not
+    just now. Waits for nothing; a cgroup that is gone is fine."""
+    with contextlib.suppress(FileNotFoundError):
+        (cgroup / "cgroup.freeze").write_text("1")

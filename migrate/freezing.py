@@ -13,14 +13,14 @@ import asyncio
 import contextlib
 import os
 import socket
-import threading
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan, criu_pid
-from migrate import cgroup, config, holder, tcp_repair
+from criu_glue.errors import CriuGlueError
+from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
+from migrate import cgroup, config, custody, holder, tcp_repair
 from migrate.criu_run import RuntimeOrCriu
 from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan, end_criu
@@ -61,8 +61,8 @@ class Freezing:
         self._plan: GuardPlan | None = None
         self._guard: Outliving | None = None
         self._to_guard: asyncio.StreamWriter | None = None
+        self._from_guard: asyncio.StreamReader | None = None
         self._is_frozen = False
-        self._at_end: threading.Thread | None = None
 
     async def prepare(self, migration_id: str, paths: HostPaths) -> GuardPlan:
         """Start the runtime up to its CRIU's gate, and the guard; returns what that is to do."""
@@ -100,8 +100,12 @@ class Freezing:
         return self._plan
 
     async def freeze(self) -> dict[str, int]:
-        """Unplug and freeze; marks (µs): `unplug` when it began, `frozen` when all tasks stood."""
+        """Unplug and freeze; marks (µs): `unplug` when it began, `frozen` when all tasks stood.
+
+        The guard takes the tasks into custody beside what follows, until the dump starts.
+        """
         assert self._guard is not None
+        assert self._to_guard is not None
         if self._guard.returncode is not None:
             raise DumpFailed("the guard of the freeze has ended", host=self._host)
         self._is_frozen = True
@@ -111,20 +115,28 @@ class Freezing:
         marks["frozen"] = await asyncio.to_thread(
             cgroup.freeze, self.container.cgroup, config.FREEZE_DEADLINE_S
         )
+        self._to_guard.write(b"keep\n")
         return marks
 
-    def start_dump(self) -> None:
+    async def start_dump(self) -> None:
         """Let CRIU begin."""
         assert self._hold is not None
-        criu = criu_pid(self._work_dir / "hold")
-        if criu is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._at_end = cgroup.freeze_when_ended(self.container.cgroup, criu)
+        assert self._from_guard is not None
+        async with asyncio.timeout(config.FREEZE_DEADLINE_S):
+            answer = await self._from_guard.readline()
+        if answer != b"kept\n":
+            why = answer.decode(errors="replace").strip() or "the guard of the freeze has ended"
+            raise DumpFailed(f"the dump can't begin: {why}", host=self._host, phase="dump")
         self._hold.open_gate()
 
     async def dumped(self) -> int:
         """Wait for CRIU's images to be complete; returns when they were (µs)."""
-        return await self._until("post-dump", config.DUMP_DEADLINE_S)
+        seen_us = await self._until("post-dump", config.DUMP_DEADLINE_S)
+        try:
+            await asyncio.to_thread(custody.clean, self._work_dir / "hold", self.image_dir)
+        except (CriuGlueError, OSError) as error:
+            raise DumpFailed(f"an image can't be cleaned: {error}", host=self._host) from error
+        return seen_us
 
     async def release(self) -> None:
         """Let CRIU kill the frozen tree; returns when the runtime has forgotten the container."""
@@ -143,20 +155,18 @@ class Freezing:
         if self._hold is not None:
             # As long as it is open here, its words would be taken for heard.
             self._hold.close()
+        directory = self._work_dir / "hold"
         if self._process is not None:
-            directory = self._work_dir / "hold"
-            await asyncio.to_thread(end_criu, directory, self._process.pid)
-        if self._at_end is not None:
-            # CRIU has ended; behind the thaw the freeze would stay.
-            await asyncio.to_thread(self._at_end.join)
+            await asyncio.to_thread(end_criu, directory, self._process.pid, self.container.cgroup)
         try:
             if self._is_frozen:
+                await asyncio.to_thread(custody.mend, directory, self.container.cgroup)
                 await asyncio.to_thread(tcp_repair.leave, self.container.cgroup)
                 cgroup.thaw(self.container.cgroup)
                 for port in self._ports:
                     port.plug()
                 self._is_frozen = False
-        except OSError as error:
+        except (CriuGlueError, OSError) as error:
             raise RollbackFailed(
                 f"{self.container.name} could not be thawed: {error}",
                 host=self._host,
@@ -189,10 +199,10 @@ class Freezing:
                 stdout=theirs.fileno(),
                 stderr=None,
             )
-        from_guard, self._to_guard = await asyncio.open_connection(sock=ours)
+        self._from_guard, self._to_guard = await asyncio.open_connection(sock=ours)
         self._to_guard.write(msgspec.json.encode(plan) + b"\n")
         async with asyncio.timeout(config.PREPARE_DEADLINE_S):
-            armed = await from_guard.readline()
+            armed = await self._from_guard.readline()
         if armed != b"armed\n":
             raise DumpFailed("the guard of the freeze did not start", host=self._host)
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import msgspec
 import structlog
 
+from criu_glue.errors import CriuGlueError
 from criu_glue.hooks import say as say_to_criu
 from migrate import config, network, peer
 from migrate.claim import Claim, ClaimTakenError
@@ -36,7 +37,7 @@ from migrate.core.states import SOURCE_TERMINAL
 from migrate.core.states import SourceState as S
 from migrate.core.table import Verdict
 from migrate.driver import Driver
-from migrate.errors import InDoubt, MigrateError, held_on
+from migrate.errors import InDoubt, MigrateError, RollbackFailed, held_on
 from migrate.guard import GuardPlan, busy, end_criu, give_back
 from migrate.mounts import unmount
 
@@ -401,9 +402,13 @@ def lost(migration: Migration, host: str, said: str) -> InDoubt:
 
 
 def give_back_if_there(plan: GuardPlan) -> None:
-    """`give_back`, unless this host has been started anew, and the container ended with it."""
+    """`give_back`, unless this host has been started anew, and the container ended with it. Raises
+    RollbackFailed."""
     if Path(plan.hold_directory).exists():
-        give_back(plan)
+        try:
+            give_back(plan)
+        except (CriuGlueError, OSError) as error:
+            raise RollbackFailed(f"{plan.cgroup} could not be thawed: {error}") from error
 
 
 def forget_bundle(bundle: Path, paths: config.HostPaths) -> None:
@@ -418,6 +423,6 @@ def _let_die(plan: GuardPlan) -> None:
     limit_s = time.monotonic() + RELEASE_DEADLINE_S
     while say_to_criu(directory, "commit") or busy(directory, plan.runtime_pid):
         if time.monotonic() > limit_s:
-            end_criu(directory, plan.runtime_pid)
+            end_criu(directory, plan.runtime_pid, Path(plan.cgroup))
             return
         time.sleep(_STEP_S)

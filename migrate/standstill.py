@@ -70,7 +70,7 @@ class Standstill:
         delta = await asyncio.to_thread(memory.final_delta)
         if delta.code:
             self._report.add_round(await asyncio.to_thread(memory.send, delta.code))
-        self._freezing.start_dump()
+        await self._freezing.start_dump()
         self._sending = asyncio.create_task(asyncio.to_thread(memory.send, delta.rest))
         # While CRIU works: it changes nothing of this.
         cgroup = self._copying.facts.container.cgroup

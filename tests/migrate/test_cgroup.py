@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -13,28 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from migrate.cgroup import freeze, thaw
+from migrate.cgroup import freeze, refreeze, thaw, thawed
+from tests.freezer import cgroup_of_its_own
 from tests.lab.waiting import wait_until
 
 COUNT = "while True: pass"
 
 
-def cgroup2() -> Path:
-    """Where this machine has mounted cgroup v2."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        if after.startswith("cgroup2 "):
-            return Path(before.split()[4])
-    raise AssertionError("this machine has no cgroup v2")
-
-
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    path = cgroup2() / f"dolly-test-{secrets.token_hex(4)}"
-    path.mkdir()
-    yield path
-    wait_until("the cgroup is empty", lambda: not (path / "cgroup.procs").read_text())
-    path.rmdir()
+    with cgroup_of_its_own() as path:
+        yield path
 
 
 @pytest.fixture
@@ -74,6 +62,17 @@ def test_what_is_frozen_already_is_frozen(cgroup: Path, counter: int) -> None:
     wait_until("it is gone", lambda: not (cgroup / "cgroup.procs").read_text())
 
 
+def test_tasks_run_while_they_are_thawed_for_a_while(cgroup: Path, counter: int) -> None:
+    freeze(cgroup, 5.0)
+    executed = executed_ns(counter)
+    with thawed(cgroup):
+        wait_until("it counts", lambda: executed_ns(counter) > executed)
+    freeze(cgroup, 5.0)
+    executed = executed_ns(counter)
+    subprocess.run([sys.executable, "-c", ""], check=True)
+    assert executed_ns(counter) == executed
+
+
 def test_a_cgroup_that_does_not_freeze_is_thawed(tmp_path: Path) -> None:
     """Its files say what a task in an uninterruptible wait makes them say."""
     (tmp_path / "cgroup.freeze").write_text("0")
@@ -85,5 +84,6 @@ def test_a_cgroup_that_does_not_freeze_is_thawed(tmp_path: Path) -> None:
 
 def test_thawing_a_cgroup_that_is_gone(tmp_path: Path) -> None:
     thaw(tmp_path / "gone")
+    refreeze(tmp_path / "gone")
     with pytest.raises(FileNotFoundError):
         freeze(tmp_path / "gone", 1.0)

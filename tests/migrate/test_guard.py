@@ -191,6 +191,17 @@ def test_a_hold_without_its_runtime_is_ended(scene: Scene) -> None:
     assert not scene.is_frozen
 
 
+def test_tasks_are_not_kept_for_a_criu_that_has_ended(scene: Scene) -> None:
+    """It says so, and goes on watching its coordinator."""
+    process = scene.arm()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"keep\n")
+    assert process.stdout.readline() == b"CRIU has ended\n"
+    process.stdin.write(b"disarm\n")
+    assert process.wait(DEADLINE_S) == 0
+
+
 def test_a_container_that_is_gone_is_no_failure(scene: Scene) -> None:
     scene.runtime.kill()
     scene.runtime.wait()

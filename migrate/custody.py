@@ -1,0 +1,71 @@
+"""The tasks of a container while CRIU dumps them: kept as they were, whoever dies.
+
+    keep     in the guard, tasks frozen: they are written down and shielded, CRIU is watched
+    (dump)   CRIU alters tasks and puts them back; if it dies instead, they freeze as they are
+    clean    the images, of what only the shield has put there
+    mend     whoever undoes the dump: coordinator, guard, or a recovery from outside
+
+The record is a file in the hold's directory, on the session's tmpfs. It may be put back as long as
+the tasks have executed nothing since, which is as long as their cgroup is frozen: CRIU thaws it
+only while it holds them all by ptrace, and from then on it is frozen by CRIU's hook, by its orderly
+undo, or by who watches it in the moment that it dies. Where nobody watched, as after the end of
+guard and CRIU at once, it is not frozen: tasks have run on, and are left as they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from criu_glue import custody, deathwatch
+from criu_glue.core.trap_action import with_trap_action
+from criu_glue.mappings import cgroup_pids, vpid
+from criu_glue.mending import mend as mend_tasks
+from migrate import cgroup as freezer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+log = structlog.get_logger()
+
+_RECORD = "custody"
+FREEZE_DEADLINE_S = 5.0
+
+
+def keep(hold: Path, cgroup: Path, criu: int) -> None:
+    """Write down the tasks of a frozen cgroup, and have them freeze when their CRIU ends, which has
+    not begun. Raises CriuGlueError, TimeoutError."""
+    custody.record(cgroup_pids(cgroup), hold / _RECORD, lambda: freezer.thawed(cgroup))
+    watch(cgroup, criu)
+    # All that it did to them was done in the kernel, but CRIU is to find them at rest.
+    freezer.freeze(cgroup, FREEZE_DEADLINE_S)
+
+
+def watch(cgroup: Path, criu: int) -> None:
+    """Have the tasks freeze when CRIU ends, however it ends, before it lets go of them. Raises
+    TaskBusyError (another process watches it), TaskGoneError."""
+    deathwatch.watch(criu, lambda: freezer.refreeze(cgroup))
+
+
+def clean(hold: Path, image_dir: Path) -> None:
+    """Take the handlers that tasks had for the dump alone out of its images. Blocking. Raises
+    CriuGlueError, OSError."""
+    for task in custody.read(hold / _RECORD):
+        if task.trap_action:
+            image = image_dir / f"core-{vpid(task.pid)}.img"
+            image.write_bytes(with_trap_action(image.read_bytes(), task.trap_action, image.name))
+
+
+def mend(hold: Path, cgroup: Path) -> None:
+    """Give the tasks back what a CRIU that has ended left altered. Blocking, idempotent.
+
+    Raises CriuGlueError, OSError: the cgroup stays frozen, and it can be tried again.
+    """
+    written = hold / _RECORD
+    if freezer.is_frozen(cgroup):
+        mended = mend_tasks(custody.read(written), lambda: freezer.thawed(cgroup))
+        if mended.failed:
+            log.warning("left in tasks", cgroup=str(cgroup), what=mended.failed)
+    # From the thaw on it would be false.
+    written.unlink(missing_ok=True)
