@@ -6,7 +6,6 @@ the last try ended.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import socket
 import tempfile
@@ -116,8 +115,13 @@ def remove(
     be told, the removed one among them. Blocking. Raises MigrateError."""
     record = book.find(fleet, wanted)
     try:
-        serials = [one.peer.serial for one in authority.issued() if one.peer.name == record.name]
-        authority.revoke(*serials)
+        authority.revoke(
+            *(
+                one.peer.serial
+                for one in authority.issued()
+                if (one.peer.name, one.peer.role) == (record.name, Role.HOST)
+            )
+        )
         tell(f"{record.name}: revoked")
         missed = push_revocations(fleet, authority, asking, tell, without=record.name)
     except TransportError as error:
@@ -204,12 +208,14 @@ def provide(
         lacks = lacking(facts)
     with tempfile.TemporaryDirectory(prefix="migrate-wheels-") as directory:
         found: list[Path] = []
-        wanted = [one.requirement for one in lacks if one.requirement is not None]
-        if wanted and not any(one.requirement is None for one in lacks):
-            with contextlib.suppress(MigrateError):
+        if lacks:
+            wanted = [one.requirement for one in lacks if one.requirement is not None]
+            if len(wanted) < len(lacks):
+                raise _refusal(facts, lacks)
+            try:
                 found = wheels.fetch(wanted, facts, Path(directory), wishes.wheels)
-        if lacks and not found:
-            raise _refusal(facts, lacks)
+            except MigrateError as error:
+                raise _refusal(facts, lacks, f"; {error.message}") from error
         made = bundle.make(found)
     install(host, made, facts, tell, root)
     return made.version
@@ -254,12 +260,12 @@ def lacking(facts: HostFacts) -> list[Lack]:
     return lacks
 
 
-def _refusal(facts: HostFacts, lacks: Sequence[Lack]) -> UsageError:
+def _refusal(facts: HostFacts, lacks: Sequence[Lack], more: str = "") -> UsageError:
     packages = sorted({one.package for one in lacks if one.package})
     apt = f"apt-get install {' '.join(packages)}"
     remedy = f"{apt} there, or --install-packages" if packages and facts.apt else ""
     return UsageError(
-        f"this host lacks {', '.join(one.what for one in lacks)}",
+        f"this host lacks {', '.join(one.what for one in lacks)}{more}",
         host=facts.hostname,
         phase="installation",
         remedy=remedy or "install what it lacks",

@@ -10,7 +10,6 @@ import msgspec
 
 from migrate.errors import MigrateError, Unreachable
 from migrate.hosts import bootstrap
-from transport.ssh.connecting import connect
 from transport.ssh.errors import SshError
 
 if TYPE_CHECKING:
@@ -63,6 +62,9 @@ class RemoteHost:
     @classmethod
     def reach(cls, destination: str, asking: Asking) -> Self:
         """Connect. Raises MigrateError."""
+        # paramiko has some 10 MB, and agents, which hardly ever come here, would keep them.
+        from transport.ssh.connecting import connect
+
         try:
             return cls(connect(destination, asking))
         except SshError as error:
