@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import os
+import ssl
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from migrate.agent.ticket import LIFE_S, Ticket
+from tests.identities import Fleet
+from tests.transport.transfer_parts import (
+    TARGET_NAME,
+    FileSink,
+    Memory,
+    Recorder,
+    Target,
+    wait_until,
+)
+from transport import tls
 from transport.core.frames import Hello, StreamKind
 from transport.errors import StreamRefusedError
-from transport.identity import Peer, Role
+from transport.identity import HostIdentity, Peer, Role
+from transport.sender import PageSender
 
 USE, OTHER = os.urandom(16), os.urandom(16)
 ALPHA, BETA = Peer("alpha", Role.HOST, 1), Peer("beta", Role.HOST, 2)
@@ -82,3 +96,76 @@ def test_it_is_not_told(ticket: Ticket) -> None:
     with pytest.raises(StreamRefusedError) as refused:
         ticket.admit(hello(ticket), BETA)
     assert ticket.secret.hex() not in str(refused.value)
+
+
+# --- real streams ---
+
+
+@dataclass
+class Shown:
+    """A listener that admits by a ticket."""
+
+    target: Target
+    ticket: Ticket
+    log: Recorder
+    fleet: Fleet
+
+    def sender(self, host: str = "alpha", streams: int = 1) -> PageSender:
+        identity = HostIdentity.load(self.fleet.host(host))
+
+        def opened(_index: int) -> ssl.SSLSocket:
+            context, port = identity.client_context(), self.target.port
+            return tls.connect("127.0.0.1", port, context, server_name=TARGET_NAME)
+
+        memory = Memory(10)
+        return PageSender(opened, ticket=self.ticket.secret, read=memory.read, streams=streams)
+
+    def refused(self, sender: PageSender) -> str:
+        """Connects in vain; what the log says, in the one line that it has of it."""
+        before = len(self.log.complaints)
+        with sender, pytest.raises(StreamRefusedError):
+            sender.connect()
+        wait_until(lambda: len(self.log.complaints) > before, "it is logged")
+        ((_, fields),) = self.log.complaints[before:]
+        assert self.ticket.secret.hex() not in repr(self.log.lines)
+        return str(fields["reason"])
+
+
+@pytest.fixture
+def shown(tmp_path: Path, ticket: Ticket) -> Iterator[Shown]:
+    log, fleet = Recorder(), Fleet(tmp_path / "fleet")
+    context = HostIdentity.load(fleet.host(TARGET_NAME)).server_context()
+    with Target(context, tmp_path, log) as target:
+
+        def authorise(hello: Hello, peer: Peer) -> FileSink | None:
+            if not ticket.is_shown_by(hello):
+                return None
+            ticket.admit(hello, peer)
+            return target.sink
+
+        target.listener._authorise = authorise
+        yield Shown(target, ticket, log, fleet)
+
+
+def test_a_ticket_that_is_replayed(shown: Shown) -> None:
+    """By the same host, with the same identity, while the stream is open and when it has ended."""
+    with shown.sender() as sender:
+        sender.connect()
+        assert "has been used for this stream" in shown.refused(shown.sender())
+        sender.connect()
+    assert "has been used for this stream" in shown.refused(shown.sender())
+
+
+def test_a_ticket_that_another_host_has_seen(shown: Shown) -> None:
+    assert "of alpha, shown by beta" in shown.refused(shown.sender("beta"))
+    with shown.sender() as sender:
+        sender.connect()
+
+
+def test_a_ticket_that_comes_too_late(shown: Shown, clock: Clock) -> None:
+    clock.now_s += LIFE_S + 1
+    assert "expired" in shown.refused(shown.sender())
+
+
+def test_more_streams_than_announced(shown: Shown) -> None:
+    assert "stream 3 of 3" in shown.refused(shown.sender(streams=4))

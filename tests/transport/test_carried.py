@@ -24,6 +24,8 @@ from transport import tls
 from transport.core import frames, tables
 from transport.core.frames import PAGE_BYTES, Codec, FrameHeader, FrameType, Status
 from transport.core.transcript import PIECE_BYTES, Carried, file_digest, piece_digest
+from transport.identity import Peer
+from transport.inbound import PageSink
 from transport.sender import PageSender
 
 TASK = 42
@@ -138,3 +140,33 @@ def test_a_frame_is_in_the_account_once_however_often_it_is_sent(
         assert client.answer().status == Status.BAD_FRAME
     (stream,) = target.listener.revoke(target.ticket).streams
     assert stream.frames == 1
+
+
+def test_each_connection_of_a_stream_shows_the_same_use(
+    target: Target, sender_for: Callable[..., PageSender], tmp_path: Path
+) -> None:
+    """That is how a ticket that is used again is told from a stream that comes back."""
+    uses: dict[int, set[bytes]] = {}
+    connections = 0
+    authorise = target._authorise
+
+    def recorded(hello: frames.Hello, peer: Peer) -> PageSink | None:
+        nonlocal connections
+        connections += 1
+        uses.setdefault(hello.stream, set()).add(hello.use)
+        return authorise(hello, peer)
+
+    target.listener._authorise = recorded
+    memory = Memory(2000)
+    with (
+        CuttingProxy(target.port, seed=2, cuts=6, up=1 << 20, down=8 << 10) as proxy,
+        sender_for(memory, proxy.port, streams=2) as sender,
+    ):
+        sender.send_round(1, [(TASK, memory.runs)])
+        assert sender.progress.reopened
+    assert connections > 2
+    first = {stream: use for stream, (use,) in uses.items()}
+    assert len(set(first.values())) == len(first) == 2
+    with sender_for(memory, streams=2) as another:
+        another.connect()
+    assert all(len(shown) == 2 for shown in uses.values())
