@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from migrate.core import manifest as manifests
 from migrate.core import messages
+from migrate.core.confinement import Confinements
 from migrate.core.manifest import (
     LIFE_S,
     SKEW_S,
@@ -165,7 +166,8 @@ def test_the_largest_checkpoint_fits_a_message() -> None:
     )
     data = manifests.encode(changed(files=files))
     assert manifests.decode(data).files == files
-    messages.encode(messages.Restore(data, bytes(64), bytes(2000), 5))
+    confinement = Confinements((), {})
+    messages.encode(messages.Restore(data, bytes(64), bytes(2000), 5, confinement))
 
 
 def test_the_envelope() -> None:
