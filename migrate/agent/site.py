@@ -21,6 +21,7 @@ from aiohttp import web
 from transport import tls
 from transport.complaints import Complaints
 from transport.door import Door, Guest
+from transport.errors import TransportError
 
 if TYPE_CHECKING:
     import socket
@@ -108,21 +109,22 @@ class Site:
         connection = Connection(self, self._runner.server(), guest, address)
         try:
             plain.setblocking(False)
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: connection,
-                plain,
-                ssl=self._context,
-                ssl_handshake_timeout=self._handshake_deadline_s,
-                ssl_shutdown_timeout=_SHUTDOWN_DEADLINE_S,
-            )
+            with tls.handshake_errors("the caller"):
+                await asyncio.get_running_loop().connect_accepted_socket(
+                    lambda: connection,
+                    plain,
+                    ssl=self._context,
+                    ssl_handshake_timeout=self._handshake_deadline_s,
+                    ssl_shutdown_timeout=_SHUTDOWN_DEADLINE_S,
+                )
         except asyncio.CancelledError:
             self._door.leave(guest)
             if not guest.was_turned_away:
                 raise
             self._complain(address, "too many connections that have not said who they are")
-        except OSError as error:  # ssl.SSLError and timeouts are OSErrors
+        except TransportError as error:
             self._door.leave(guest)
-            self._complain(address, str(error) or "the handshake took too long")
+            self._complain(address, str(error))
         finally:
             if not connection.was_made:
                 plain.close()
