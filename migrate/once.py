@@ -26,7 +26,7 @@ from migrate.agent import once as agents
 from migrate.agent.once import Ended, Listening
 from migrate.claim import claimant
 from migrate.commands.terminal import terminal
-from migrate.errors import MigrateError
+from migrate.errors import JournalError, MigrateError
 from migrate.hosts import bundle, enrolment
 from migrate.hosts.remote import PROGRAM_ROOT, RemoteHost
 from migrate.identity import identity_errors, own_identity
@@ -155,7 +155,10 @@ class OneShot:
         agents.clear(self._paths.once(self._id))
 
     def _is_in_doubt(self) -> bool:
-        return self._id in _unfinished(self._paths)
+        try:
+            return self._id in _unfinished(self._paths)
+        except JournalError:
+            return True
 
 
 def dismiss(host: RemoteHost, migration_id: str, root: str) -> None:

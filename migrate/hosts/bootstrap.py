@@ -4,6 +4,7 @@
 
     probe ROOT             what the host is and has; JSON
     install ROOT VERSION   unpacks a tar (the rest of standard input) as ROOT/versions/VERSION
+    settle ROOT            makes what lasts from one version to the next
     clear DIRECTORY        removes a directory below /var/lib/migrate/once
 
 It imports the standard library only, and is written for any Python 3 to read, so that a host with
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PROGRAMS = ("criu", "runc", "rsync", "ip")
 FRONT_USER = "migrate-front"
+LINK = Path("/usr/local/bin/migrate")
 VERSIONS_KEPT = 2
 COMMAND_DEADLINE_S = 60
 
@@ -84,8 +86,9 @@ def install(root: str, version: str) -> None:
     print(json.dumps({"installed": version}))  # noqa: T201
 
 
-def add_front_user() -> None:
-    """The account of the agent's part that faces the network; it owns nothing."""
+def settle(root: str) -> None:
+    """The account of the agent's part that faces the network, which owns nothing, and `migrate` in
+    the PATH unless something else is called so."""
     try:
         import pwd
 
@@ -93,7 +96,9 @@ def add_front_user() -> None:
     except KeyError:
         command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin"]
         subprocess.run([*command, FRONT_USER], check=True, timeout=COMMAND_DEADLINE_S)
-    print(json.dumps({"user": FRONT_USER}))  # noqa: T201
+    if not os.path.lexists(LINK):
+        LINK.symlink_to(Path(root) / "current" / "bin" / "migrate")
+    print(json.dumps({"user": FRONT_USER, "link": str(LINK)}))  # noqa: T201
 
 
 def clear(directory: str) -> None:
@@ -166,7 +171,7 @@ def has_module(name: str) -> bool:
 ACTIONS: dict[str, Callable[..., None]] = {
     "probe": probe,
     "install": install,
-    "front-user": add_front_user,
+    "settle": settle,
     "clear": clear,
 }
 

@@ -88,7 +88,7 @@ def add(
         tell(f"{name}: reached as {host.destination}")
         _refuse_another(fleet, name, destination)
         version = provide(host, facts, wishes, tell)
-        host.add_front_user()
+        host.settle()
         all_addresses = tuple(dict.fromkeys([*addresses, *_address_of(host)]))
         state = host.migrate(["service", "state"], ServiceState)
         _check_clock(name, state)

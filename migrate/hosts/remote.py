@@ -78,9 +78,10 @@ class RemoteHost:
         """Bring a bundle; one that is there already is only pointed to. Raises MigrateError."""
         self._bootstrap(dict, "install", root, version, data=archive, deadline_s=INSTALL_DEADLINE_S)
 
-    def add_front_user(self) -> None:
-        """The account for the part of the agent that faces the network. Raises MigrateError."""
-        self._bootstrap(dict, "front-user")
+    def settle(self) -> None:
+        """What lasts from one version to the next: an account, a name in the PATH. Raises
+        MigrateError."""
+        self._bootstrap(dict, "settle", PROGRAM_ROOT)
 
     def clear(self, directory: str) -> bool:
         """Remove what one migration brought; whether it is gone. Raises MigrateError."""

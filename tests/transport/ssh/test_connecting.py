@@ -15,7 +15,8 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from tests.transport.ssh.server import Behaviour, SshServer, generate_key
+from tests.transport.ssh.place import Place, Typist, made
+from tests.transport.ssh.server import Behaviour, generate_key
 from transport.ssh.asking import Asking
 from transport.ssh.connecting import connect
 from transport.ssh.connection import SshConnection
@@ -29,66 +30,6 @@ from transport.ssh.errors import (
 )
 from transport.ssh.forwarding import Forward
 from transport.ssh.known_hosts import fingerprint
-
-
-class Typist:
-    """Somebody at a terminal who answers what the test says, and remembers the questions."""
-
-    def __init__(self, *secrets: str, confirms: bool = False) -> None:
-        self._secrets = list(secrets)
-        self._confirms = confirms
-        self.asked: list[str] = []
-
-    def confirm(self, text: str) -> bool:
-        self.asked.append(text)
-        return self._confirms
-
-    def secret(self, text: str) -> str:
-        self.asked.append(text)
-        return self._secrets.pop(0)
-
-
-class Place:
-    """A user's ~/.ssh in a directory, and servers."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.known_hosts = directory / "known_hosts"
-        self.host_key = generate_key(_made(directory / "host"))
-        self.user_key = generate_key(_made(directory / "user"))
-        self.more = ""
-        self._servers: list[SshServer] = []
-
-    def serve(self, behaviour: Behaviour | None = None, *more_keys: Path) -> SshServer:
-        wanted = behaviour or Behaviour(keys=[paramiko.PKey.from_path(self.user_key)])
-        keys = [paramiko.PKey.from_path(path) for path in (self.host_key, *more_keys)]
-        self._servers.append(SshServer(keys, wanted))
-        return self._servers[-1]
-
-    def know(self, server: SshServer, key: Path | None = None, marker: str = "") -> None:
-        public = (key or self.host_key).with_suffix(".pub").read_text().split()
-        with self.known_hosts.open("a") as file:
-            file.write(f"{marker}[127.0.0.1]:{server.port} {public[0]} {public[1]}\n")
-
-    def connect(
-        self, server: SshServer, prompts: Typist | None = None, *, accept_new: bool = False
-    ) -> SshConnection:
-        config = self.directory / "config"
-        config.write_text(
-            f"UserKnownHostsFile {self.known_hosts}\nGlobalKnownHostsFile /dev/null\n"
-            f"IdentityFile {self.user_key}\nIdentityAgent none\n{self.more}"
-        )
-        asking = Asking(prompts, accept_new=accept_new, config_file=config)
-        return connect(f"somebody@127.0.0.1:{server.port}", asking)
-
-    def close(self) -> None:
-        for server in self._servers:
-            server.close()
-
-
-def _made(path: Path) -> Path:
-    path.mkdir()
-    return path
 
 
 @pytest.fixture
@@ -111,7 +52,7 @@ def test_a_known_host_is_asked_nothing(place: Place) -> None:
 
 def test_of_several_keys_the_known_one_is_asked_for(place: Place) -> None:
     """A server prefers Ed25519; known is its ECDSA key."""
-    ecdsa = generate_key(_made(place.directory / "ecdsa"), "ecdsa")
+    ecdsa = generate_key(made(place.directory / "ecdsa"), "ecdsa")
     server = place.serve(None, ecdsa)
     place.know(server, ecdsa)
     place.connect(server).close()
@@ -159,7 +100,7 @@ def test_the_configuration_may_want_no_new_key(place: Place) -> None:
 @pytest.mark.parametrize("configured", ["ask", "accept-new", "no"])
 def test_a_changed_key_is_refused_whatever_is_said(place: Place, configured: str) -> None:
     server, typist = place.serve(), Typist(confirms=True)
-    former = generate_key(_made(place.directory / "former"))
+    former = generate_key(made(place.directory / "former"))
     place.know(server, former)
     place.more = f"StrictHostKeyChecking {configured}\n"
     before = place.known_hosts.read_text()
@@ -175,7 +116,7 @@ def test_a_changed_key_is_refused_whatever_is_said(place: Place, configured: str
 
 def test_a_key_of_another_type_than_the_known_one_has_changed(place: Place) -> None:
     server = place.serve()
-    place.know(server, generate_key(_made(place.directory / "former"), "ecdsa"))
+    place.know(server, generate_key(made(place.directory / "former"), "ecdsa"))
     with pytest.raises(HostKeyChangedError):
         place.connect(server, accept_new=True)
 
