@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from migrate import config
-from migrate.agent.front_link import PEER_HEADER, Caller
+from migrate.agent.front_link import BROKEN, PEER_HEADER, Caller
 from migrate.agent.relay import CLOSE_DEADLINE_S, Relay
 from migrate.agent.site import BODY_DEADLINE_S
 from migrate.core import messages
@@ -136,7 +136,8 @@ class Gateway:
             except ProtocolError as error:
                 log.warning("message refused", **_who(caller), why=str(error))
             finally:
-                await far.close()
+                # Whatever has happened, it was no word of the peer; ended before, it stays so.
+                await far.close(code=BROKEN)
         return near
 
 

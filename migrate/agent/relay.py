@@ -57,6 +57,8 @@ class Relay:
     async def run(self, request: web.Request) -> None:
         """Carry messages both ways. Raises ProtocolError for a peer's, its connection closed."""
         try:
+            if request.transport is None:
+                raise ConnectionResetError("the peer has gone before it was answered")
             await self._near.prepare(request)
             await self._carry()
         except ConnectionError:
