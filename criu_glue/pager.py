@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Final
 
 from criu_glue.lazy_pages_socket import listen
+from criu_glue.no_core import forbid_cores
 from criu_glue.pager_journal import Journal
 from criu_glue.pager_keeper import keep
 from criu_glue.pager_pair import Pair, descriptors
@@ -87,6 +88,7 @@ def _signals() -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The process. Returns 1 when it could not begin, and otherwise not at all."""
+    forbid_cores()
     parser = argparse.ArgumentParser(prog="python3 -m criu_glue.pager")
     for name in ("work", "images", "store"):
         parser.add_argument(f"--{name}", type=Path, required=True)

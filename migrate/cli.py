@@ -20,6 +20,7 @@ import click
 import msgspec
 from rich.console import Console
 
+from criu_glue.no_core import forbid_cores
 from migrate import config, heap, oversight, progress, standing
 from migrate.agent import once as agents
 from migrate.agent.app import Agent
@@ -324,6 +325,7 @@ def new_migration_id() -> MigrationId:
 
 def main() -> None:
     """Run the command line; every error that is foreseen ends in its message and exit code."""
+    forbid_cores()
     raise_descriptor_limit()
     try:
         cli.main(standalone_mode=False)

@@ -29,6 +29,7 @@ import psutil
 
 from criu_glue.errors import CriuGlueError
 from criu_glue.hooks import abort_from_outside, criu_pid, has_criu_died
+from criu_glue.no_core import forbid_cores
 from migrate import cgroup, custody, tcp_repair
 from migrate.core.table import Verdict
 from migrate.errors import JournalError
@@ -58,6 +59,7 @@ class GuardPlan(msgspec.Struct, frozen=True):
 
 def main() -> int:
     """Wait for the coordinator's end; 0 when it ended well or the container was given back."""
+    forbid_cores()
     line = sys.stdin.buffer.readline()
     if not line:
         # The coordinator died before it had told us anything: before it froze anything.

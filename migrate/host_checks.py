@@ -14,8 +14,13 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from migrate.mounts import keeps_from_swap
 from migrate.refusals import Caution, Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # 4.2 is the first CRIU that dumps TCP sockets on kernels since 6.16 and resumes lazy dumps rightly.
 CRIU_VERSION_MIN = (4, 2)
@@ -33,6 +38,7 @@ DESCRIPTORS_PER_TASK_MAX = 4
 _PROGRAMS = ("criu", "rsync", "ip")
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _SYS_NET = Path("/sys/class/net")
+_SWAPS = Path("/proc/swaps")
 # CRIU reads these of itself, and runc names the second: what they say wins over a request's
 # options (criu/config.c), and can undo what a migration asks.
 _CRIU_CONFIGS = (Path("/etc/criu/default.conf"), Path("/etc/criu/runc.conf"))
@@ -142,12 +148,37 @@ def judge_criu(version: str, failure: str) -> list[Refusal]:
 def host_cautions() -> list[Caution]:
     """What makes migrations from or to this host worse than they need be."""
     configured = [str(path) for path in _CRIU_CONFIGS if path.exists()]
-    return judge_cautions(_read(_THP), configured)
+    swaps = [] if keeps_from_swap() else open_swaps(_read(_SWAPS), _mapping_of)
+    return judge_cautions(_read(_THP), configured, swaps)
 
 
-def judge_cautions(huge_pages: str, criu_configs: list[str]) -> list[Caution]:
-    """By the text of transparent_hugepage/enabled and the configuration files there are. Pure."""
-    cautions = []
+def open_swaps(swaps: str, mapping_of: Callable[[str], str]) -> list[str]:
+    """Which of /proc/swaps put memory on a disk as it is. Pure. `mapping_of` gives the UUID of a
+    device mapper's device, which says whether it is encrypted (cryptsetup: CRYPT-…)."""
+    devices = [line.split()[0] for line in swaps.splitlines()[1:] if line.strip()]
+    return [
+        device
+        for device in devices
+        if not device.startswith("/dev/zram") and not mapping_of(device).startswith("CRYPT-")
+    ]
+
+
+def _mapping_of(device: str) -> str:
+    return _read(Path("/sys/block", Path(device).resolve().name, "dm/uuid"))
+
+
+def judge_cautions(huge_pages: str, criu_configs: list[str], swaps: list[str]) -> list[Caution]:
+    """By the text of transparent_hugepage/enabled, the configuration files there are, and the swap
+    devices to which the memory of containers on their way may go as it is. Pure."""
+    cautions = [
+        Caution(
+            "swap",
+            f"memory of containers on their way may be written to {device} unencrypted, which this"
+            " kernel can't keep a tmpfs from",
+            f"swapoff {device}, encrypt it, or use Linux 6.4 or newer",
+        )
+        for device in swaps
+    ]
     if "[always]" in huge_pages:
         cautions.append(
             Caution(

@@ -1,10 +1,16 @@
-"""A tmpfs for one session: memory that only this migration can fill, and that is gone with it."""
+"""A tmpfs for one session: memory that only this migration can fill, and that is gone with it.
+
+It is not swapped out where the kernel can leave that (`noswap`, Linux 6.4:
+Documentation/filesystems/tmpfs.rst): what lies there is the memory of a container, and a swap
+device keeps what was written to it.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +18,9 @@ if TYPE_CHECKING:
 
 _MS_NOSUID, _MS_NODEV = 2, 4
 _MNT_DETACH = 2
+# The same on all architectures but alpha (include/uapi/asm-generic/unistd.h).
+_SYS_FSOPEN, _SYS_FSCONFIG = 430, 431
+_FSOPEN_CLOEXEC, _FSCONFIG_SET_FLAG = 1, 0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -21,11 +30,25 @@ def mount_tmpfs(directory: Path, size_bytes: int) -> None:
 
     It allows execution, which /run may not: the gate and the hook are programs in it.
     """
-    options = f"mode=0700,size={size_bytes}".encode()
+    options = f"mode=0700,size={size_bytes}{',noswap' if keeps_from_swap() else ''}".encode()
     flags = _MS_NOSUID | _MS_NODEV
     if _libc.mount(b"tmpfs", os.fsencode(directory), b"tmpfs", flags, options) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"mounting a tmpfs on {directory}: {os.strerror(code)}")
+
+
+@cache
+def keeps_from_swap() -> bool:
+    """Whether a tmpfs of this kernel can be kept from being swapped out; asked of the kernel, which
+    mounts nothing for it. Not in a user namespace (mm/shmem.c)."""
+    context = _libc.syscall(_SYS_FSOPEN, b"tmpfs", _FSOPEN_CLOEXEC)
+    if context < 0:
+        return False
+    try:
+        flag = _libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, b"noswap", None, 0)
+        return bool(flag == 0)
+    finally:
+        os.close(context)
 
 
 def is_full(directory: Path) -> bool:

@@ -48,6 +48,8 @@ class AdoptedRestoring:
     def _is_there(self) -> bool:
         limit_s = time.monotonic() + config.RESTORE_DEADLINE_S
         while not hooks.has_seen(self._hold, "post-resume"):
+            if hooks.is_refused(self._hold):
+                return False
             is_restoring = hooks.criu_pid(self._hold) is not None
             if not is_restoring or time.monotonic() > limit_s:
                 return hooks.is_let_go(self._hold)

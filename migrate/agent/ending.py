@@ -31,6 +31,9 @@ def end_restore(session: Path) -> None:
     """Let a restore undo itself, since a CRIU that is killed leaves its mounts behind; then kill
     what is left of it and its pager. Blocking."""
     hold = session / "work" / "hold"
+    if hooks.is_refused(hold):
+        # It waits for the end of an init that its runtime, which waits for it, would have to reap.
+        wait_criu_ended(hold, 0.0)
 
     def has_ended() -> bool:
         runtimes = [one for one in users_of(session) if "restore" in one.info["cmdline"]]

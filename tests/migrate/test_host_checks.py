@@ -13,6 +13,7 @@ from migrate.host_checks import (
     judge_cautions,
     judge_criu,
     judge_descriptors,
+    open_swaps,
     space_refusals,
     version_of,
 )
@@ -82,9 +83,9 @@ def test_what_is_no_bridge() -> None:
 
 
 def test_cautions() -> None:
-    assert judge_cautions("always [madvise] never", []) == []
-    assert judge_cautions("", []) == []
-    found = judge_cautions("[always] madvise never", ["/etc/criu/runc.conf"])
+    assert judge_cautions("always [madvise] never", [], []) == []
+    assert judge_cautions("", [], []) == []
+    found = judge_cautions("[always] madvise never", ["/etc/criu/runc.conf"], [])
     assert [caution.code for caution in found] == ["huge-pages", "criu-config"]
     assert "/etc/criu/runc.conf" in found[1].message
 
@@ -110,3 +111,24 @@ def test_space(tmp_path: Path) -> None:
     (refusal,) = space_refusals(tmp_path / "a" / "b", 1 << 60, 1)
     assert refusal.code == "space"
     assert str(tmp_path / "a" / "b") in refusal.remedy
+
+
+SWAPS = """\
+Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority
+/dev/dm-1                               partition\t999420\t\t0\t\t-2
+/dev/dm-2                               partition\t999420\t\t0\t\t-3
+/dev/zram0                              partition\t999420\t\t0\t\t100
+/swapfile                               file\t\t999420\t\t0\t\t-4
+"""
+
+
+def test_swap_that_is_a_disk_as_it_is() -> None:
+    mappings = {"/dev/dm-1": "CRYPT-LUKS2-0123-swap", "/dev/dm-2": "LVM-0123"}
+    found = open_swaps(SWAPS, lambda device: mappings.get(device, ""))
+    assert found == ["/dev/dm-2", "/swapfile"]
+    assert open_swaps(SWAPS.splitlines()[0], lambda _: "") == open_swaps("", lambda _: "") == []
+    cautions = judge_cautions("", [], found)
+    assert [(one.code, one.remedy.split(",")[0]) for one in cautions] == [
+        ("swap", "swapoff /dev/dm-2"),
+        ("swap", "swapoff /swapfile"),
+    ]
