@@ -54,7 +54,8 @@ def kill(host: Host) -> None:
         raise LabError(f"no agent was started on {host.name}")
     host.run(["sh", "-c", f"kill -KILL {pid}"])
     deadline = time.monotonic() + KILL_DEADLINE_S
-    while host.path(f"/proc/{pid}").exists():
+    # Its front ends with it, a moment later, and must not be taken for the next one's.
+    while host.path(f"/proc/{pid}").exists() or listens(host):
         if time.monotonic() > deadline:
             raise LabError(f"the agent on {host.name} is still there after its kill")
         time.sleep(POLL_S)
