@@ -18,6 +18,7 @@ from migrate.agent.app import Agent
 from migrate.core import messages as m
 from migrate.errors import MigrateError
 from migrate.operating import tell_agent
+from migrate.policy import PolicyError
 from tests.identities import Fleet
 from transport.errors import CertificateRevokedError
 from transport.identity import HostIdentity, IdentityPaths
@@ -157,3 +158,11 @@ async def test_an_agent_whose_identity_was_revoked_does_not_start(site: Site) ->
         HostIdentity.load(site.paths.tls)
     with pytest.raises(MigrateError, match="revoked"):
         Agent(site.paths, {}, "127.0.0.1", 0, 0)
+
+
+async def test_an_agent_does_not_start_with_a_policy_that_it_cannot_read(tmp_path: Path) -> None:
+    paths = config.HostPaths(tmp_path / "run", tmp_path / "state", tmp_path / "etc")
+    paths.config.mkdir()
+    paths.policy.write_text("[receive]\nfrm = ['a']\n")
+    with pytest.raises(PolicyError, match=r"line 2: .* unknown field `frm`"):
+        Agent(paths, {}, "127.0.0.1", 0, 0)

@@ -9,10 +9,11 @@ import msgspec
 import pytest
 
 from bench.oci_spec import oci_spec
+from migrate.core.confinement import Confinements, Sheet
 from migrate.core.messages import OpenSession, Versions
 from migrate.network_identity import NetworkIdentity
 from migrate.policy import Policy, parse
-from migrate.policy_checks import Load, judge_quotas, judge_receive, judge_send
+from migrate.policy_checks import Load, judge_quotas, judge_receive, judge_send, judge_tasks
 from migrate.runtimes.oci import mounts_of
 
 MIB = 1 << 20
@@ -226,3 +227,44 @@ def test_another_shape_is_refused_by_one_of_few_errors(broken: Any) -> None:
                 judge_receive(Policy(), REQUEST, spec, mounts_of(spec))
             except (ValueError, TypeError, AttributeError, LookupError):
                 continue
+
+
+def tasks(**fields: Any) -> Confinements:
+    usual = Sheet(
+        users=(0, 0, 0, 0),
+        groups=(0, 0, 0, 0),
+        more_groups=(),
+        inheritable=0,
+        permitted=0,
+        effective=0,
+        bounding=1 << 0 | 1 << 27,
+        ambient=0,
+        no_new_privileges=False,
+        seccomp=2,
+        filters=1,
+        label="",
+        user_map="0 0 4294967295",
+        group_map="0 0 4294967295",
+        setgroups="allow",
+        oom_score_adj=0,
+        limits={},
+    )
+    return Confinements((usual, msgspec.structs.replace(usual, **fields)), {1: 0, 7: 1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "line"),
+    [
+        ({"bounding": 1 << 21}, "policy-capability", "capabilities = ['CAP_SYS_ADMIN']"),
+        ({"ambient": 1 << 21}, "policy-capability", "capabilities = ['CAP_SYS_ADMIN']"),
+        ({"seccomp": 0, "filters": 0}, "policy-seccomp", "seccomp_off = true"),
+    ],
+)
+def test_tasks_are_judged_whatever_their_configuration_says(
+    fields: dict[str, Any], code: str, line: str
+) -> None:
+    assert judge_tasks(Policy(), tasks()) == []
+    (refusal,) = judge_tasks(Policy(), tasks(**fields))
+    assert refusal.code == code
+    assert judge_tasks(parse(f"[receive]\n{line}"), tasks(**fields)) == []
+    assert judge_tasks(parse("[receive]\nprivileged = true"), tasks(**fields)) == []
