@@ -1,4 +1,4 @@
-"""`migrate`, by a source that signs something else than it sends.
+"""`migrate`, by a source that signs something else than it sends, or says COMMIT when it may not.
 
     python3 -m tests.lab.lying LIE ARGUMENTS    as `migrate ARGUMENTS`, inside a lab host
 
@@ -9,6 +9,7 @@ that only tests have.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import msgspec
 
 from migrate import signing
 from migrate.cli import main
+from migrate.coordinator import Coordinator
 from migrate.core import manifest as manifests
 from transport import worker
 from transport.core.frames import FrameType
@@ -29,6 +31,8 @@ _manifest_of = signing.manifest_of
 _sealed = signing.sealed
 _send = worker.Worker._send
 _digest = worker.piece_digest
+_send_commit = Coordinator._send_commit
+_prepare = Coordinator._prepare_target
 
 
 def flip_a_page() -> None:
@@ -92,6 +96,36 @@ def keep_or_replay() -> None:
     signing.sealed = sealed
 
 
+def commit_twice() -> None:
+    """At once, and without an answer in between."""
+
+    async def send(self: Coordinator) -> None:
+        await _send_commit(self)
+        await _send_commit(self)
+
+    Coordinator._send_commit = send  # type: ignore[method-assign]
+
+
+def commit_never() -> None:
+    """The source has recorded it, and does not say so."""
+
+    async def send(self: Coordinator) -> None:
+        del self
+        await asyncio.Event().wait()
+
+    Coordinator._send_commit = send  # type: ignore[method-assign]
+
+
+def commit_early() -> None:
+    """Before anything was restored."""
+
+    async def prepare(self: Coordinator) -> None:
+        await _send_commit(self)
+        await _prepare(self)
+
+    Coordinator._prepare_target = prepare  # type: ignore[method-assign]
+
+
 def fields(**changed: Any) -> Any:
     return lambda: lie(lambda said: msgspec.structs.replace(said, **changed))
 
@@ -106,6 +140,9 @@ LIES = {
     "an-old-epoch": fields(epoch=1),
     "expired": fields(created_s=1, expires_s=2),
     "replay": keep_or_replay,
+    "commit-twice": commit_twice,
+    "commit-never": commit_never,
+    "commit-early": commit_early,
 }
 
 if __name__ == "__main__":
