@@ -33,7 +33,7 @@ import aiohttp
 
 from migrate import config
 from migrate.errors import TransferFailed
-from migrate.processes import tail
+from migrate.processes import module_command, tail
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -444,7 +444,8 @@ def _failed(where: str, status: int | None, words: str, target: str) -> Transfer
 
 
 async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) -> None:
-    """The target's end of one pass: an rsync daemon for this connection, chrooted to `rootfs`.
+    """The target's end of one pass: an rsync daemon for this connection, chrooted to `rootfs`, in a
+    cell in which it could write nowhere else.
 
     `work` is an existing directory of ours for its configuration and log.
     """
@@ -453,12 +454,9 @@ async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) 
         conf.write_text(_DAEMON_CONF.format(path=rootfs, log=log, lock=work / "rsyncd.lock"))
     ours, theirs = socket.socketpair()
     try:
+        daemon = ("rsync", "--server", "--daemon", f"--config={conf}", ".")
         process = await asyncio.create_subprocess_exec(
-            "rsync",
-            "--server",
-            "--daemon",
-            f"--config={conf}",
-            ".",
+            *module_command("migrate.agent.cell", str(rootfs), str(work), "--", *daemon),
             stdin=theirs.fileno(),
             stdout=theirs.fileno(),
             stderr=asyncio.subprocess.DEVNULL,
@@ -488,11 +486,17 @@ async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) 
         pass
     finally:
         writer.close()
-        await asyncio.wait({answering}, timeout=END_DEADLINE_S)
-        answering.cancel()
-        with contextlib.suppress(asyncio.CancelledError, ConnectionError):
-            await answering
-        await _end(process)
+        try:
+            await asyncio.wait({answering}, timeout=END_DEADLINE_S)
+            answering.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+                await answering
+            await _end(process)
+        finally:
+            # Whoever cancels this a second time can't wait until it ends by itself.
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
 
 class Passes:

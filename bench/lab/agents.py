@@ -14,8 +14,8 @@ from bench.lab.host import POLL_S, Host
 PORT = 7337
 LOG = "/var/log/migrate-agent.log"
 PID_FILE = "/run/migrate-agent.pid"
-# The first start on a host compiles the project's modules.
-LISTEN_DEADLINE_S = 30.0
+# The first start on a host compiles the project's modules, and every other process waits meanwhile.
+LISTEN_DEADLINE_S = 60.0
 LOG_TAIL = 4000
 # A killed process is gone when the kernel has given back its memory, page store and all.
 KILL_DEADLINE_S = 20.0

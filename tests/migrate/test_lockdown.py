@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from migrate.processes import module_command
+
 PROGRAM = Path(__file__).with_name("programs") / "locked_down.py"
 USER = 65530
 
@@ -85,3 +87,57 @@ def test_nobody_but_root_locks_itself_down(tmp_path: Path) -> None:
     done = attempt(tmp_path / "missing", "read", "/given")
     assert done.returncode == 1
     assert "can't give up its rights" in done.stderr
+
+
+# ---- a program that has to be root ----
+
+
+def in_cell(directory: Path, script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        module_command("migrate.agent.cell", str(directory), "--", "sh", "-c", script),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_program_in_a_cell_makes_files_of_any_owner(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    label = """python3 -c 'import os; os.setxattr("file", "trusted.mine", b"1")'"""
+    done = in_cell(
+        inside,
+        f"cd {inside} && echo x >file && chown 1234:5678 file && chmod 4755 file"
+        f" && mknod null c 1 3 && {label}",
+    )
+    assert done.returncode == 0, done.stderr
+    found = (inside / "file").stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (1234, 5678, 0o4755)
+    assert (inside / "null").is_char_device()
+
+
+def test_a_program_in_a_cell_writes_nowhere_else(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    for path in (tmp_path / "beside", Path("/run/beside"), Path("/dev/shm/beside")):
+        done = in_cell(tmp_path / "inside", f"echo x >{path}")
+        assert done.returncode != 0
+        assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("mknod {0}/null c 1 3; cat {0}/null", "Permission denied"),
+        ("python3 -c 'import socket; socket.socket(1).connect(\"/none\")'", "not permitted"),
+        ("kill -0 1 && cat /proc/1/mem", "denied"),
+        ("mount -t tmpfs none {0}", "Bad system call"),
+        ("unshare --user true", "Bad system call"),
+        ("ip link | grep -v lo | grep -q mtu && echo a network >&2; false", ""),
+    ],
+)
+def test_a_program_in_a_cell_is_held_back(tmp_path: Path, script: str, words: str) -> None:
+    done = in_cell(tmp_path, script.format(tmp_path))
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "a network" not in done.stderr

@@ -241,6 +241,7 @@ async def test_a_target_that_takes_no_files_is_not_asked_again(pair: Pair) -> No
         await more.wait()
     assert more.tries == 1
     pair.copier.cancel()
+    await asyncio.wait([run.task for run in runs if run.task is not None])
 
 
 def test_shared_writable_file_mappings_are_found() -> None:
