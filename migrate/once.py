@@ -15,6 +15,8 @@ STATE/once/ID/            0700
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import socket
 import ssl
 from dataclasses import dataclass
@@ -24,9 +26,8 @@ import msgspec
 
 from migrate.agent import once as agents
 from migrate.agent.once import Ended, Listening
-from migrate.claim import claimant
 from migrate.commands.terminal import terminal
-from migrate.errors import JournalError, MigrateError
+from migrate.errors import JournalError, MigrateError, Unreachable
 from migrate.hosts import bundle, enrolment
 from migrate.hosts.remote import PROGRAM_ROOT, RemoteHost
 from migrate.identity import identity_errors, own_identity
@@ -41,7 +42,7 @@ from transport.ssh.asking import Asking
 from transport.ssh.forwarding import Forward
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -92,6 +93,7 @@ class OneShot:
         self._open = contextlib.ExitStack()
         self._host: RemoteHost | None = None
         self._root = PROGRAM_ROOT
+        self._is_left = False
         self.way = Way()
         self.listening = Listening("", 0, 0)
 
@@ -103,7 +105,7 @@ class OneShot:
     def __enter__(self) -> Self:
         """Raises MigrateError; then nothing is left on either host."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._forget)
+            stack.enter_context(self._own_directory())
             self._host = stack.enter_context(RemoteHost.reach(self._destination, self._asking))
             stack.callback(self._dismiss)
             self._begin(self._host)
@@ -122,6 +124,7 @@ class OneShot:
     ) -> None:
         if self._is_in_doubt():
             # What is needed to come back stays, here and there.
+            self._is_left = True
             self._open.pop_all()
             return
         self._open.close()
@@ -131,8 +134,9 @@ class OneShot:
         made = bundle.make()
         if facts.installed != made.version:
             self._root = f"{REMOTE_ONCE}/{self._id}/program"
+        self._remember()
+        if facts.installed != made.version:
             enrolment.provide(host, facts, enrolment.Wishes(), self._tell, self._root)
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         authority = Authority.temporary()
         place = ["--config", f"{REMOTE_ONCE}/{self._id}"]
         enrolment.give_identity(host, self._root, facts.hostname, authority, into=place)
@@ -141,18 +145,47 @@ class OneShot:
         self.listening = host.migrate(
             ["once", "start", self._id], Listening, root=self._root, deadline_s=START_DEADLINE_S
         )
-        back = _Return(str(self._destination), self._root, self.listening)
+        self._remember()
+
+    def _remember(self) -> None:
+        """How to come back, if this process should not live to clear up."""
+        back = _Return(self._destination, self._root, self.listening)
         sealed_files.replace(self._directory / _WAY, msgspec.json.encode(back))
+
+    @contextlib.contextmanager
+    def _own_directory(self) -> Iterator[None]:
+        """It is locked as long as it is in use, and goes when nothing is left on the host."""
+        sealed_files.make_directory(self._directory)
+        with _locked(self._directory):
+            try:
+                yield
+            finally:
+                if not self._is_left:
+                    agents.clear(self._paths.once(self._id))
 
     def _dismiss(self) -> None:
         assert self._host is not None
         try:
             dismiss(self._host, self._id, self._root)
+        except Unreachable:
+            # The connection has been idle for the whole of the migration: another one may do.
+            self._dismiss_anew()
         except MigrateError as error:
-            self._tell(f"{self._destination}: what was brought there is left: {error.message}")
+            self._leave(error)
 
-    def _forget(self) -> None:
-        agents.clear(self._paths.once(self._id))
+    def _dismiss_anew(self) -> None:
+        try:
+            with RemoteHost.reach(self._destination, self._asking) as host:
+                dismiss(host, self._id, self._root)
+        except MigrateError as error:
+            self._leave(error)
+
+    def _leave(self, error: MigrateError) -> None:
+        self._is_left = True
+        self._tell(
+            f"{self._destination}: what was brought there is left ({error.message});"
+            " to remove it: migrate recover"
+        )
 
     def _is_in_doubt(self) -> bool:
         try:
@@ -164,15 +197,14 @@ class OneShot:
 def dismiss(host: RemoteHost, migration_id: str, root: str) -> None:
     """The agent may end. Raises MigrateError when it, or what it had, stays."""
     directory = f"{REMOTE_ONCE}/{migration_id}"
-    ended = Ended(())
-    with contextlib.suppress(MigrateError):
-        ended = host.migrate(
-            ["once", "stop", migration_id], Ended, root=root, deadline_s=START_DEADLINE_S
-        )
+    # What was not brought completely has had no agent, and has no program to ask.
+    if host.clear(directory):
+        return
+    ended = host.migrate(
+        ["once", "stop", migration_id], Ended, root=root, deadline_s=START_DEADLINE_S
+    )
     if ended.busy:
         raise MigrateError(f"its agent is still at {', '.join(ended.busy)}, and ends after it")
-    if not host.clear(directory):
-        raise MigrateError(f"{directory} can't be removed")
 
 
 def reach(
@@ -226,16 +258,28 @@ def sweep(paths: config.HostPaths, asking: Asking, tell: Callable[[str], None]) 
     unfinished = _unfinished(paths)
     for directory in sorted(paths.once("x").state.parent.glob("*")):
         migration_id, back = directory.name, _read(directory)
-        is_driven = claimant(paths.claim(migration_id, "source")) is not None
-        if back is None or migration_id in unfinished or is_driven:
+        if back is None or migration_id in unfinished:
             continue
         try:
-            with RemoteHost.reach(back.destination, asking) as host:
+            with _locked(directory), RemoteHost.reach(back.destination, asking) as host:
                 dismiss(host, migration_id, back.root)
+        except BlockingIOError:
+            continue  # it is under way
         except MigrateError as error:
             tell(f"{migration_id}: what it left on {back.listening.host} stays: {error.message}")
         else:
             agents.clear(paths.once(migration_id))
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Raises BlockingIOError where another process has it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _read(directory: Path) -> _Return | None:

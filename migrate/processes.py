@@ -32,7 +32,8 @@ class Outliving:
 
     One of asyncio's is: its transport kills what still runs when it is closed, which the end of the
     interpreter does (`asyncio/base_subprocess.py: BaseSubprocessTransport.__del__`). Streams are
-    descriptors or subprocess.DEVNULL. Raises OSError when it can't be started.
+    descriptors or subprocess.DEVNULL. `groups`: supplementary ones, None for this process's. Raises
+    OSError when it can't be started.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Outliving:
         stdout: int = subprocess.DEVNULL,
         stderr: int | None = subprocess.DEVNULL,
         pass_fds: Sequence[int] = (),
+        groups: Sequence[int] | None = None,
     ) -> None:
         self._process = subprocess.Popen(
             command,
@@ -55,6 +57,7 @@ class Outliving:
             stderr=stderr,
             pass_fds=pass_fds,
             start_new_session=True,
+            extra_groups=groups,
         )
 
     @property

@@ -129,7 +129,14 @@ class Restoring:
         output = self._output(descriptors)
         environment = self._hold.environment(os.environ)
         self._process = Outliving(
-            command, cwd=plan.bundle, env=environment, stdout=output, stderr=output
+            command,
+            cwd=plan.bundle,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            # CRIU gives a task that had none those that it has itself: an agent that was started
+            # over SSH has root's.
+            groups=(),
         )
         if output != subprocess.DEVNULL:
             os.close(output)

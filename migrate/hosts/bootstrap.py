@@ -102,11 +102,12 @@ def settle(root: str) -> None:
 
 
 def clear(directory: str) -> None:
-    """What a single migration had brought here."""
+    """What a single migration had brought here. Where its agent has been, only that removes it."""
     path = Path(directory)
     if path.parent != Path("/var/lib/migrate/once"):
         sys.exit("not below /var/lib/migrate/once: " + directory)
-    shutil.rmtree(str(path), ignore_errors=True)
+    if not (path / "journal.sqlite").exists():
+        shutil.rmtree(str(path), ignore_errors=True)
     # Another migration may have brought something too.
     with contextlib.suppress(OSError):
         path.parent.rmdir()
