@@ -114,15 +114,20 @@ true > {seen}."$action"
 {freeze}echo "$action" 1<> {events}
 [ "$holds" ] || exit 0
 {watch}read -r verdict <> {verdict}
-{unwatch}[ "$verdict" = commit ] && {check}: > {committed}
+{unwatch}[ "$verdict" = commit ] || exit 1
+{check}: > {committed}
 """
 
 # A copy may only be let go by a CRIU that lives on (neither PF_EXITING nor with SIGKILL pending:
-# proc_pid_stat(5)) and whose runtime is its parent still: without it CRIU dies of the next thing
-# that it has to tell, with the tasks let go and the network not.
+# proc_pid_stat(5), behind the name) and whose runtime does and is its parent still: without it CRIU
+# runs no hook any more, so the tasks would be let go unjudged and the network not. A process that
+# dies has closed its connections before its children have another parent.
 _CHECK = """\
-read -r _ runtime < {pid} && read -r stat < /proc/$PPID/stat && set -- $stat &&
-    [ "$4" = "$runtime" ] && [ $((($9 & 4) | (${{31}} & 256))) = 0 ] && """
+lives() {{
+    read -r stat < /proc/$1/stat && set -- ${{stat##*) }} && parent=$2 &&
+        [ $((($7 & 4) | (${{29}} & 256))) = 0 ]
+}}
+read -r _ runtime < {pid} && lives "$runtime" && lives $PPID && [ "$parent" = "$runtime" ] && """
 
 _FREEZE = """\
 [ "$holds" ] && echo 1 > {cgroup_freeze}
