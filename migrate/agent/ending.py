@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from migrate.agent.restoring import RestorePlan
+    from migrate.runtimes.base import Runtime
 
 log = structlog.get_logger()
 
@@ -51,6 +52,28 @@ def end_restore(session: Path) -> None:
     for process in users_of(session):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def end_unheard(plan: RestorePlan, runtime: Runtime) -> bool:
+    """Kill a copy that was let go and did not come to run, if nobody can have heard of it; whether
+    it was so. Blocking.
+
+    Its tasks may have executed: CRIU lets them run also when it can't tell a dead runtime of it. As
+    long as their port is not plugged they have spoken to nobody, and their files are this host's.
+    """
+    hold = plan.session / "work" / "hold"
+    wait_criu_ended(hold, 0.0)
+    for process in users_of(plan.session):
+        # The hook that would plug the port, and what waits for CRIU. The pager is needed until the
+        # tasks are dead: without it they would wait for their pages for ever.
+        if "criu_glue" not in " ".join(process.info["cmdline"]):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                process.wait(CRIU_DIED_DEADLINE_S)
+    if hooks.has_seen(hold, "network-unlock"):
+        return False
+    runtime.delete(plan.container, cgroup=bundle_cgroup(plan.bundle, plan.container))
+    return True
 
 
 def wait_criu_ended(hold: Path, deadline_s: float) -> None:

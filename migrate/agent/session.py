@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from migrate import cgroup, config, holder, network, peer, policy, policy_checks
 from migrate.agent import criu_roots
 from migrate.agent.adopted import AdoptedRestoring
 from migrate.agent.channel import ControlChannel
+from migrate.agent.ending import end_unheard
 from migrate.agent.lending import StillWrittenError
 from migrate.agent.pager_process import PagerLost
 from migrate.agent.restoring import CopyRefused, RestorePlan, Restoring
@@ -46,6 +48,7 @@ from migrate.errors import (
 )
 from migrate.ledger import Ledger
 from migrate.rootfs import Passes
+from migrate.runtimes.oci import mounts_of
 from migrate.runtimes.runc import DESCRIPTORS_NAME, bundle_cgroup
 from transport.errors import TransportError
 
@@ -311,6 +314,12 @@ class Session:
         await self._restoring.prepare(self._descriptors, orphaned)
         return E.PREPARED
 
+    @property
+    def _shares_files(self) -> bool:
+        """Whether what the container writes may be the source's as well."""
+        mounts = mounts_of(json.loads(self.request.config_json))
+        return any(mount.is_bind and "ro" not in mount.options for mount in mounts)
+
     def _restore_plan(self) -> RestorePlan:
         assert self._network is not None
         return RestorePlan(
@@ -423,10 +432,15 @@ class Session:
         except CopyRefused as error:
             self.failed(A.RESUME, error)
             return E.COPY_LOST
-        except RestoreFailed:
+        except RestoreFailed as error:
             # A CRIU that has lost its runtime meanwhile has undone its restore when told to go on.
-            if isinstance(self._restoring, Restoring) or await self._restoring.is_there():
+            restoring = self._restoring
+            if isinstance(restoring, AdoptedRestoring) and not await restoring.is_there():
+                return E.COPY_LOST
+            plan, runtime = restoring.plan, self._runtime
+            if self._shares_files or not await asyncio.to_thread(end_unheard, plan, runtime):
                 raise
+            self.failed(A.RESUME, error)
             return E.COPY_LOST
         self._announcer.send()
         self._announcing = asyncio.create_task(self._announcer.announce())
