@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -99,9 +102,14 @@ def test_what_a_killed_tracer_left_is_put_back(victim: Victim, tmp_path: Path, h
     victim.freeze()
     records = victim.record(tmp_path / "record")
     command = [sys.executable, "-m", "tests.criu_glue.vandal", str(victim.pid), how]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as vandal:
+    with (
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        ) as vandal,
+        contextlib.ExitStack() as ending,
+    ):
+        # Whatever fails: it waits for its end.
+        ending.callback(vandal.kill)
         assert vandal.stdin is not None
         assert vandal.stdout is not None
         assert vandal.stdout.readline() == "held\n"
@@ -113,8 +121,9 @@ def test_what_a_killed_tracer_left_is_put_back(victim: Victim, tmp_path: Path, h
             # It has come to its trap, and its tracer has not asked.
             until(lambda: state(victim.pid) == "t")
         vandal.kill()
-        assert vandal.wait(DEADLINE_S) == -signal.SIGKILL
+        # First: wait4(2) in any thread of this process would take the tracer's stops from it.
         watch.join(DEADLINE_S)
+        assert vandal.wait(DEADLINE_S) == -signal.SIGKILL
     assert looks(victim.pid) != before
     mended = victim.mend(records)
     assert (mended.threads, mended.code, mended.failed) == (1, 1, [])
@@ -206,62 +215,74 @@ while True:
 """
 
 
-@pytest.fixture
-def watched() -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+@dataclass
+class Watched:
     """A process that is watched, and how often its end was told."""
+
+    process: subprocess.Popen[str]
+    thread: threading.Thread
+    ends: list[str]
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def wait(self) -> int:
+        """Its exit code. wait4(2) of its parent would take its stops from its tracer, which is of
+        the same process here: the watch ends first."""
+        self.thread.join(DEADLINE_S)
+        assert not self.thread.is_alive()
+        return self.process.wait(DEADLINE_S)
+
+
+@pytest.fixture
+def watched() -> Iterator[Watched]:
     ends: list[str] = []
     with subprocess.Popen([sys.executable, "-c", TELLS], stdout=subprocess.PIPE, text=True) as one:
         assert one.stdout is not None
         assert one.stdout.readline() == "ready\n"
         thread = deathwatch.watch(one.pid, lambda: ends.append(state(one.pid)))
-        yield one, ends
+        watched = Watched(one, thread, ends)
+        yield watched
         one.kill()
-        one.wait()
-        thread.join(DEADLINE_S)
-        assert not thread.is_alive()
+        watched.wait()
 
 
-def test_a_watched_process_gets_its_signals(
-    watched: tuple[subprocess.Popen[str], list[str]],
-) -> None:
-    process, ends = watched
-    assert process.stdout is not None
+def test_a_watched_process_gets_its_signals(watched: Watched) -> None:
+    process = watched.process
     for _ in range(50):
         process.send_signal(signal.SIGUSR1)
-        assert process.stdout.readline() == "heard\n"
+        assert watched.line() == "heard\n"
     process.send_signal(signal.SIGSTOP)
     until(lambda: state(process.pid) in "tT")
     process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGCONT)
-    assert process.stdout.readline() == "heard\n"
-    assert ends == []
+    assert watched.line() == "heard\n"
+    assert watched.ends == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_its_end_is_told_before_it_comes_and_its_parent_hears_of_it(
-    watched: tuple[subprocess.Popen[str], list[str]], number: signal.Signals
+    watched: Watched, number: signal.Signals
 ) -> None:
-    process, ends = watched
-    process.send_signal(number)
-    assert process.wait(DEADLINE_S) == -number
+    watched.process.send_signal(number)
+    assert watched.wait() == -number
     # In a stop, and no zombie.
-    assert ends == ["t"]
+    assert watched.ends == ["t"]
 
 
-def test_one_killed_while_it_is_stopped(watched: tuple[subprocess.Popen[str], list[str]]) -> None:
-    process, ends = watched
-    process.send_signal(signal.SIGSTOP)
-    until(lambda: state(process.pid) in "tT")
-    process.kill()
-    assert process.wait(DEADLINE_S) == -signal.SIGKILL
-    assert ends == ["t"]
+def test_one_killed_while_it_is_stopped(watched: Watched) -> None:
+    watched.process.send_signal(signal.SIGSTOP)
+    until(lambda: state(watched.process.pid) in "tT")
+    watched.process.kill()
+    assert watched.wait() == -signal.SIGKILL
+    assert watched.ends == ["t"]
 
 
-def test_only_one_can_watch(watched: tuple[subprocess.Popen[str], list[str]]) -> None:
-    process, ends = watched
+def test_only_one_can_watch(watched: Watched) -> None:
     with pytest.raises(TaskBusyError):
-        deathwatch.watch(process.pid, lambda: ends.append("no"))
-    assert process.poll() is None
+        deathwatch.watch(watched.process.pid, lambda: watched.ends.append("no"))
+    assert state(watched.process.pid) not in "Z"
 
 
 def test_one_that_is_gone() -> None:
