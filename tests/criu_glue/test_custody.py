@@ -282,7 +282,7 @@ def test_one_killed_while_it_is_stopped(watched: Watched) -> None:
 def test_only_one_can_watch(watched: Watched) -> None:
     with pytest.raises(TaskBusyError):
         deathwatch.watch(watched.process.pid, lambda: watched.ends.append("no"))
-    assert state(watched.process.pid) not in "Z"
+    assert state(watched.process.pid) != "Z"
 
 
 def test_one_that_is_gone() -> None:
