@@ -6,9 +6,12 @@ The protocol is paramiko's server; commands are real processes, tunnels real con
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,6 +109,7 @@ def _execute(channel: paramiko.Channel, command: bytes) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,
+        start_new_session=True,
     ) as process:
         assert process.stdin is not None
         pumps = [
@@ -122,11 +126,13 @@ def _execute(channel: paramiko.Channel, command: bytes) -> None:
         except (OSError, EOFError):
             pass
         process.stdin.close()
-        if channel.closed:
-            process.kill()
+        while process.poll() is None and not channel.closed and channel.get_transport().is_active():
+            time.sleep(0.02)
+        if process.poll() is None:
+            # sshd(8) hangs up its terminals; nobody would be left to end what runs without one.
+            os.killpg(process.pid, signal.SIGKILL)
         for pump in pumps:
             pump.join()
-        process.wait()
     if not channel.closed:
         with contextlib.suppress(OSError, EOFError):
             channel.send_exit_status(process.returncode)
