@@ -138,7 +138,8 @@ class Gateway:
             finally:
                 # Whatever has happened, it was no word of the peer; ended before, it stays so.
                 await far.close(code=BROKEN)
-        return near
+        # A channel that did not begin can't be answered with: there is nobody to hear it.
+        return near if near.prepared else web.Response()
 
 
 async def body_of(request: web.Request) -> bytes:

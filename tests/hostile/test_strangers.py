@@ -136,6 +136,7 @@ async def test_another_host_of_the_fleet(scene: Scene) -> None:
         count = len(scene.lines())
         with RawClient(scene.ports[1], other) as thief:
             assert thief.greet(ticket).status == Status.REFUSED
+        wait_until(lambda: len(scene.lines()) > count, "it is logged")
         (line,) = scene.lines()[count:]
         assert "stream refused" in line
         assert "other.test" in line

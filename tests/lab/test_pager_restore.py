@@ -28,12 +28,15 @@ INSIDE = ["python3", "-m", "tests.lab.bare_restore"]
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program(tmp_path_factory: pytest.TempPathFactory, lab: Lab) -> Iterator[Path]:
     source = Path(__file__).parent / "programs" / f"{PROGRAM}.c"
     binary = tmp_path_factory.mktemp("programs") / PROGRAM
     flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
     subprocess.run(["gcc", *flags, "-o", binary, source], check=True)
-    return binary
+    yield binary
+    # The hosts are others' as well, who look for what is left in /run.
+    for host in lab.hosts:
+        host.run(["sh", "-c", f"rm -f /run/{PROGRAM} {REPORT}.*"])
 
 
 @dataclass

@@ -121,14 +121,14 @@ class Shown:
         return PageSender(opened, ticket=self.ticket.secret, read=memory.read, streams=streams)
 
     def refused(self, sender: PageSender) -> str:
-        """Connects in vain; what the log says, in the one line that it has of it."""
+        """Connects in vain; what the log says: a line for each stream that was not let in or had
+        to end."""
         before = len(self.log.complaints)
         with sender, pytest.raises(StreamRefusedError):
             sender.connect()
         wait_until(lambda: len(self.log.complaints) > before, "it is logged")
-        ((_, fields),) = self.log.complaints[before:]
         assert self.ticket.secret.hex() not in repr(self.log.lines)
-        return str(fields["reason"])
+        return "\n".join(str(fields["reason"]) for _, fields in self.log.complaints[before:])
 
 
 @pytest.fixture
