@@ -45,6 +45,7 @@ from migrate.errors import (
     MigrateError,
     ProtocolError,
     RestoreFailed,
+    is_exhausted,
 )
 from migrate.ledger import Ledger
 from migrate.rootfs import Passes
@@ -490,6 +491,21 @@ class Session:
                 return
 
     async def _discard(self) -> E:
+        """Nothing of it remains. What this process or its host has run out of is waited for: there
+        is nobody else to do it, and every step may be taken twice."""
+        while True:
+            try:
+                await self._discard_once()
+            except (OSError, MigrateError) as error:
+                if not is_exhausted(error):
+                    raise
+                migration = self.request.migration_id
+                log.warning("the undoing is tried again", migration=migration, why=str(error))
+                await asyncio.sleep(config.ASK_AGAIN_S)
+            else:
+                return E.DISCARDED
+
+    async def _discard_once(self) -> None:
         await self._revoke()
         if self._watching is not None:
             self._watching.cancel()
@@ -500,7 +516,6 @@ class Session:
         if self._network is not None:
             await asyncio.to_thread(network.destroy, self._network)
         await asyncio.to_thread(self.workspace.discard)
-        return E.DISCARDED
 
     async def _revoke(self) -> None:
         """No stream and no rsync writes here any more, and none is let in."""
