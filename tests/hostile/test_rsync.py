@@ -28,21 +28,39 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the daemon's chroot n
 OPTION = b"--partial\0"
 
 
+@dataclass(frozen=True)
+class Instead:
+    """Says something else wherever `before` would be said."""
+
+    before: bytes
+    after: bytes
+
+    def __call__(self, data: bytes) -> bytes:
+        return data.replace(self.before, self.after)
+
+
 @dataclass
 class Lie:
     """What is said in the place of what. `told` counts how often there was a chance."""
 
     change: Callable[[bytes], bytes] = lambda data: data
     told: int = 0
+    _held: bytes = b""
 
     def __call__(self, data: bytes) -> bytes:
+        data, self._held = self._held + data, b""
+        if isinstance(self.change, Instead) and not self.told:
+            data, self._held = self._without_a_beginning(data, self.change.before)
         changed = self.change(data)
         self.told += changed != data
         return changed
 
-
-def instead(before: bytes, after: bytes) -> Callable[[bytes], bytes]:
-    return lambda data: data.replace(before, after)
+    def _without_a_beginning(self, data: bytes, word: bytes) -> tuple[bytes, bytes]:
+        """A word may come in two pieces, as a pipe is read: its beginning waits for the rest."""
+        for size in range(min(len(word) - 1, len(data)), 0, -1):
+            if data.endswith(word[:size]):
+                return data[:-size], data[-size:]
+        return data, b""
 
 
 class LyingChannel:
@@ -53,7 +71,8 @@ class LyingChannel:
         self._lie = lie
 
     async def send_bytes(self, data: bytes) -> None:
-        await self._channel.send_bytes(self._lie(data))
+        if said := self._lie(data):
+            await self._channel.send_bytes(said)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
@@ -158,7 +177,7 @@ async def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 )
 async def test_names(hosts: Hosts, name: bytes) -> None:
     (hosts.source / "zzzescape").write_text("hostile")
-    await hosts.attack(instead(b"zzzescape", name))
+    await hosts.attack(Instead(b"zzzescape", name))
     await hosts.check_honest()
 
 
@@ -171,7 +190,7 @@ async def test_a_link_that_leads_out_is_not_followed_out(hosts: Hosts) -> None:
     (hosts.source / "out").unlink()
     (hosts.source / "out").mkdir()
     (hosts.source / "out" / "secret").write_text("hostile")
-    await hosts.attack(instead(OPTION, OPTION + b"--keep-dirlinks\0"))
+    await hosts.attack(Instead(OPTION, OPTION + b"--keep-dirlinks\0"))
     await hosts.check_honest()
 
 
@@ -196,13 +215,13 @@ async def test_options(hosts: Hosts, option: bytes) -> None:
     (hosts.source / "secret").write_text("hostile")
     (hosts.target / "secret").write_text("something to make a backup of")
     told = option.replace(b"{}", str(hosts.base).encode())
-    await hosts.attack(instead(OPTION, OPTION + told + b"\0"))
+    await hosts.attack(Instead(OPTION, OPTION + told + b"\0"))
     await hosts.check_honest()
 
 
 async def test_a_module_with_a_path_in_it(hosts: Hosts) -> None:
     (hosts.source / "secret").write_text("hostile")
-    await hosts.attack(instead(b"rootfs/\0", b"rootfs/../../outside/\0"))
+    await hosts.attack(Instead(b"rootfs/\0", b"rootfs/../../outside/\0"))
     await hosts.check_honest()
 
 
@@ -213,7 +232,7 @@ async def test_a_device_is_not_written_through(hosts: Hosts) -> None:
     assert stat.S_ISBLK((hosts.target / "disk").lstat().st_mode)
     (hosts.source / "disk").unlink()
     (hosts.source / "disk").write_text("hostile")
-    assert not await hosts.attack(instead(OPTION, OPTION + b"--write-devices\0"))
+    assert not await hosts.attack(Instead(OPTION, OPTION + b"--write-devices\0"))
     await hosts.check_honest()
 
 
