@@ -8,15 +8,17 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
+_STEP_S = 0.01
 _SOURCE = Path(__file__).resolve().parents[1]
 
 
@@ -115,6 +117,16 @@ def users_of(directory: Path) -> list[psutil.Process]:
         for process in psutil.process_iter(["cmdline"])
         if any(str(directory) in word for word in process.info["cmdline"] or ())
     ]
+
+
+def waited(is_so: Callable[[], bool], deadline_s: float) -> bool:
+    """Whether something came true within the deadline. Blocking."""
+    limit_s = time.monotonic() + deadline_s
+    while not is_so():
+        if time.monotonic() > limit_s:
+            return False
+        time.sleep(_STEP_S)
+    return True
 
 
 def kill_tree(pid: int) -> None:

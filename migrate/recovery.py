@@ -40,6 +40,7 @@ from migrate.driver import Driver
 from migrate.errors import InDoubt, MigrateError, RollbackFailed, held_on
 from migrate.guard import GuardPlan, busy, end_criu, give_back
 from migrate.mounts import unmount
+from migrate.processes import waited
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -53,7 +54,6 @@ Owner: TypeAlias = Literal["source", "target"]
 
 # CRIU kills a frozen tree in milliseconds.
 RELEASE_DEADLINE_S = 20.0
-_STEP_S = 0.02
 
 DEADLINES_S = {
     S.COMMITTED: config.HANDOVER_DEADLINE_S,
@@ -420,9 +420,9 @@ def forget_bundle(bundle: Path, paths: config.HostPaths) -> None:
 def _let_die(plan: GuardPlan) -> None:
     """CRIU kills the frozen tree; one that hangs is ended with it. Blocking."""
     directory = Path(plan.hold_directory)
-    limit_s = time.monotonic() + RELEASE_DEADLINE_S
-    while say_to_criu(directory, "commit") or busy(directory, plan.runtime_pid):
-        if time.monotonic() > limit_s:
-            end_criu(directory, plan.runtime_pid, Path(plan.cgroup))
-            return
-        time.sleep(_STEP_S)
+
+    def is_dead() -> bool:
+        return not say_to_criu(directory, "commit") and not busy(directory, plan.runtime_pid)
+
+    if not waited(is_dead, RELEASE_DEADLINE_S):
+        end_criu(directory, plan.runtime_pid, Path(plan.cgroup))

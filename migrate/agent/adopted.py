@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from criu_glue import hooks
 from migrate import config
-from migrate.agent.ending import end_restore, stop_on_zeros, waited
+from migrate.agent.ending import end_restore, stop_on_zeros
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
+from migrate.processes import waited
 from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:

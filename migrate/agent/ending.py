@@ -13,11 +13,10 @@ import structlog
 from criu_glue import hooks, pager_watch
 from migrate import cgroup, config
 from migrate.guard import CRIU_DIED_DEADLINE_S
-from migrate.processes import kill_tree, users_of
+from migrate.processes import kill_tree, users_of, waited
 from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from migrate.agent.restoring import RestorePlan
@@ -90,13 +89,3 @@ async def stop_on_zeros(plan: RestorePlan, lost_bytes: int) -> None:
     log.error("memory is lost, the container is frozen", container=plan.container, bytes=lost_bytes)
     if group is not None:
         await asyncio.to_thread(cgroup.freeze, group, config.FREEZE_DEADLINE_S)
-
-
-def waited(is_so: Callable[[], bool], deadline_s: float) -> bool:
-    """Whether something came true within the deadline. Blocking."""
-    limit_s = time.monotonic() + deadline_s
-    while not is_so():
-        if time.monotonic() > limit_s:
-            return False
-        time.sleep(_STEP_S)
-    return True

@@ -31,11 +31,11 @@ from criu_glue.hooks import (
     is_refused,
 )
 from migrate import config, confinement, output_keeper
-from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended, waited
+from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended
 from migrate.agent.pager_process import PagerProcess
 from migrate.criu_run import RuntimeOrCriu
 from migrate.errors import RestoreFailed
-from migrate.processes import Outliving
+from migrate.processes import Outliving, waited
 from migrate.runtimes.runc import DESCRIPTORS_NAME, bundle_cgroup, descriptors_json
 
 if TYPE_CHECKING:
