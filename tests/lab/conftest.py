@@ -11,18 +11,19 @@ import pytest
 from bench.lab.lab import Lab
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    """Hosts A and B and a client, shared by all tests: leave nothing running in them.
+    """Hosts A and B and a client, shared by a file's tests: leave nothing running in them.
 
-    A test that lets a host crash, cuts links or changes agents takes a lab of its own
-    (`new_lab`): it costs a quarter of a second.
+    Not by all files: which tests were in a lab before must not depend on how the files fall to
+    the processes that run them. A test that lets a host crash, cuts links or changes agents takes
+    a lab of its own (`new_lab`): it costs a quarter of a second.
     """
     with Lab(["A", "B"]) as shared:
         yield shared
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def agents(lab: Lab) -> Lab:
     """The shared lab, with `migrate agent` running on A and B."""
     lab.start_agents()

@@ -118,6 +118,10 @@ class Underway:
         """A signal to the command, as from a user's keyboard."""
         self.source.signal(self.process, number)
 
+    def go_on(self) -> None:
+        """After SIGSTOP: nsenter has stopped itself too, and wakes the command when it is woken."""
+        self.process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """SIGKILL to the command alone."""
         self.process.kill()

@@ -136,11 +136,21 @@ def test_the_agent_is_stopped_while_it_holds_a_copy(lab: Lab) -> None:
 @pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "stopped"])
 def test_the_agent_ends_while_memory_is_filled_in(lab: Lab, is_killed: bool) -> None:
     """The container runs on B by then, and gets the rest of its memory all the same."""
-    target = lab.host("B")
+    brake, target = Brake(lab.host("B")), lab.host("B")
     with threatened(lab, f"f-fill-{is_killed:d}", memory_mib=256) as under:
         with attempt(under) as underway:
+            with brake.on("restore"):
+                brake.wait_reached(underway)
+                session = migration_id(underway)
+                # No commit, and so no fill, before its worker is suspended: then the fill lasts.
+                underway.interrupt(signal.SIGSTOP)
+                brake.release()
+                wait_session(target, session, "held")
+            worker = processes.find(target, Victim.PAGER_WORKER, session)
+            assert worker is not None
+            processes.send(worker, signal.SIGSTOP)
+            underway.go_on()
             wait_until("it has moved", lambda: underway.events("moved"))
-            target.run(["pkill", "-STOP", "-f", "criu_glue.pager"])
             if is_killed:
                 lab.kill_agent("B")
             else:
@@ -149,7 +159,7 @@ def test_the_agent_ends_while_memory_is_filled_in(lab: Lab, is_killed: bool) -> 
         assert done.code == 0, done
         assert done.report is not None
         assert "was not heard of" in done.report["warnings"][-1]
-        target.run(["pkill", "-CONT", "-f", "criu_glue.pager"])
+        processes.send(worker, signal.SIGCONT)
         under.guest.wait_answers()
         under.guest.verify()
         wait_until("the pager ends", lambda: not pagers(target))

@@ -63,10 +63,10 @@ def ask(lab: Lab, spec: ContainerSpec, *lines: str, address: str = "") -> list[s
 
 def runc(host: Host, spec: ContainerSpec, command: str, *options: str) -> str:
     """Runs `runc checkpoint` or `runc restore`; returns "" or the errors of CRIU's log."""
-    host.write_text("/run/workload-criu.conf", CONFIGURATION)
     host.run(["mkdir", "-p", IMAGES])
+    host.write_text(f"{IMAGES}/criu.conf", CONFIGURATION)
     script = f"""
-        export CRIU_CONFIG_FILE=/run/workload-criu.conf
+        export CRIU_CONFIG_FILE={IMAGES}/criu.conf
         cd {containers.bundle_path(spec.name)}
         runc {command} --tcp-established --file-locks --image-path {IMAGES} --work-path {IMAGES} \
             "$@" {spec.name} </dev/null >/dev/null 2>&1 && exit 0

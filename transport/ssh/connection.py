@@ -71,7 +71,7 @@ class SshConnection:
         Raises SshCommandError when it prints more or takes longer; its channel is closed then.
         """
         cutoff_s = time.monotonic() + deadline_s
-        with self._errors(), contextlib.closing(self._session()) as channel:
+        with self._errors(), self._session() as channel:
             channel.exec_command(shlex.join(command))
             pieces = (stdin,) if isinstance(stdin, bytes) else stdin
             feeding = threading.Thread(target=_feed, args=(channel, pieces), name="ssh-stdin")
@@ -109,8 +109,15 @@ class SshConnection:
     ) -> None:
         self.close()
 
-    def _session(self) -> paramiko.Channel:
-        return self._transport.open_session(timeout=CHANNEL_DEADLINE_S)
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[paramiko.Channel]:
+        channel = self._transport.open_session(timeout=CHANNEL_DEADLINE_S)
+        try:
+            yield channel
+        finally:
+            # A connection that was lost has closed it, and must not hide why the block ended.
+            with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+                channel.close()
 
     def _read(
         self, channel: paramiko.Channel, cutoff_s: float, bytes_max: int, name: str

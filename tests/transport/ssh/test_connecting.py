@@ -255,6 +255,17 @@ def test_a_command_that_never_stops_talking(ssh: SshConnection, to: str) -> None
         ssh.run(["sh", "-c", f"yes >{to}"], deadline_s=60, output_bytes_max=100_000)
 
 
+def test_a_connection_that_is_lost_does_not_hide_that_a_command_said_too_much(
+    ssh: SshConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(_: paramiko.Channel) -> None:
+        raise EOFError
+
+    monkeypatch.setattr(paramiko.Channel, "close", lost)
+    with pytest.raises(SshCommandError, match="prints more"):
+        ssh.run(["head", "-c200000", "/dev/zero"], deadline_s=60, output_bytes_max=100_000)
+
+
 def test_a_command_that_never_ends(ssh: SshConnection) -> None:
     with pytest.raises(SshCommandError, match="too long"):
         ssh.run(["sleep", "1000"], deadline_s=0.5)
