@@ -14,6 +14,8 @@ guard and CRIU at once, it is not frozen: tasks have run on, and are left as the
 
 from __future__ import annotations
 
+import fcntl
+import os
 from typing import TYPE_CHECKING
 
 import structlog
@@ -23,6 +25,7 @@ from criu_glue.core.trap_action import with_trap_action
 from criu_glue.mappings import cgroup_pids, vpid
 from criu_glue.mending import mend as mend_tasks
 from migrate import cgroup as freezer
+from migrate.processes import waited
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +34,8 @@ log = structlog.get_logger()
 
 _RECORD = "custody"
 FREEZE_DEADLINE_S = 5.0
+ALONE_DEADLINE_S = 10.0
+"""Mending takes milliseconds a task; whoever needs this long for it hangs."""
 
 
 def keep(hold: Path, cgroup: Path, criu: int) -> None:
@@ -63,9 +68,36 @@ def mend(hold: Path, cgroup: Path) -> None:
     Raises CriuGlueError, OSError: the cgroup stays frozen, and it can be tried again.
     """
     written = hold / _RECORD
-    if freezer.is_frozen(cgroup):
-        mended = mend_tasks(custody.read(written), lambda: freezer.thawed(cgroup))
-        if mended.failed:
-            log.warning("left in tasks", cgroup=str(cgroup), what=mended.failed)
-    # From the thaw on it would be false.
-    written.unlink(missing_ok=True)
+    alone = _lock(hold)
+    if alone is None:
+        return
+    try:
+        if freezer.is_frozen(cgroup):
+            mended = mend_tasks(custody.read(written), lambda: freezer.thawed(cgroup))
+            if mended.failed:
+                log.warning("left in tasks", cgroup=str(cgroup), what=mended.failed)
+        # From the thaw on it would be false.
+        written.unlink(missing_ok=True)
+    finally:
+        os.close(alone)
+
+
+def _lock(hold: Path) -> int | None:
+    """The guard and a recovery may undo the same dump at once: the second finds it undone, None
+    where even the directory is gone. The lock ends with its process. Raises TimeoutError."""
+
+    def is_ours() -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    try:
+        descriptor = os.open(hold, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    if not waited(is_ours, ALONE_DEADLINE_S):
+        os.close(descriptor)
+        raise TimeoutError(f"another process mends the tasks of {hold} and does not end")
+    return descriptor

@@ -59,9 +59,10 @@ class Disturber:
 
 
 def test_memory_that_changed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the workload's own fault: `CORRUPT` changes one word behind its back."""
+    """By the workload's own fault: `CORRUPT` changes one word behind its back. It writes nothing
+    itself, which would make good again what it overwrites."""
     measure = soak_run.measure
-    spec = ContainerSpec("soak", "memory", args=("8",), memory_mib=16)
+    spec = ContainerSpec("soak", "memory", args=("0",), memory_mib=16)
 
     def spoil(lab: soak_run.Lab) -> dict[str, Sample]:
         ask(lab.client, spec, "CORRUPT")
