@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from bench.lab.host_files import SOURCE_INSIDE
+from bench.lab.host_files import BYTECODE_INSIDE, SOURCE_INSIDE
 from bench.probe import DRAIN_S, Report
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ END_S = DRAIN_S + 10.0
 OUTPUT_BYTES_MAX = 4 * 1024 * 1024
 """A report with all its lists is far smaller."""
 RUN_S = 120.0
-PYTHON_INSIDE = {"PYTHONPATH": SOURCE_INSIDE, "PYTHONPYCACHEPREFIX": "/var/cache/migrate/pyc"}
+PYTHON_INSIDE = {"PYTHONPATH": SOURCE_INSIDE, "PYTHONPYCACHEPREFIX": BYTECODE_INSIDE}
 """The source is read-only there, its byte code has a place of its own."""
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,11 +18,14 @@ from transport.identity import IdentityPaths, Role
 
 # Where the source of this project is seen, read-only, inside a host.
 SOURCE_INSIDE = "/opt/dolly"
+# Where Python keeps byte code inside a host, of the source and of all else: shared with every host
+# that has the same root and source, since a host of its own would take seconds to compile it.
+BYTECODE_INSIDE = "/var/cache/migrate/pyc"
 PATH_INSIDE = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TLS_INSIDE = "/etc/migrate/tls"
 
 MIGRATE = f"""#!/bin/sh
-export PYTHONPATH={SOURCE_INSIDE} PYTHONPYCACHEPREFIX=/var/cache/migrate/pyc
+export PYTHONPATH={SOURCE_INSIDE} PYTHONPYCACHEPREFIX={BYTECODE_INSIDE}
 exec /usr/bin/python3 -m migrate "$@"
 """
 # UsePAM no: no session modules that would look for systemd. The one key of the lab opens root.

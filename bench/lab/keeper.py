@@ -69,6 +69,7 @@ class Keeper:
         self._state = paths.state_path(orders.name)
         self._cgroup = paths.cgroup_path(orders.name)
         self._root = paths.root_path()
+        self._bytecode = paths.bytecode_path(self._root, Path(orders.source))
         self._hosts: dict[str, sandbox.Started] = {}
         self._lines: dict[str, Line] = {}
         self._faults: dict[str, Fault] = {}
@@ -78,8 +79,10 @@ class Keeper:
 
     def claim(self) -> None:
         """Makes the lab known under its name; sweeps dead labs on the way."""
-        # scripts/setup prunes no root that is locked. Kept open for as long as this process lives.
-        fcntl.flock(os.open(self._root, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
+        self._bytecode.mkdir(exist_ok=True)
+        # scripts/setup prunes nothing that is locked. Kept open for as long as this process lives.
+        for held in (self._root, self._bytecode):
+            fcntl.flock(os.open(held, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
         with remains.sweeping():
             remains.sweep()
             self._state.mkdir(parents=True, exist_ok=True)
@@ -197,6 +200,7 @@ class Keeper:
             state=self._state / node.name,
             cgroup=self._cgroup / node.name,
             source=Path(self._orders.source),
+            bytecode=self._bytecode,
         )
 
     def _configure(self, node: Node) -> None:

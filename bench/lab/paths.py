@@ -2,6 +2,7 @@
 
 /var/cache/dolly/root-KEY        root file system of the lab hosts, made by scripts/setup
 /var/cache/dolly/workloads-KEY   the C workloads, static, made by scripts/setup
+/var/cache/dolly/bytecode-KEY    what the hosts' Python has compiled, of one root and one source
 /var/cache/dolly/lab.lock        held while labs are made known or swept
 /var/lib/dolly-lab/LAB           state of one lab; exists only while the lab does
 CGROUP2/dolly-lab-LAB/HOST       the cgroups of a lab
@@ -33,6 +34,12 @@ def root_path() -> Path:
     if not root.is_dir():
         raise LabError(f"no lab root at {root}: run scripts/setup")
     return root
+
+
+def bytecode_path(root: Path, source: Path) -> Path:
+    """Where the hosts with this root and this source keep their Python's byte code."""
+    of = hashlib.sha256(f"{root}\0{source}".encode())
+    return CACHE / f"bytecode-{of.hexdigest()[:16]}"
 
 
 def state_path(lab: str) -> Path:

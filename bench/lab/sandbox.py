@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench.lab import kernel
 from bench.lab.errors import LabError
-from bench.lab.host_files import PATH_INSIDE, SOURCE_INSIDE
+from bench.lab.host_files import BYTECODE_INSIDE, PATH_INSIDE, SOURCE_INSIDE
 
 NAMESPACES = (
     kernel.CLONE_NEWNS
@@ -62,6 +62,7 @@ class HostSpec:
     state: Path  # upper/ (filled), work/, disk/, mount point root/
     cgroup: Path
     source: Path  # of this project
+    bytecode: Path  # of that source, and of the root
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,10 @@ def _boot(spec: HostSpec) -> None:
         os.makedirs(root + inside, exist_ok=True)
         kernel.mount(str(spec.state / "disk") + inside, root + inside, flags=kernel.MS_BIND)
     _bind_read_only(str(spec.source), root + SOURCE_INSIDE)
+    # Written by any host: Python replaces a file of byte code at once, and looks whether it is the
+    # source's.
+    os.makedirs(root + BYTECODE_INSIDE, exist_ok=True)
+    kernel.mount(str(spec.bytecode), root + BYTECODE_INSIDE, flags=kernel.MS_BIND)
     _mount_kernel_views(root)
     _make_devices(root + "/dev")
     kernel.mount("tmpfs", root + "/run", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755")

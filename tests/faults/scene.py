@@ -17,7 +17,7 @@ from typing import Final, Self
 from bench.containers import ContainerSpec, create, start
 from bench.lab import agents
 from bench.lab.host import Host
-from bench.lab.host_files import PATH_INSIDE, SOURCE_INSIDE
+from bench.lab.host_files import BYTECODE_INSIDE, PATH_INSIDE, SOURCE_INSIDE
 from bench.lab.lab import Lab
 from tests.faults import halting
 from tests.faults.points import Moment, Side
@@ -29,7 +29,7 @@ ENVIRONMENT: Final = {"PATH": f"{PROGRAMS}:{PATH_INSIDE}"}
 """Of everything that starts `migrate` in a lab host: it is the one that can be stopped."""
 HALTING: Final = f"""\
 #!/bin/sh
-export PYTHONPATH={SOURCE_INSIDE} PYTHONPYCACHEPREFIX=/var/cache/migrate/pyc
+export PYTHONPATH={SOURCE_INSIDE} PYTHONPYCACHEPREFIX={BYTECODE_INSIDE}
 exec /usr/bin/python3 -m tests.faults.halting "$@"
 """
 _TRACER: Final = re.compile(r"TracerPid:\t(\d+)")
