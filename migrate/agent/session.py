@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from migrate import cgroup, config, holder, network, peer, policy, policy_checks, signing
+from migrate import cgroup, config, holder, network, peer
 from migrate.agent import criu_roots
 from migrate.agent.adopted import AdoptedRestoring
+from migrate.agent.arrived import Arrived
 from migrate.agent.channel import ControlChannel
 from migrate.agent.ending import end_unheard
-from migrate.agent.lending import StillWrittenError
 from migrate.agent.pager_process import PagerLost
 from migrate.agent.restoring import CopyRefused, RestorePlan, Restoring
 from migrate.agent.ticket import Ticket
@@ -35,12 +35,10 @@ from migrate.core import messages, target_machine
 from migrate.core.actions import TargetAction as A
 from migrate.core.events import TargetEventKind as E
 from migrate.core.events import event_of_source_message, source_reported
-from migrate.core.manifest import Binding, SignedManifest
 from migrate.core.states import TARGET_TERMINAL
 from migrate.core.states import TargetState as S
 from migrate.driver import Driver, quietly
 from migrate.errors import (
-    CheckpointRefused,
     JournalError,
     MigrateError,
     ProtocolError,
@@ -50,18 +48,15 @@ from migrate.errors import (
 from migrate.ledger import Ledger
 from migrate.rootfs import Passes
 from migrate.runtimes.oci import mounts_of
-from migrate.runtimes.runc import DESCRIPTORS_NAME, bundle_cgroup
-from transport.errors import TransportError
+from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from migrate.agent.front_keeper import Front
-    from migrate.core.confinement import Confinements
     from migrate.journal import JournalWriter, Migration
     from migrate.recovery import Owner
     from migrate.runtimes.base import Runtime
-    from transport.core.transcript import Carried
 
 log = structlog.get_logger()
 
@@ -335,14 +330,19 @@ class Session:
         assert isinstance(self._restoring, Restoring)
         assert self._restore is not None
         assert self._network is not None
-        carried = await self._take_over()
-        await asyncio.to_thread(self._accept, self._restore, carried)
-        await asyncio.to_thread(self._check_confinement, self._restore.confinement)
+        await self._revoke()
+        await asyncio.to_thread(self._accept, self._restore)
         netns = Path(self._network.netns)
         await asyncio.to_thread(network.hint_neighbours, netns, self.request.network)
         self._marks = await self._restoring.restore(self.workspace.store, self._restore.confinement)
         self._watching = asyncio.create_task(self._watch_copy(self._restoring))
         return E.CRIU_HELD
+
+    def _accept(self, restore: messages.Restore) -> None:
+        """CRIU sees nothing but what has passed here. Blocking."""
+        arrived = Arrived(self.request, self.workspace, self.peer, self._host, self._paths)
+        arrived.check_signed(restore, arrived.take_over(self._data))
+        arrived.check_confinement(restore.confinement)
 
     async def _watch_copy(self, restoring: Restoring) -> None:
         """A copy whose CRIU or runtime dies while it is held is lost, and was never run."""
@@ -353,67 +353,6 @@ class Session:
         """After a restart: what an agent before this one had restored may have died with it."""
         assert isinstance(self._restoring, AdoptedRestoring)
         return None if await self._restoring.is_there() else E.COPY_LOST
-
-    async def _take_over(self) -> Carried:
-        """What has arrived is this process's from now on. A front that keeps something open for
-        writing is ended: it is not the one that was started."""
-        await self._revoke()
-        try:
-            try:
-                return await asyncio.to_thread(self.workspace.take_over)
-            except StillWrittenError as error:
-                log.warning("the front is ended", why=str(error))
-                self._data.kill()
-                return await asyncio.to_thread(self.workspace.take_over)
-        except (MigrateError, TransportError, OSError) as error:
-            raise RestoreFailed(
-                f"what has arrived can't be used: {error}", host=self._host, phase="restore"
-            ) from error
-
-    def _accept(self, restore: messages.Restore, carried: Carried) -> None:
-        """CRIU sees nothing but what the source has signed for this session. Blocking.
-
-        The manifest stays with the container: it says who brought it here.
-        """
-        request = self.request
-        signed = SignedManifest(restore.manifest, restore.signature, restore.certificate)
-        binding = Binding(
-            migration_id=request.migration_id,
-            container=request.container,
-            epoch=request.attempt,
-            source=self.peer,
-            target=self._host,
-            versions=request.versions,
-            protocol=request.protocol,
-        )
-        try:
-            signing.check_arrived(
-                signed,
-                binding,
-                carried,
-                self.workspace.image_dir,
-                beside=(DESCRIPTORS_NAME,),
-                trust=self._paths.tls,
-                now_s=time.time(),
-            )
-            signing.store(self.workspace.bundle / signing.MANIFEST_NAME, signed)
-        except CheckpointRefused as error:
-            remedy = f"try again; if it stays so, {self.peer} sends something else than it signs"
-            raise error.at(phase="restore", remedy=remedy) from error
-        except OSError as error:
-            raise RestoreFailed(f"the manifest can't be kept: {error}", phase="restore") from error
-
-    def _check_confinement(self, confinement: Confinements) -> None:
-        """What the images make of the tasks may be other than what config.json says of them. The
-        copy will be held to what is judged here (`Restoring.commit`). Blocking."""
-        refusals = policy_checks.judge_tasks(policy.load(self._paths.policy), confinement)
-        if refusals:
-            raise RestoreFailed(
-                "; ".join(one.message for one in refusals),
-                host=self._host,
-                phase="restore",
-                remedy=refusals[0].remedy,
-            )
 
     async def _record_commit(self) -> E:
         await self._ledger.record(str(S.COMMITTED), str(E.COMMIT_RECEIVED))
