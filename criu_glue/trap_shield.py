@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from criu_glue.core.trap_action import ACTION
+from criu_glue.core.sigaction import ACTION
 from criu_glue.errors import InjectionError
 
 if TYPE_CHECKING:

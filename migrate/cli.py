@@ -2,71 +2,62 @@
 when a migration does not end by itself: `status`, `log`, `cancel`, `recover`.
 
 exit code   0 done, 1 failed and undone, 2 refused or wrong usage, 3 held: `errors.py`
+
+What a command works with is imported when it is called: all of it takes half a second of a
+processor, most commands need little of it, and the words of `--help` nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-import signal
 import sys
-from contextlib import nullcontext
-from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import msgspec
-from rich.console import Console
 
 from criu_glue.no_core import forbid_cores
-from migrate import config, heap, oversight, progress, standing
-from migrate.agent import once as agents
-from migrate.agent.app import Agent
-from migrate.commands.ca import ca
-from migrate.commands.hosts import hosts, over_ssh
-from migrate.commands.identity import identity
-from migrate.commands.once import once
-from migrate.commands.operator import operator
-from migrate.commands.policy import policy
-from migrate.commands.service import service
-from migrate.commands.verify import verify
-from migrate.coordinator import Coordinator
-from migrate.dry_run import dry_run
+from migrate import config
+from migrate.commands.over_ssh import over_ssh
 from migrate.errors import EXIT_FAILED, MigrateError
 from migrate.host_checks import raise_descriptor_limit
-from migrate.logs import log_to_stderr
-from migrate.once import OneShot
-from migrate.once import sweep as sweep_once
-from migrate.options import Options
-from migrate.report import Report, summary_table, write_report
 from migrate.runtimes.base import validate_name
 from migrate.runtimes.runc import Runc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
-    from migrate.core.messages import MigrationId
     from migrate.recovery import Owner
     from migrate.runtimes.base import Runtime
     from transport.ssh.asking import Asking
 
+_ELSEWHERE: Final = ("ca", "hosts", "identity", "once", "operator", "policy", "service", "verify")
+"""Commands that a module of `migrate/commands` has, each of its own name."""
 
-class _ContainerFirst(click.Group):
+
+class _Commands(click.Group):
     """`migrate NAME …` means `migrate container NAME …`, unless NAME is a command."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        found: click.Command = getattr(import_module(f"migrate.commands.{cmd_name}"), cmd_name)
+        return found
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in self.commands:
+        if args and args[0] not in self.list_commands(ctx):
             args = ["container", *args]
         return super().resolve_command(ctx, args)
 
 
 @click.group(
-    cls=_ContainerFirst,
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="A container that is called like a command: migrate container NAME --to HOST",
 )
@@ -83,6 +74,8 @@ def cli() -> None:
 @click.option("--json", "as_json", is_flag=True, help="A JSON array of objects.")
 def status(migration_id: str | None, as_json: bool) -> None:
     """Show the migrations of this host: those under way and the latest that ended."""
+    from migrate import standing
+
     found = standing.status(config.HostPaths(), migration_id)
     if as_json:
         click.echo(msgspec.json.encode(found).decode())
@@ -96,6 +89,8 @@ def status(migration_id: str | None, as_json: bool) -> None:
 @click.argument("migration_id")
 def show_log(migration_id: str) -> None:
     """Show what the journal of this host has on a migration."""
+    from migrate import standing
+
     click.echo("\n".join(standing.log_lines(config.HostPaths(), migration_id)))
 
 
@@ -103,6 +98,9 @@ def show_log(migration_id: str) -> None:
 @click.argument("migration_id")
 def cancel(migration_id: str) -> None:
     """End a migration that is not committed; its container stays where it is."""
+    from migrate import oversight
+    from migrate.logs import log_to_stderr
+
     log_to_stderr(logging.WARNING)
     paths = config.HostPaths()
     click.echo(asyncio.run(oversight.cancel(paths, _runtimes(), migration_id)))
@@ -119,12 +117,15 @@ def recover(migration_id: str | None, owner: Owner | None, asking: Asking) -> No
     Shows what each side says and does what is safe. The --force options count only where the other
     host can't be asked, and need an id: of a container that was forced on both hosts there are two.
     """
+    from migrate import once, oversight
+    from migrate.logs import log_to_stderr
+
     if owner is not None and migration_id is None:
         raise click.UsageError("--force-source and --force-target need the migration's id")
     log_to_stderr(logging.WARNING)
     paths = config.HostPaths()
     asyncio.run(oversight.recover(paths, _runtimes(), migration_id, owner, click.echo))
-    sweep_once(paths, asking, click.echo)
+    once.sweep(paths, asking, click.echo)
 
 
 @cli.command()
@@ -213,27 +214,14 @@ def container(
     """Move the container NAME to another host while it runs."""
     if report_path is not None and not report_path.parent.is_dir():
         raise click.BadParameter(f"{report_path.parent} is no directory", param_hint="--report")
-    log_to_stderr(logging.WARNING)
-    paths, migration_id = config.HostPaths(), new_migration_id()
+    from migrate.moving import Telling, move, move_once
 
-    def move(options: Options, paths: config.HostPaths) -> None:
-        if only_check:
-            _check_both(options, paths, _runtime(runtime), migration_id, as_json=as_json)
-            return
-        coordinator = partial(Coordinator, options, _runtime(runtime), paths)
-        _move(coordinator, migration_id, report_path, as_json=as_json)
-
-    if "@" not in target:
+    telling = Telling(only_check=only_check, as_json=as_json, report_path=report_path)
+    if "@" in target:
+        move_once(validate_name(name), target, asked, _runtime(runtime), asking, telling)
+    else:
         host, port = _host_and_port(target)
-        move(Options(validate_name(name), host, port, **asked), paths)
-        return
-    # Before somebody types a password for nothing.
-    _runtime(runtime).inspect(validate_name(name))
-    tell = partial(click.echo, err=True)
-    with OneShot(target, migration_id, paths, asking, tell) as shot:
-        there = shot.listening
-        options = Options(validate_name(name), there.host, there.port, way=shot.way, **asked)
-        move(options, shot.paths)
+        move(validate_name(name), host, port, asked, _runtime(runtime), telling)
 
 
 def _host_and_port(target: str) -> tuple[str, int]:
@@ -243,84 +231,15 @@ def _host_and_port(target: str) -> tuple[str, int]:
     return host, int(port) if port else config.CONTROL_PORT
 
 
-def _check_both(
-    options: Options,
-    paths: config.HostPaths,
-    runtime: Runtime,
-    migration_id: MigrationId,
-    *,
-    as_json: bool,
-) -> None:
-    forecast = asyncio.run(dry_run(options, runtime, paths, migration_id))
-    encoded = msgspec.json.encode(forecast).decode()
-    click.echo(encoded if as_json else "\n".join(forecast.lines()))
-
-
-def _move(
-    make: Callable[[progress.Observer, MigrationId], Coordinator],
-    migration_id: MigrationId,
-    report_path: Path | None,
-    *,
-    as_json: bool,
-) -> None:
-    console = Console(stderr=as_json)
-    observer: progress.JsonLines | progress.Terminal
-    display: AbstractContextManager[object]
-    if as_json:
-        observer, display = progress.JsonLines(sys.stdout), nullcontext()
-    else:
-        observer = progress.Terminal(console)
-        display = observer
-    coordinator = make(observer, migration_id)
-    try:
-        with display:
-            report = asyncio.run(_run(coordinator))
-    finally:
-        if report_path is not None and coordinator.report is not None:
-            write_report(coordinator.report, report_path)
-    _show(report, console, as_json=as_json)
-
-
 @cli.command()
 @click.option("--address", default="0.0.0.0", show_default=True, help="Where to listen.")  # noqa: S104
 @click.option("--port", type=click.IntRange(1, 65535), default=config.CONTROL_PORT)
 @click.option("--once", "migration_id", hidden=True, help="For this migration alone.")
 def agent(address: str, port: int, migration_id: str | None) -> None:
     """Receive containers on this host."""
-    log_to_stderr(logging.INFO)
-    heap.keep_small()
-    paths = config.HostPaths()
-    asyncio.run(
-        _serve(paths, address, port)
-        if migration_id is None
-        else _serve_once(paths.once(migration_id), address)
-    )
+    from migrate.agent.serving import serve
 
-
-async def _serve(paths: config.HostPaths, address: str, port: int) -> None:
-    await Agent(paths, _runtimes(), address, port).serve()
-
-
-async def _serve_once(paths: config.HostPaths, address: str) -> None:
-    serving = Agent(paths, _runtimes(), address, 0, 0)
-    await serving.serve(lambda: agents.until_ended(paths, serving))
-    if agents.is_dismissed(paths):
-        await asyncio.to_thread(agents.clear, paths)
-
-
-cli.add_command(ca)
-cli.add_command(identity)
-cli.add_command(operator)
-cli.add_command(policy)
-cli.add_command(verify)
-cli.add_command(hosts)
-cli.add_command(once)
-cli.add_command(service)
-
-
-def new_migration_id() -> MigrationId:
-    """A name for a migration that no other has, short enough to type."""
-    return secrets.token_hex(6)
+    asyncio.run(serve(_runtimes(), address, port, migration_id))
 
 
 def main() -> None:
@@ -339,29 +258,9 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-async def _run(coordinator: Coordinator) -> Report:
-    """Migrate; SIGINT and SIGTERM cancel, which the coordinator undoes first."""
-    loop = asyncio.get_running_loop()
-    cancelling: set[asyncio.Task[None]] = set()
-
-    def cancel() -> None:
-        cancelling.add(loop.create_task(coordinator.cancel()))
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, cancel)
-    return await coordinator.run()
-
-
 def _runtime(_: str) -> Runc:
     return Runc()
 
 
 def _runtimes() -> dict[str, Runtime]:
     return {"runc": Runc()}
-
-
-def _show(report: Report, console: Console, *, as_json: bool) -> None:
-    if as_json:
-        click.echo(msgspec.json.encode(report).decode())
-    else:
-        console.print(summary_table(report))

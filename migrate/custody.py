@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import structlog
 
 from criu_glue import custody, deathwatch
-from criu_glue.core.trap_action import with_trap_action
 from criu_glue.mappings import cgroup_pids, vpid
 from criu_glue.mending import mend as mend_tasks
 from migrate import cgroup as freezer
@@ -56,6 +55,9 @@ def watch(cgroup: Path, criu: int) -> None:
 def clean(hold: Path, image_dir: Path) -> None:
     """Take the handlers that tasks had for the dump alone out of its images. Blocking. Raises
     CriuGlueError, OSError."""
+    # It needs numpy: more than all that the guard imports, which has no images to clean.
+    from criu_glue.core.trap_action import with_trap_action
+
     for task in custody.read(hold / _RECORD):
         if task.trap_action:
             image = image_dir / f"core-{vpid(task.pid)}.img"

@@ -34,7 +34,7 @@ from migrate import cgroup, custody, tcp_repair
 from migrate.core.table import Verdict
 from migrate.errors import JournalError
 from migrate.journal import Journal
-from migrate.network import plug
+from migrate.port import plug
 from migrate.processes import is_alive, kill_tree
 
 # CRIU undoes a dump in milliseconds; one that has not ended after this hangs, and is killed. The

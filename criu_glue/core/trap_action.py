@@ -9,9 +9,9 @@ Source: images/core.proto, images/sa.proto, criu/sigact.c. Pure: bytes in, bytes
 
 from __future__ import annotations
 
-import struct
 from typing import Final
 
+from criu_glue.core.sigaction import ACTION
 from criu_glue.core.wire import (
     IMG_COMMON_MAGIC,
     WIRE_BYTES,
@@ -26,8 +26,6 @@ from criu_glue.core.wire import (
 CORE_MAGIC: Final = 0x55053847
 # Registers, timers, limits and 62 actions of one thread take some KiB.
 CORE_BYTES_MAX: Final = 1 << 20
-# The kernel's struct sigaction of x86-64: handler, flags, restorer, mask.
-ACTION: Final = struct.Struct("<4Q")
 
 _SIGTRAP: Final = 5
 _TASK: Final = 3  # core_entry.tc

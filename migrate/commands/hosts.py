@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
-from migrate.commands.terminal import passphrase, terminal
+from migrate.commands.over_ssh import over_ssh
+from migrate.commands.terminal import passphrase
 from migrate.errors import EXIT_FAILED, MigrateError
 from migrate.hosts import book, enrolment
 from transport.authority import Authority
 from transport.errors import TransportError
-from transport.ssh.asking import Asking
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-_Command = TypeVar("_Command", bound="Callable[..., None]")
+    from transport.ssh.asking import Asking
 
 # Hosts that are asked side by side.
 _CHECKS_MAX = 16
@@ -38,22 +35,6 @@ _passphrase_file = click.option(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Of the authority; else it is asked for.",
 )
-
-
-def over_ssh(command: _Command) -> _Command:
-    """Give `command` the options of a connection by SSH; it gets `asking`."""
-
-    @click.option("--accept-new", is_flag=True, help="Trust hosts that no known_hosts has.")
-    @click.option(
-        "--ssh-config",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="Instead of ~/.ssh/config.",
-    )
-    @functools.wraps(command)
-    def wrapped(*, accept_new: bool, ssh_config: Path | None, **others: Any) -> None:
-        command(asking=Asking(terminal(), accept_new, ssh_config), **others)
-
-    return wrapped  # type: ignore[return-value]
 
 
 @click.group("hosts")

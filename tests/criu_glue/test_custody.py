@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from criu_glue import custody, deathwatch, trap_shield
-from criu_glue.core.trap_action import ACTION
+from criu_glue.core.sigaction import ACTION
 from criu_glue.errors import TaskBusyError, TaskGoneError
 from criu_glue.mappings import Task
 from criu_glue.mending import Mended, mend, permission_changes

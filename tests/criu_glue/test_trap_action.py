@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from criu_glue.core.trap_action import ACTION, CORE_MAGIC, padded_varint, with_trap_action
+from criu_glue.core.sigaction import ACTION
+from criu_glue.core.trap_action import CORE_MAGIC, padded_varint, with_trap_action
 from criu_glue.core.wire import IMG_COMMON_MAGIC, ImageFormatError, decode_varint, iterate_fields
 
 ALL = (1 << 64) - 1

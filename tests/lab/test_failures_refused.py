@@ -174,10 +174,10 @@ def test_a_host_without_disk(under: Threatened) -> None:
 KNOWN_ID: Final = """
 import sys
 from pathlib import Path
-from migrate import cli, config
+from migrate import cli, config, moving
 identifier, real = sys.argv.pop(1), config.HostPaths
 config.HostPaths = lambda: real(state=Path("/run/other"), run=Path("/run/other/run"))
-cli.new_migration_id = lambda: identifier
+moving.new_migration_id = lambda: identifier
 cli.main()
 """
 

@@ -30,7 +30,8 @@ def test_it_runs_where_it_was_unpacked(tmp_path: Path) -> None:
     """Its own packages come first; what they need is this environment's."""
     _unpacked(bundle.make(), tmp_path)
     program = (
-        "import migrate.cli, transport, criu_glue, sys\n"
+        "import migrate.agent.serving, migrate.cli, migrate.moving, transport, criu_glue, sys\n"
+        "for name in migrate.cli.cli.list_commands(None): migrate.cli.cli.get_command(None, name)\n"
         "print(*(module.__file__ for module in (migrate, transport, criu_glue)))"
     )
     done = subprocess.run(
