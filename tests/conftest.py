@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,18 @@ import structlog
 LAB_TESTS = Path(__file__).parent / "lab"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything below tests/lab needs root and the lab; `-m 'not lab'` leaves it out."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Everything below tests/lab needs root and the lab; `-m 'not lab'` leaves it out.
+
+    Where files are handed out to several processes, those that last come first, so that in the end
+    no process works off a long one while the others have nothing left.
+    """
     for item in items:
         if item.path.is_relative_to(LAB_TESTS):
             item.add_marker(pytest.mark.lab)
+    if hasattr(config, "workerinput"):  # it is one of pytest-xdist's
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.get_closest_marker("lab") is None, -tests[item.path]))
 
 
 @pytest.fixture(autouse=True)
