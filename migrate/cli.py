@@ -170,10 +170,11 @@ def recover(migration_id: str | None, owner: Owner | None, asking: Asking) -> No
 )
 @click.option(
     "--on-stall",
-    type=click.Choice(["freeze", "abort"]),
-    default="freeze",
+    type=click.Choice(["throttle", "freeze", "abort"]),
+    default="throttle",
     show_default=True,
-    help="What to do when memory is written faster than it travels.",
+    help="What to do when memory is written faster than it travels: slow the container step by"
+    " step, stop it for longer than --max-downtime, or leave it where it is.",
 )
 @click.option(
     "--link-patience",

@@ -23,14 +23,14 @@ from migrate.copying import Copying
 from migrate.core import messages, source_machine
 from migrate.core.actions import SourceAction as A
 from migrate.core.clock_relation import ClockRelation
-from migrate.core.convergence import Verdict
 from migrate.core.downtime import Marks, MarksError, downtime_parts
 from migrate.core.events import SourceEventKind as E
 from migrate.core.events import target_reported
 from migrate.core.manifest import Binding
 from migrate.core.states import SOURCE_TERMINAL
 from migrate.core.states import SourceState as S
-from migrate.core.table import Verdict as JournalVerdict
+from migrate.core.table import Verdict
+from migrate.core.throttling import Act
 from migrate.driver import Driver, quietly
 from migrate.errors import (
     Cancelled,
@@ -54,12 +54,14 @@ from migrate.mounts import mount_tmpfs
 from migrate.report import ReportBuilder
 from migrate.standstill import Standstill
 from migrate.target_link import TargetLink
+from migrate.throttle import Throttle
 from transport.errors import TargetFullError, TransportError
 from transport.sender import default_streams
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from migrate.brakes import BrakePlan
     from migrate.core.manifest import SignedManifest
     from migrate.facts import ContainerFacts
     from migrate.options import Options
@@ -121,6 +123,7 @@ class Coordinator:
         self._commit_is_unknown = False
         self._target: Conversation | None = None
         self._facts: ContainerFacts | None = None
+        self._throttle: Throttle | None = None
         self._copying: Copying | None = None
         self._freezing: Freezing | None = None
         self._standstill: Standstill | None = None
@@ -248,7 +251,7 @@ class Coordinator:
             )
         except JournalError:
             return False
-        return verdict is JournalVerdict.UNDO
+        return verdict is Verdict.UNDO
 
     async def _open_journal(self) -> None:
         self._journal = await asyncio.to_thread(JournalWriter, self._paths.journal)
@@ -346,6 +349,9 @@ class Coordinator:
         await target.connect()
         self._clocks = await target.relate_clocks()
         await asyncio.to_thread(self._make_session_directory)
+        self._throttle = Throttle(
+            self._facts.container.cgroup, self._session, self._note_brake, self._warn
+        )
         self._copying = Copying(
             self._facts,
             self.options,
@@ -354,6 +360,7 @@ class Coordinator:
             self._host,
             self._observer,
             self._builder,
+            self._throttle,
         )
         self._copying.clocks = self._clocks
         self._builder.tracker = await self._copying.start(opened)
@@ -375,6 +382,10 @@ class Coordinator:
         self._session.mkdir(mode=0o700, parents=True)
         mount_tmpfs(self._session, self._facts.memory_bytes + config.SESSION_RESERVE_BYTES)
 
+    async def _note_brake(self, plan: BrakePlan) -> None:
+        assert self._journal is not None
+        await self._journal.note(self.migration_id, "source", brake=msgspec.to_builtins(plan))
+
     async def _copy_rootfs(self) -> None:
         assert self._copying is not None
         await self._copying.copy_rootfs()
@@ -383,16 +394,15 @@ class Coordinator:
         assert self._copying is not None
         if not self._copying.has_rounds:
             return E.CONVERGED_NOW
-        decision = await self._copying.run_round()
-        if decision.verdict is Verdict.CONTINUE:
-            return E.ROUND_DONE
-        if decision.verdict is Verdict.STALLED and self.options.on_stall == "abort":
+        reaction = await self._copying.run_round()
+        if reaction.act is Act.ABORT:
             raise NotConverging(
-                decision.reason,
+                reaction.reason,
                 host=self._host,
-                remedy="more bandwidth, a higher --max-downtime, or --on-stall freeze",
+                remedy="more bandwidth, a higher --max-downtime, --on-stall throttle,"
+                " or --on-stall freeze",
             )
-        return E.CONVERGED_NOW
+        return E.CONVERGED_NOW if reaction.act is Act.FREEZE else E.ROUND_DONE
 
     async def _prepare_target(self) -> None:
         """Both sides start their runtimes up to the gate, at the same time."""
@@ -442,10 +452,13 @@ class Coordinator:
         async with asyncio.timeout(deadline_s):
             await self._prepared_here.wait()
         assert self._standstill is not None
+        assert self._throttle is not None
         assert self._target is not None
         await self._target.wait_heard()
         self._observer.tell(progress.Phase("freeze"))
         self._target.watch()
+        # CRIU executes code in the tasks, and the freezer has to be still.
+        await self._throttle.lift()
         await self._standstill.freeze_and_dump()
         return E.DUMPED
 
@@ -524,6 +537,8 @@ class Coordinator:
             self._target.stop_watching()
         if self._copying is not None:
             self._copying.abort()
+        if self._throttle is not None:
+            await self._throttle.lift()
         if self._freezing is not None:
             await self._freezing.undo()
         await self._wipe()
@@ -605,6 +620,8 @@ class Coordinator:
     async def _close(self) -> None:
         if self._copying is not None:
             await quietly(self._copying.close())
+        if self._throttle is not None:
+            await quietly(self._throttle.close())
         if self._target is not None:
             await self._target.close()
         if self._journal is not None:

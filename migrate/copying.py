@@ -2,23 +2,25 @@
 
     start        tracker chosen, streams open
     copy_rootfs  one pass of rsync
-    run_round    one round of memory -> the decision of core/convergence.py
+    run_round    one round of memory -> the decision of core/convergence.py, what follows from it by
+                 core/throttling.py, and the brake pulled where that is wanted
     make_ready   the last rsync waits at its gate, a last round keeps the final delta small
 
-Nothing is frozen here, and nothing here changes the container.
+Nothing is frozen here, and nothing here changes the container but how fast it runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from criu_glue.mappings import cgroup_pids
 from criu_glue.trackers import stop_and_copy, write_protect
 from migrate import config, progress
-from migrate.core import convergence
+from migrate.core import convergence, throttling
 from migrate.errors import MigrateError
 from migrate.precopy import MemorySource
 from migrate.rootfs import RootfsPassRun, RootfsSource
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from migrate.progress import Observer
     from migrate.report import ReportBuilder
     from migrate.target_link import TargetLink
+    from migrate.throttle import Throttle
     from transport.sender import RoundStats
     from transport.worker import ReadPages
 
@@ -54,6 +57,7 @@ class Copying:
         host: str,
         observer: Observer,
         report: ReportBuilder,
+        throttle: Throttle,
     ) -> None:
         self.facts = facts
         self._options = options
@@ -61,6 +65,8 @@ class Copying:
         self._host = host
         self._observer = observer
         self._report = report
+        self._throttle = throttle
+        self._throttling = throttling.Throttling()
         self._limits = convergence.Limits(options.max_downtime_ms, options.rounds_max)
         self._history = convergence.History()
         self.clocks: ClockRelation | None = None
@@ -93,7 +99,8 @@ class Copying:
         )
         if warning:
             self.warn(warning)
-        self._memory = MemorySource(tracker, partial(self._make_sender, opened))
+        make_sender = partial(self._make_sender, opened)
+        self._memory = MemorySource(tracker, make_sender, self._throttle.paused)
         await asyncio.to_thread(self._memory.sender.connect)
         return tracker.name
 
@@ -103,15 +110,21 @@ class Copying:
         detail = f"{progress.mib(done.bytes_sent)} sent in {done.duration_ms / 1000:.2f} s"
         self._observer.tell(progress.Phase("rootfs", detail))
 
-    async def run_round(self) -> convergence.Decision:
-        """One round, and what follows from it."""
+    async def run_round(self) -> throttling.Reaction:
+        """One round, and what follows from it; the container is slowed already where that does."""
         stats = await self._watched_round()
         self._history.add(stats)
         self._report.add_round(stats)
         decision = convergence.decide(self._history, self._workload(), self._limits)
         self._report.add_decision(decision)
         self._tell_round(stats, decision)
-        return decision
+        reaction = throttling.react(self._throttling, decision, self._options.on_stall)
+        if reaction.act is throttling.Act.THROTTLE:
+            return await self._slow(reaction)
+        if reaction.is_exhausted:
+            self.warn(f"the container could not be slowed any more: {reaction.reason}")
+        self._throttling = reaction.throttling
+        return reaction
 
     async def make_ready(self) -> None:
         """Everything that can be done before the freeze, and then a last short round."""
@@ -133,6 +146,20 @@ class Copying:
         """Give the tasks back untouched and end the streams. Idempotent."""
         if self._memory is not None:
             await asyncio.to_thread(self._memory.close)
+
+    async def _slow(self, reaction: throttling.Reaction) -> throttling.Reaction:
+        """Pull the brake. Where that is impossible it is frozen as it is: a stall does not end by
+        itself."""
+        share = reaction.throttling.share
+        try:
+            brake = await self._throttle.slow(share)
+        except MigrateError as error:
+            self.warn(error.message)
+            return replace(reaction, act=throttling.Act.FREEZE)
+        self._throttling = reaction.throttling
+        self._report.add_throttle(share, brake)
+        self._observer.tell(progress.Throttled(round(100 * share, 1), brake, reaction.reason))
+        return reaction
 
     def _make_sender(self, opened: SessionOpened, read: ReadPages) -> PageSender:
         link = self._link

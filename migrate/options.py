@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from migrate import config
+from migrate.core.throttling import OnStall
 from migrate.way import DIRECT, Way
 
 
@@ -20,7 +21,7 @@ class Options:
     restore: Literal["lazy", "eager"] = "lazy"
     max_downtime_ms: float = config.DOWNTIME_MS_MAX_DEFAULT
     rounds_max: int = config.ROUNDS_MAX_DEFAULT
-    on_stall: Literal["freeze", "abort"] = "freeze"
+    on_stall: OnStall = "throttle"
     streams: int | None = None
     link_patience_s: float = config.LINK_PATIENCE_S
     shared: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ the handover: it is told when the tasks are frozen.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from migrate.errors import TransferFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     import numpy.typing as npt
 
@@ -33,7 +35,8 @@ class MemorySource:
     """Rounds of one container's memory.
 
     `make_sender` is given the function that reads pages of a task and returns the sender; the
-    sender's threads call that function concurrently.
+    sender's threads call that function concurrently. While the tracker is at work in running tasks
+    they are `undisturbed` by whatever slows them.
     """
 
     def __init__(
@@ -42,8 +45,10 @@ class MemorySource:
         make_sender: Callable[
             [Callable[[int, Runs, memoryview], npt.NDArray[np.bool_]]], PageSender
         ],
+        undisturbed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self.tracker = tracker
+        self._undisturbed = undisturbed
         self._memories: dict[int, TaskMemory] = {}
         self._pids: dict[int, int] = {}
         self.sender = make_sender(self._read)
@@ -108,7 +113,9 @@ class MemorySource:
     def _collect(self) -> list[tuple[int, Runs]]:
         with self._tracking:
             self._check_open()
-            living = self._open_memories(self.tracker.collect())
+            with self._undisturbed():
+                pages = self.tracker.collect()
+            living = self._open_memories(pages)
         return [(item.task, item.runs) for item in living]
 
     def _check_open(self) -> None:

@@ -68,6 +68,15 @@ class RoundEnded(msgspec.Struct, frozen=True, tag="round", tag_field="event"):
     decision: str
 
 
+class Throttled(msgspec.Struct, frozen=True, tag="throttled", tag_field="event"):
+    """The container is slowed, or slowed more: what it gets of its processor time (per cent), by
+    which means, and why."""
+
+    cpu_percent: float
+    by: str
+    reason: str
+
+
 class Warned(msgspec.Struct, frozen=True, tag="warning", tag_field="event"):
     """Something the user should know that stops nothing."""
 
@@ -88,7 +97,7 @@ class Filled(msgspec.Struct, frozen=True, tag="filled", tag_field="event"):
     faults: int
 
 
-Event = Started | Phase | RoundProgress | RoundEnded | Warned | Moved | Filled
+Event = Started | Phase | RoundProgress | RoundEnded | Throttled | Warned | Moved | Filled
 
 
 class Observer(Protocol):
@@ -172,6 +181,10 @@ def describe(event: Event) -> Text:
                 f"{event.duration_ms / 1000:8.2f}{event.rate_bytes_s / MIB:8.0f}"
                 f"{event.dirty_rate_bytes_s / MIB:10.1f}{event.remaining_bytes / MIB:10.1f}"
                 f"{event.predicted_downtime_ms:9.0f} ms"
+            )
+        case Throttled():
+            return Text(
+                f"  throttled  to {event.cpu_percent:g} % of its CPU, by {event.by}", "yellow"
             )
         case Warned():
             return Text(f"  warning    {event.message}", "yellow")

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
+import psutil
 import structlog
 
 from criu_glue.errors import CriuGlueError
 from criu_glue.hooks import say as say_to_criu
-from migrate import config, network, peer
+from migrate import config, network, peer, throttle_keeper
+from migrate.brakes import BrakePlan, put_back
 from migrate.claim import Claim, ClaimTakenError
 from migrate.core import messages, source_machine
 from migrate.core.actions import SourceAction as A
@@ -40,7 +42,7 @@ from migrate.driver import Driver
 from migrate.errors import InDoubt, MigrateError, RollbackFailed, held_on
 from migrate.guard import GuardPlan, busy, end_criu, give_back
 from migrate.mounts import unmount
-from migrate.processes import waited
+from migrate.processes import users_of, waited
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -54,6 +56,8 @@ Owner: TypeAlias = Literal["source", "target"]
 
 # CRIU kills a frozen tree in milliseconds.
 RELEASE_DEADLINE_S = 20.0
+# As SIGKILL does a process.
+KEEPER_DEADLINE_S = 5.0
 
 DEADLINES_S = {
     S.COMMITTED: config.HANDOVER_DEADLINE_S,
@@ -67,12 +71,13 @@ DEADLINES_S = {
 class SourceFacts(msgspec.Struct, frozen=True):
     """What the coordinator writes down for a recovery, each before the act that makes it true.
 
-    peer_host: the target as its certificate calls it. port: of its agent. The last three are known
-    when the runtime is started to freeze the container.
+    peer_host: the target as its certificate calls it. port: of its agent. brake: what the container
+    is slowed by. The last three are known when the runtime is started to freeze it.
     """
 
     peer_host: str = ""
     port: int = config.CONTROL_PORT
+    brake: BrakePlan | None = None
     guard: GuardPlan | None = None
     network: network.NetworkHandle | None = None
     bundle: str = ""
@@ -226,6 +231,10 @@ class Recovery:
         if plan is not None:
             # The guard has done so already, unless it died with the coordinator.
             await asyncio.to_thread(give_back_if_there, plan)
+        brake = self._facts.brake
+        if brake is not None:
+            # Its keeper has done so already, unless it was killed with the coordinator.
+            await asyncio.to_thread(let_go_if_there, brake, self._session)
         await asyncio.to_thread(self._wipe)
         if self._recorded:
             # Perhaps it has a session, though its answer was not written down.
@@ -255,7 +264,11 @@ class Recovery:
         self._wipe()
 
     def _wipe(self) -> None:
-        wipe(self._paths.session(self._migration.migration_id, "source"))
+        wipe(self._session)
+
+    @property
+    def _session(self) -> Path:
+        return self._paths.session(self._migration.migration_id, "source")
 
     async def _report(self) -> None:
         log.info(
@@ -409,6 +422,25 @@ def give_back_if_there(plan: GuardPlan) -> None:
             give_back(plan)
         except (CriuGlueError, OSError) as error:
             raise RollbackFailed(f"{plan.cgroup} could not be thawed: {error}") from error
+
+
+def let_go_if_there(plan: BrakePlan, session: Path) -> None:
+    """`put_back`, unless this host has been started anew, and the container ended with it; a keeper
+    that hangs is ended. Raises RollbackFailed."""
+    if not session.exists():
+        return
+    for process in users_of(session):
+        if throttle_keeper.__name__ in process.info["cmdline"]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+                process.wait(KEEPER_DEADLINE_S)
+    try:
+        put_back(plan)
+    except OSError as error:
+        raise RollbackFailed(
+            f"{plan.cgroup} could not be given its processor time back: {error}",
+            remedy=plan.remedy,
+        ) from error
 
 
 def forget_bundle(bundle: Path, paths: config.HostPaths) -> None:

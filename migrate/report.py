@@ -86,6 +86,15 @@ class HostVersions(msgspec.Struct, frozen=True):
     architecture: str
 
 
+class ThrottleReport(msgspec.Struct, frozen=True):
+    """A container that was slowed while it was copied: what it got of its processor time at the end
+    (per cent), by which means, and in how many steps."""
+
+    cpu_percent: float
+    by: str
+    steps: int
+
+
 class Report(msgspec.Struct, frozen=True):
     """See the module. None: not known, because it did not happen or could not be measured.
 
@@ -117,6 +126,7 @@ class Report(msgspec.Struct, frozen=True):
     images_bytes: int | None = None
     freeze_reason: str = ""
     warnings: tuple[str, ...] = ()
+    throttle: ThrottleReport | None = None
     format: Literal[1] = 1
 
 
@@ -149,6 +159,7 @@ class ReportBuilder:
         self._clocks: ClockRelation | None = None
         self._fill: FillDone | None = None
         self._versions: dict[str, HostVersions] = {}
+        self._throttle: ThrottleReport | None = None
         self._warnings: list[str] = []
 
     def add_round(self, stats: RoundStats) -> None:
@@ -163,6 +174,11 @@ class ReportBuilder:
     def add_decision(self, decision: Decision) -> None:
         """The last one says why it was frozen, and what downtime was predicted then."""
         self._decision = decision
+
+    def add_throttle(self, share: float, by: str) -> None:
+        """The container was slowed once more, to this share of its processor time."""
+        steps = self._throttle.steps if self._throttle else 0
+        self._throttle = ThrottleReport(round(100 * share, 1), by, steps + 1)
 
     def add_downtime(self, parts: DowntimeParts, clocks: ClockRelation) -> None:
         """The container runs on the target."""
@@ -224,6 +240,7 @@ class ReportBuilder:
             images_bytes=self._images.bytes_raw if self._images else None,
             freeze_reason=self._decision.reason if self._decision else "",
             warnings=tuple(self._warnings),
+            throttle=self._throttle,
         )
 
 
@@ -287,6 +304,9 @@ def _summary(report: Report) -> list[tuple[str, str]]:
     rows.append(("memory", _memory(report)))
     if report.fill_ms is not None:
         rows.append(("fill", f"{report.fill_ms / 1000:.1f} s, {report.faults} pages asked for"))
+    if report.throttle is not None:
+        slowed = report.throttle
+        rows.append(("throttled", f"to {slowed.cpu_percent:g} % of its CPU, by {slowed.by}"))
     if report.freeze_reason:
         rows.append(("frozen", report.freeze_reason))
     rows += [("warning", text) for text in report.warnings]

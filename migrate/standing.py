@@ -215,7 +215,10 @@ class _View:
             guard = msgspec.convert(self.migration.facts.get("guard"), GuardPlan | None)
         except msgspec.ValidationError:
             return False
-        return guard is not None and is_frozen(Path(guard.cgroup))
+        if guard is None or self.state == SourceState.PRECOPY:
+            # What slows a container may freeze it for moments; the freeze itself is recorded.
+            return False
+        return is_frozen(Path(guard.cgroup))
 
     def back(self, host: str) -> str:
         """What to do where only another host knows."""

@@ -57,6 +57,9 @@ NO_GAIN_ROUNDS: Final = 2
 """So many rounds in a row must promise no gain: one burst of writes is no reason to give up."""
 STALL_ROUNDS: Final = 3
 """So many rounds in a row in which the container wrote faster than it was copied are a stall."""
+NEAR_FLOOR: Final = 1.1
+"""Where no round can bring the downtime within the limit, so much more than it must be is as good
+as it gets: to slow the container for less would do more harm than good."""
 
 
 class RoundStats(Protocol):
@@ -79,7 +82,15 @@ class Verdict(StrEnum):
 
     CONTINUE = "continue"
     FREEZE = "freeze"  # the predicted downtime is within the limit
-    STALLED = "stalled"  # it is not and more rounds will not bring it there: as --on-stall says
+    STALLED = "stalled"  # it is not and more rounds will not bring it there: see throttling.py
+
+
+class Stall(StrEnum):
+    """Why more rounds will not bring the downtime down."""
+
+    WRITES = "writes"  # the container writes too fast
+    ROUNDS = "rounds"  # it was the last one that is allowed
+    FLOOR = "floor"  # memory is not what takes so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +152,17 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do, why in words, and the figures that led to it."""
+    """What to do, why in words, and the figures that led to it.
+
+    stall: of a verdict STALLED, else None. floor_ms: the downtime if no memory were left to send.
+    """
 
     verdict: Verdict
+    stall: Stall | None
     reason: str
     prediction: Prediction
+    floor_ms: float
+    max_downtime_ms: float
     remaining_bytes: int
     rate_bytes_s: float
     dirty_rate_bytes_s: float
@@ -154,6 +171,13 @@ class Decision:
     def predicted_downtime_ms(self) -> float:
         """The downtime if frozen now."""
         return self.prediction.downtime_ms
+
+    @property
+    def is_good_enough(self) -> bool:
+        """Whether the downtime is within the limit, or near the floor where that is above it."""
+        is_reachable = self.floor_ms <= self.max_downtime_ms
+        goal_ms = self.max_downtime_ms if is_reachable else NEAR_FLOOR * self.floor_ms
+        return self.predicted_downtime_ms <= goal_ms
 
 
 @dataclass(slots=True)
@@ -260,11 +284,15 @@ def decide(history: History, workload: Workload, limits: Limits) -> Decision:
         raise ValueError("a decision needs a finished round")
     remaining = _remaining(history, workload)
     prediction = predict(history, workload, remaining)
-    verdict, reason = _judge(history, workload, limits, prediction)
+    floor_ms = predict(history, workload, 0).downtime_ms
+    verdict, stall, reason = _judge(history, workload, limits, prediction.downtime_ms, floor_ms)
     return Decision(
         verdict=verdict,
+        stall=stall,
         reason=reason,
         prediction=prediction,
+        floor_ms=floor_ms,
+        max_downtime_ms=limits.max_downtime_ms,
         remaining_bytes=remaining,
         rate_bytes_s=history.rate_bytes_ms * 1000,
         dirty_rate_bytes_s=history.dirty_rate_bytes_ms * 1000,
@@ -272,30 +300,33 @@ def decide(history: History, workload: Workload, limits: Limits) -> Decision:
 
 
 def _judge(
-    history: History, workload: Workload, limits: Limits, prediction: Prediction
-) -> tuple[Verdict, str]:
-    predicted_ms, done = prediction.downtime_ms, len(history.rounds)
+    history: History, workload: Workload, limits: Limits, predicted_ms: float, floor_ms: float
+) -> tuple[Verdict, Stall | None, str]:
     expected = (
         f"{predicted_ms:.0f} ms of downtime are predicted, {limits.max_downtime_ms:.0f} allowed"
     )
     if predicted_ms <= limits.max_downtime_ms:
-        return Verdict.FREEZE, expected
-    if done >= limits.max_rounds:
-        return Verdict.STALLED, f"{expected}, after the last of {limits.max_rounds} rounds"
+        return Verdict.FREEZE, None, expected
+    found = _stall(history, workload, limits, predicted_ms, floor_ms)
+    if found is None:
+        return Verdict.CONTINUE, None, expected
+    stall, why = found
+    return Verdict.STALLED, stall, f"{expected}, {why}"
+
+
+def _stall(
+    history: History, workload: Workload, limits: Limits, predicted_ms: float, floor_ms: float
+) -> tuple[Stall, str] | None:
+    """Why more rounds will not help, None if they will."""
+    if len(history.rounds) >= limits.max_rounds:
+        return Stall.ROUNDS, f"after the last of {limits.max_rounds} rounds"
     if _is_stalled(history):
-        return (
-            Verdict.STALLED,
-            f"{expected}, and in {STALL_ROUNDS} rounds memory was written faster than sent",
-        )
-    floor_ms = predict(history, workload, 0).downtime_ms
+        return Stall.WRITES, f"and in {STALL_ROUNDS} rounds memory was written faster than sent"
     if predicted_ms - floor_ms < MIN_GAIN_MS:
-        return (
-            Verdict.STALLED,
-            f"{expected}, and {floor_ms:.0f} ms of it no round of pre-copy can shorten",
-        )
+        return Stall.FLOOR, f"and {floor_ms:.0f} ms of it no round of pre-copy can shorten"
     if _gains_nothing(history, workload):
-        return Verdict.STALLED, f"{expected}, and another round would not bring it down"
-    return Verdict.CONTINUE, expected
+        return Stall.WRITES, "and another round would not bring it down"
+    return None
 
 
 def _is_stalled(history: History) -> bool:

@@ -110,6 +110,40 @@ async def test_it_is_undone_on_a_host_that_was_started_anew(stage: Stage) -> Non
     assert stage.is_frozen
 
 
+async def test_a_container_that_was_slowed_runs_freely_again(stage: Stage) -> None:
+    """Its coordinator was killed, and so was what slowed it."""
+    stage.session.mkdir(parents=True)
+    stage.cgroup.mkdir()
+    (stage.cgroup / "cgroup.freeze").write_text("1")
+    stage.enter("precopy", brake={"cgroup": str(stage.cgroup), "words": ["0.5"]})
+    assert await recover(stage) is S.ABORTED
+    assert not stage.is_frozen
+
+
+async def test_a_limit_of_a_container_that_was_slowed_is_put_back(stage: Stage) -> None:
+    """Also when it was frozen since, and CRIU held it."""
+    stage.freeze()
+    limit = stage.cgroup / "cpu.max"
+    limit.write_text("1000 100000\n")
+    words = ["50000 100000", "1000 100000"]
+    brake = {"cgroup": str(stage.cgroup), "cpu_max": "max 100000", "words": words}
+    stage.enter(*COPIED, brake=brake)
+    assert await recover(stage) is S.ABORTED
+    assert_given_back(stage)
+    assert limit.read_text() == "max 100000"
+
+
+async def test_a_host_that_was_started_anew_has_no_limit_to_put_back(stage: Stage) -> None:
+    stage.freeze()
+    limit = stage.cgroup / "cpu.max"
+    limit.write_text("1000 100000")
+    brake = {"cgroup": str(stage.cgroup), "cpu_max": "max 100000", "words": ["1000 100000"]}
+    stage.enter("precopy", brake=brake)
+    stage.lose_power()
+    assert await recover(stage) is S.ABORTED
+    assert limit.read_text() == "1000 100000"
+
+
 # ---- committed: the target decides ----
 
 
