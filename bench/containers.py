@@ -1,4 +1,4 @@
-"""Containers of runc inside lab hosts: bundle, network, start, removal.
+"""Containers of runc and crun inside lab hosts: bundle, network, start, removal.
 
     /var/lib/containers/lab/NAME/{config.json,rootfs/}   bundle
     /run/netns/NAME                              network namespace, owned by the host
@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bench.lab.errors import LabError
 from bench.oci_spec import oci_spec
@@ -32,6 +32,9 @@ BUNDLES: Final = "/var/lib/containers/lab"
 PORTS: Final = {"memory": 7000, "tree": 7001, "blocker": 7002, "redis": 6379}
 PORT_ANNOTATION: Final = "dolly.port"
 """Tells `start`, from the bundle alone, what to wait for."""
+RUNTIME_ANNOTATION: Final = "dolly.runtime"
+"""Tells `start`, from the bundle alone, by whom."""
+RUNTIMES: Final = ("runc", "crun")
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,12}")
 """A device name has at most 15 bytes (IFNAMSIZ), two of which are "v-"."""
 LISTENING_S: Final = 60.0
@@ -77,10 +80,10 @@ for program; do
     done
 done
 """
-# runc -d hands its own standard streams to the container: CRIU can't dump a file or pipe of the
-# host there, /dev/null it can. So what runc has to say goes to its log.
+# A runtime hands its own standard streams to the container: CRIU can't dump a file or pipe of the
+# host there, /dev/null it can. So what the runtime has to say goes to its log.
 START_SCRIPT: Final = """\
-exec runc --log "$1/runc.log" run --detach --bundle "$1" "$2" </dev/null >/dev/null 2>&1
+exec "$3" --log "$1/runtime.log" run --detach --bundle "$1" "$2" </dev/null >/dev/null 2>&1
 """
 
 
@@ -107,6 +110,7 @@ class ContainerSpec:
     gateway: str | None = None
     hostname: str = ""
     seccomp: bool = True
+    runtime: str = "runc"
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -173,7 +177,7 @@ def create(host: Host, spec: ContainerSpec) -> None:
             hostname=spec.hostname or spec.name,
             network_namespace=f"/run/netns/{spec.name}",
             cgroup=f"/dolly/{spec.name}",
-            annotations={PORT_ANNOTATION: str(spec.port)},
+            annotations={PORT_ANNOTATION: str(spec.port), RUNTIME_ANNOTATION: spec.runtime},
             seccomp=spec.seccomp,
         )
         (bundle / "config.json").write_text(json.dumps(configuration, indent=1))
@@ -197,9 +201,10 @@ def start(host: Host, name: str, *, listening_s: float = LISTENING_S) -> None:
     bundle = bundle_path(name)
     where = f"container {name} on {host.name}"
     try:
-        host.run(["sh", "-c", START_SCRIPT, "start", bundle, name], timeout_s=RUNTIME_S)
+        runtime = _annotation(host, name, RUNTIME_ANNOTATION)
+        host.run(["sh", "-c", START_SCRIPT, "start", bundle, name, runtime], timeout_s=RUNTIME_S)
     except LabError as error:
-        log = host.path(f"{bundle}/runc.log")
+        log = host.path(f"{bundle}/runtime.log")
         raise ContainerError(f"{where}: {log.read_text() if log.exists() else error}") from error
     until_s = time.monotonic() + listening_s
     while not _listens(host, name):
@@ -212,9 +217,11 @@ def start(host: Host, name: str, *, listening_s: float = LISTENING_S) -> None:
 
 def remove(host: Host, name: str) -> None:
     """Ends a container if it runs, and removes everything that `create` made. Idempotent."""
-    # Left mounted by a restore that was killed, and `runc delete` would delete the files below it.
-    host.run(["umount", "--lazy", f"/run/runc/{name}/criu-root"], check=False)
-    host.run(["runc", "delete", "--force", name], check=False, timeout_s=RUNTIME_S)
+    # Left mounted by a restore that was killed, and what is deleted around it, deletes through it.
+    for directory in (f"/run/runc/{name}", bundle_path(name)):
+        host.run(["umount", "--lazy", f"{directory}/criu-root"], check=False)
+    for runtime in RUNTIMES:
+        host.run([runtime, "delete", "--force", name], check=False, timeout_s=RUNTIME_S)
     host.run(["ip", "link", "delete", host_device(name)], check=False)
     host.run(["ip", "netns", "delete", name], check=False)
     shutil.rmtree(host.path(bundle_path(name)), ignore_errors=True)
@@ -224,27 +231,38 @@ def remove(host: Host, name: str) -> None:
 
 
 def state(host: Host, name: str) -> str:
-    """ "running", "stopped", … as runc says, or "absent"."""
-    answer = host.run(["runc", "state", name], check=False)
-    if answer.returncode != 0:
-        return "absent"
-    return str(json.loads(answer.stdout)["status"])
+    """ "running", "stopped", … as its runtime says, or "absent"."""
+    known = _known(host, name)
+    return "absent" if known is None else str(known["status"])
 
 
 def is_running(host: Host, name: str) -> bool:
     """Whether its tasks execute on this host: not frozen, and not held by a tracer."""
-    answer = host.run(["runc", "state", name], check=False)
-    if answer.returncode != 0 or json.loads(answer.stdout)["status"] != "running":
+    known = _known(host, name)
+    if known is None or known["status"] != "running":
         return False
     events = host.read_text(f"/sys/fs/cgroup/dolly/{name}/cgroup.events")
-    status = host.read_text(f"/proc/{json.loads(answer.stdout)['pid']}/status")
+    status = host.read_text(f"/proc/{known['pid']}/status")
     task_state = re.search(r"^State:\s+(\S)", status, re.MULTILINE)
     return "frozen 1" not in events and task_state is not None and task_state[1] not in "tTZX"
 
 
 def pid(host: Host, name: str) -> int:
     """Of the container's first process, as its host sees it."""
-    return int(json.loads(host.run(["runc", "state", name]).stdout)["pid"])
+    known = _known(host, name)
+    if known is None:
+        raise ContainerError(f"{host.name} has no container {name}")
+    return int(known["pid"])
+
+
+def _known(host: Host, name: str) -> dict[str, Any] | None:
+    """What the runtime that has the container says of it."""
+    for runtime in RUNTIMES:
+        if host.path(f"/run/{runtime}/{name}").exists():
+            answer = host.run([runtime, "state", name], check=False)
+            if answer.returncode == 0:
+                return dict(json.loads(answer.stdout))
+    return None
 
 
 def _make_rootfs(host: Host, spec: ContainerSpec) -> None:
@@ -265,9 +283,13 @@ def _make_rootfs(host: Host, spec: ContainerSpec) -> None:
         shutil.copy2(binary(spec.workload), rootfs / "bin" / spec.workload)
 
 
+def _annotation(host: Host, name: str, key: str) -> str:
+    configuration = json.loads(host.read_text(f"{bundle_path(name)}/config.json"))
+    return str(configuration["annotations"][key])
+
+
 def _listens(host: Host, name: str) -> bool:
     """Asked of the kernel rather than by connecting: a connection would be the first client's."""
-    configuration = json.loads(host.read_text(f"{bundle_path(name)}/config.json"))
-    port = configuration["annotations"][PORT_ANNOTATION]
+    port = _annotation(host, name, PORT_ANNOTATION)
     filtered = ["ss", "-Hltn", "sport", "=", f":{port}"]
     return bool(host.run(["ip", "netns", "exec", name, *filtered]).stdout.strip())

@@ -88,6 +88,9 @@ if len(sys.argv) > 2 and sys.argv[1] == "swrk":
                     rank.write("-1000")
             except OSError:
                 pass
+        elif {join!r}:
+            with open({join!r}, "w") as group:
+                group.write("0")
         with open({events!r}, "r+b", buffering=0) as events:
             events.write(b"gate\\n")
         # Whoever made the gate keeps it open for writing: no writer, or its end, is his end.
@@ -181,7 +184,8 @@ class HoldPlan:
 
     `hold_at` is the action at which CRIU waits for the verdict. `at_unlock` are command lines that
     run exactly when CRIU says that sockets may speak again. `options` are lines of
-    CRIU's configuration file. `freeze` is the cgroup that is frozen as long as CRIU is held.
+    CRIU's configuration file. `freeze` is the cgroup that is frozen as long as CRIU is held. `join`
+    is the cgroup of what is restored, which CRIU begins in, so that its tasks are born there.
     `orphaned` is started when the hold lasts (see the module) and ended with it. `judged` is the
     same for the hold at pre-resume, which there is only if it is given; `at_refusal` are command
     lines that run before a refused copy is killed.
@@ -191,6 +195,7 @@ class HoldPlan:
     options: tuple[str, ...]
     at_unlock: tuple[tuple[str, ...], ...] = ()
     freeze: Path | None = None
+    join: Path | None = None
     orphaned: tuple[str, ...] = ()
     judged: tuple[str, ...] = ()
     at_refusal: tuple[tuple[str, ...], ...] = ()
@@ -228,6 +233,7 @@ class CriuHold:
             events=str(directory / "events"),
             gate=str(directory / "gate"),
             criu=criu,
+            join="" if plan.join is None else str(plan.join / "cgroup.procs"),
         )
         _write_program(directory / "bin" / "criu", gate)
         _write_program(directory / "hook", _hook_text(directory, plan))

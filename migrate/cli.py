@@ -24,12 +24,11 @@ from migrate import config
 from migrate.commands.over_ssh import over_ssh
 from migrate.errors import EXIT_FAILED, MigrateError
 from migrate.host_checks import raise_descriptor_limit
+from migrate.runtimes import known
 from migrate.runtimes.base import validate_name
-from migrate.runtimes.runc import Runc
 
 if TYPE_CHECKING:
     from migrate.recovery import Owner
-    from migrate.runtimes.base import Runtime
     from transport.ssh.asking import Asking
 
 _ELSEWHERE: Final = ("ca", "hosts", "identity", "once", "operator", "policy", "service", "verify")
@@ -103,7 +102,7 @@ def cancel(migration_id: str) -> None:
 
     log_to_stderr(logging.WARNING)
     paths = config.HostPaths()
-    click.echo(asyncio.run(oversight.cancel(paths, _runtimes(), migration_id)))
+    click.echo(asyncio.run(oversight.cancel(paths, known.drivers(), migration_id)))
 
 
 @cli.command()
@@ -124,7 +123,7 @@ def recover(migration_id: str | None, owner: Owner | None, asking: Asking) -> No
         raise click.UsageError("--force-source and --force-target need the migration's id")
     log_to_stderr(logging.WARNING)
     paths = config.HostPaths()
-    asyncio.run(oversight.recover(paths, _runtimes(), migration_id, owner, click.echo))
+    asyncio.run(oversight.recover(paths, known.drivers(), migration_id, owner, click.echo))
     once.sweep(paths, asking, click.echo)
 
 
@@ -137,7 +136,13 @@ def recover(migration_id: str | None, owner: Owner | None, asking: Asking) -> No
     help="The host to move to, NAME or NAME:PORT; USER@HOST[:PORT] for one that is in no fleet,"
     " by SSH.",
 )
-@click.option("--runtime", type=click.Choice(["runc"]), default="runc", show_default=True)
+@click.option(
+    "--runtime",
+    type=click.Choice(["auto", *known.NAMES]),
+    default="auto",
+    show_default=True,
+    help="Whose container it is; auto: the one that has a container of that name.",
+)
 @click.option(
     "--tracker",
     type=click.Choice(["auto", "write-protect", "none"]),
@@ -218,11 +223,12 @@ def container(
     from migrate.moving import Telling, move, move_once
 
     telling = Telling(only_check=only_check, as_json=as_json, report_path=report_path)
+    driver = known.having(name) if runtime == "auto" else known.drivers()[runtime]
     if "@" in target:
-        move_once(validate_name(name), target, asked, _runtime(runtime), asking, telling)
+        move_once(validate_name(name), target, asked, driver, asking, telling)
     else:
         host, port = _host_and_port(target)
-        move(validate_name(name), host, port, asked, _runtime(runtime), telling)
+        move(validate_name(name), host, port, asked, driver, telling)
 
 
 def _host_and_port(target: str) -> tuple[str, int]:
@@ -240,7 +246,7 @@ def agent(address: str, port: int, migration_id: str | None) -> None:
     """Receive containers on this host."""
     from migrate.agent.serving import serve
 
-    asyncio.run(serve(_runtimes(), address, port, migration_id))
+    asyncio.run(serve(known.drivers(), address, port, migration_id))
 
 
 def main() -> None:
@@ -257,11 +263,3 @@ def main() -> None:
     except MigrateError as error:
         click.echo(error.render(), err=True)
         sys.exit(error.exit_code)
-
-
-def _runtime(_: str) -> Runc:
-    return Runc()
-
-
-def _runtimes() -> dict[str, Runtime]:
-    return {"runc": Runc()}

@@ -89,6 +89,14 @@ def judge_spec(spec: dict[str, Any], mounts: Iterable[Mount]) -> list[Refusal]:
                 "start it detached, with `terminal: false` in config.json",
             )
         )
+    if ".." in Path(str(part(spec, "linux").get("cgroupsPath") or "")).parts:
+        refusals.append(
+            Refusal(
+                "cgroup-path",
+                "the container's cgroupsPath leads upwards, out of the cgroups perhaps",
+                "write linux.cgroupsPath in config.json without '..'",
+            )
+        )
     if any(part(spec, "hooks").values()):
         refusals.append(
             Refusal(

@@ -14,7 +14,7 @@ from criu_glue.core.log_hints import Hint, explain
 from criu_glue.hooks import criu_pid, has_criu_died
 from migrate.mounts import is_full
 from migrate.processes import last_message, tail, wait_ended
-from migrate.runtimes.runc import LOG_NAME
+from migrate.runtimes.command import LOG_NAME
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,4 +67,4 @@ class RuntimeOrCriu:
         if has_criu_died(self._hold):
             remedy = "was it killed for want of memory? see dmesg on this host, and try again"
             return Hint("CRIU ended without a word, and its runtime waits for it", remedy)
-        return Hint("runc or CRIU hangs", "")
+        return Hint("the runtime or CRIU hangs", "")

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from migrate.network_identity import Port
     from migrate.runtimes.base import Container, Runtime
 
-# A page server's address that nobody listens on: runc wants one, CRIU is given a socket instead.
-_NO_PAGE_SERVER = "127.0.0.1:1"
-
 
 class Freezing:
     """See the module. For one event loop; `undo` may be called at any point before `release`."""
@@ -72,6 +69,7 @@ class Freezing:
             "manage-cgroups ignore",
             "network-lock skip",
             "verbosity 2",
+            "lazy-pages",
             f"ps-socket {PAGE_SERVER_FD}",
             f"ghost-limit {config.GHOST_FILE_BYTES_MAX}",
         )
@@ -80,11 +78,7 @@ class Freezing:
         plan = HoldPlan("post-dump", options, freeze=self.container.cgroup, orphaned=orphaned)
         self._hold = CriuHold.prepare(directory, plan)
         command = self._runtime.checkpoint_command(
-            self.container,
-            self.image_dir,
-            self._work_dir,
-            lazy=True,
-            page_server=_NO_PAGE_SERVER,
+            self.container, self.image_dir, self._work_dir, lazy=True
         )
         self._process = Outliving(command, env=self._hold.environment(os.environ))
         self._plan = GuardPlan(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FILE: Final = "/etc/migrate/policy.toml"
 
+# Their containers may use every device that no rule denies.
+_OPEN_RUNTIMES = frozenset({"crun"})
 # What containers have without asking (moby: oci/caps/defaults.go); runc's default is a part of it.
 USUAL_CAPABILITIES: Final = frozenset(
     {
@@ -108,6 +110,7 @@ def judge_receive(
         refusals += [
             *_of_capabilities(spec, receive),
             *_of_devices(spec, receive),
+            *_of_unruled_devices(spec, request.runtime),
             *_of_seccomp(spec, receive),
             *_of_kernel_files(spec, mounts, receive),
         ]
@@ -210,6 +213,24 @@ def _of_devices(spec: dict[str, Any], receive: Receive) -> Iterator[Refusal]:
                 "remove it from linux.resources.devices, or name its file in linux.devices and in"
                 f" [receive] devices in {FILE} there",
             )
+
+
+def _of_unruled_devices(spec: dict[str, Any], runtime: str) -> Iterator[Refusal]:
+    """runc begins by allowing the usual devices alone; crun has no filter without a rule."""
+    rules = part(part(spec, "linux"), "resources").get("devices") or ()
+    if runtime not in _OPEN_RUNTIMES or any(map(_denies_all, rules)):
+        return
+    yield Refusal(
+        "policy-device",
+        f"no rule keeps the container from devices, and {runtime} allows all then",
+        "add {'allow': false, 'access': 'rwm'} to linux.resources.devices in config.json, in the"
+        " first place",
+    )
+
+
+def _denies_all(rule: dict[str, Any]) -> bool:
+    is_all = rule.get("type") in (None, "a") and not {"major", "minor"} & rule.keys()
+    return is_all and rule.get("allow") is False and set("rwm") <= set(str(rule.get("access")))
 
 
 def _is_usual(number: tuple[str, Any, Any]) -> bool:

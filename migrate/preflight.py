@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrate import blockers, facts, network, policy, policy_checks
-from migrate.cgroup import own_name
 from migrate.container_checks import is_below, judge_container, judge_spec
 from migrate.errors import PreflightRefused, runs_on
 from migrate.host_checks import (
@@ -36,7 +35,6 @@ from migrate.netns import path_of
 from migrate.network_identity import NetworkError
 from migrate.refusals import Caution, Refusal
 from migrate.runtimes.oci import mounts_of
-from migrate.runtimes.runc import cgroup_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -93,7 +91,7 @@ def check_source(
         raise PreflightRefused(refusals, host=host)
     container = runtime.inspect(name)
     refusals = policy_checks.judge_send(rules, name, target)
-    refusals += [*host_refusals(lazy=lazy), *own_space(paths)]
+    refusals += [*host_refusals(lazy=lazy), *own_space(paths), *runtime.refusals()]
     refusals += judge_container(container, shared, rules.send.devices)
     cautions = host_cautions()
     if not container.rootfs.is_dir():
@@ -184,7 +182,11 @@ def check_target(
 def _look_at_target(
     request: OpenSession, runtime: Runtime, paths: HostPaths, rules: Policy
 ) -> list[Refusal]:
-    refusals = [*host_refusals(lazy=request.restore == "lazy"), *own_space(paths)]
+    refusals = [
+        *host_refusals(lazy=request.restore == "lazy"),
+        *own_space(paths),
+        *runtime.refusals(),
+    ]
     if refusals:
         return refusals
     if request.host == socket.gethostname():
@@ -194,7 +196,7 @@ def _look_at_target(
     disk_bytes = shutil.disk_usage(existing(paths.containers)).free
     refusals += judge_room(request, facts.free_memory_bytes(), disk_bytes)
     refusals += _taken(request.container, runtime, paths)
-    refusals += _of_configuration(request, rules)
+    refusals += _of_configuration(request, runtime, rules)
     bridges = {port.bridge for port in request.network.ports if port.bridge is not None}
     refusals += [refusal for bridge in sorted(bridges) for refusal in bridge_refusals(bridge)]
     return refusals
@@ -315,14 +317,14 @@ def judge_resources(spec: dict[str, Any], controllers: Iterable[str]) -> list[Re
     ]
 
 
-def _of_configuration(request: OpenSession, rules: Policy) -> list[Refusal]:
+def _of_configuration(request: OpenSession, runtime: Runtime, rules: Policy) -> list[Refusal]:
     try:
         spec = json.loads(request.config_json)
         mounts = mounts_of(spec)
         refusals = judge_spec(spec, mounts)
         refusals += policy_checks.judge_receive(rules, request, spec, mounts)
         refusals += judge_resources(spec, _read(_CONTROLLERS_HERE).split())
-        refusals += _of_cgroup(spec, request.container)
+        refusals += _of_cgroup(spec, request.container, runtime)
         refusals += _of_profile(str(spec.get("process", {}).get("apparmorProfile") or ""))
         shared = rules.receive.bind_mounts
         binds = (one.source for one in mounts if one.is_bind)
@@ -340,8 +342,8 @@ def _is_here(source: str, shared: Iterable[str]) -> bool:
     return real.exists() and is_below(str(real), [str(Path(one).resolve()) for one in shared])
 
 
-def _of_cgroup(spec: dict[str, Any], name: str) -> list[Refusal]:
-    path = cgroup_for(spec, name, own_cgroup=own_name())
+def _of_cgroup(spec: dict[str, Any], name: str, runtime: Runtime) -> list[Refusal]:
+    path = runtime.cgroup_for(spec, name)
     if not path.exists():
         return []
     # Also of what a peer may want: its container would share the fate of whoever is in there.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -155,6 +155,11 @@ def tail(path: Path, bytes_max: int) -> str:
 
 
 def last_message(log: str) -> str:
-    """The last message of a runtime's log (logrus' text: `time=… level=error msg="…"`)."""
-    messages = re.findall(r'msg="((?:[^"\\]|\\.)*)"', log)
-    return messages[-1].replace("\\n", " ").replace('\\"', '"') if messages else ""
+    """The last message of a runtime's log, in one line; an object of JSON a line (`{"msg": "…"}`),
+    of which the first may be cut off."""
+    for line in reversed(log.splitlines()):
+        with contextlib.suppress(ValueError):
+            said = json.loads(line)
+            if isinstance(said, dict) and said.get("msg"):
+                return " ".join(str(said["msg"]).split())
+    return ""

@@ -254,7 +254,7 @@ class Recovery:
         if plan is not None and Path(plan.hold_directory).exists():
             _let_die(plan)
             if self._runtime.exists(name):
-                self._runtime.delete(name, cgroup=Path(plan.cgroup))
+                self._runtime.delete(name, bundle=Path(self._facts.bundle))
         # Without the directory this host has been started anew: of the container there are files,
         # unless somebody has made another one of that name since.
         if not self._runtime.exists(name):

@@ -21,7 +21,7 @@ from migrate import config, confinement
 from migrate.core import messages
 from migrate.errors import DumpFailed
 from migrate.rootfs import shared_file_mappings
-from migrate.runtimes.runc import DESCRIPTORS_NAME
+from migrate.runtimes.command import DESCRIPTORS_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -17,7 +17,6 @@ from migrate.agent.ending import end_restore, stop_on_zeros
 from migrate.agent.pager_process import PagerProcess
 from migrate.errors import RestoreFailed
 from migrate.processes import waited
-from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,7 +77,8 @@ class AdoptedRestoring:
                 f"{self.plan.container} was let go and did not come to run",
                 host=self._host,
                 phase="committed",
-                remedy=f"runc ps {self.plan.container} shows its tasks; see {self.plan.work_dir}",
+                remedy=f"{self._runtime.name} ps {self.plan.container} shows its tasks;"
+                f" see {self.plan.work_dir}",
             )
 
     async def finish(self) -> FillResult | None:
@@ -86,15 +86,15 @@ class AdoptedRestoring:
         if not self.plan.lazy:
             return None
         self._pager = await PagerProcess.adopt(self.plan.work_dir)
-        on_lost = partial(stop_on_zeros, self.plan)
+        on_lost = partial(stop_on_zeros, self.plan, self._runtime)
         return await self._pager.wait_filled(config.FILL_DEADLINE_S, on_lost=on_lost)
 
     async def abort(self) -> None:
         """Nothing restored remains, neither do the processes that did it."""
         await asyncio.to_thread(end_restore, self.plan.session)
         if self._hold.exists():
-            cgroup = bundle_cgroup(self.plan.bundle, self.plan.container)
-            await asyncio.to_thread(self._runtime.delete, self.plan.container, cgroup=cgroup)
+            name, bundle = self.plan.container, self.plan.bundle
+            await asyncio.to_thread(self._runtime.delete, name, bundle=bundle)
 
     def close(self) -> None:
         """There is nothing to give up."""

@@ -19,7 +19,7 @@ from migrate import policy, policy_checks, signing
 from migrate.agent.lending import StillWrittenError
 from migrate.core.manifest import Binding, SignedManifest
 from migrate.errors import CheckpointRefused, MigrateError, RestoreFailed
-from migrate.runtimes.runc import DESCRIPTORS_NAME
+from migrate.runtimes.command import DESCRIPTORS_NAME
 from transport.errors import TransportError
 
 if TYPE_CHECKING:

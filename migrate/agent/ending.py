@@ -14,7 +14,6 @@ from criu_glue import hooks, pager_watch
 from migrate import cgroup, config
 from migrate.guard import CRIU_DIED_DEADLINE_S
 from migrate.processes import kill_tree, users_of, waited
-from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,7 +70,7 @@ def end_unheard(plan: RestorePlan, runtime: Runtime) -> bool:
                 process.wait(CRIU_DIED_DEADLINE_S)
     if hooks.has_seen(hold, "network-unlock"):
         return False
-    runtime.delete(plan.container, cgroup=bundle_cgroup(plan.bundle, plan.container))
+    runtime.delete(plan.container, bundle=plan.bundle)
     return True
 
 
@@ -83,9 +82,9 @@ def wait_criu_ended(hold: Path, deadline_s: float) -> None:
             time.sleep(_STEP_S)
 
 
-async def stop_on_zeros(plan: RestorePlan, lost_bytes: int) -> None:
+async def stop_on_zeros(plan: RestorePlan, runtime: Runtime, lost_bytes: int) -> None:
     """What a container reads from now on is not its memory any more: freeze it at once."""
-    group = bundle_cgroup(plan.bundle, plan.container)
+    group = runtime.restored_cgroup(plan.bundle, plan.container)
     log.error("memory is lost, the container is frozen", container=plan.container, bytes=lost_bytes)
     if group is not None:
         await asyncio.to_thread(cgroup.freeze, group, config.FREEZE_DEADLINE_S)

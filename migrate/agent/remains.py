@@ -14,7 +14,6 @@ import msgspec
 from migrate import network, recovery
 from migrate.agent.ending import end_restore
 from migrate.core.states import TargetState
-from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
     from migrate.config import HostPaths
@@ -43,8 +42,7 @@ def discard(migration: Migration, runtime: Runtime, paths: HostPaths) -> None:
     was_prepared = (session / "work" / "hold").exists()
     end_restore(session)
     if was_prepared:
-        cgroup = bundle_cgroup(paths.containers / migration.container, migration.container)
-        runtime.delete(migration.container, cgroup=cgroup)
+        runtime.delete(migration.container, bundle=paths.containers / migration.container)
     if "network" in migration.facts:
         network.destroy(msgspec.convert(migration.facts["network"], network.NetworkHandle))
     recovery.wipe(session)

@@ -36,7 +36,7 @@ from migrate.agent.pager_process import PagerProcess
 from migrate.criu_run import RuntimeOrCriu
 from migrate.errors import RestoreFailed
 from migrate.processes import Outliving, waited
-from migrate.runtimes.runc import DESCRIPTORS_NAME, bundle_cgroup, descriptors_json
+from migrate.runtimes.command import DESCRIPTORS_NAME, descriptors_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from migrate.core.confinement import Confinements
     from migrate.network_identity import Port
     from migrate.runtimes.base import Runtime
+
+
+_CRIU_OPTIONS = ("manage-cgroups ignore", "network-lock skip", "verbosity 2")
 
 
 class CopyRefused(RestoreFailed):
@@ -110,8 +113,9 @@ class Restoring:
             plan.work_dir / "hold",
             HoldPlan(
                 "post-restore",
-                ("manage-cgroups ignore", "network-lock skip", "verbosity 2"),
+                (*_CRIU_OPTIONS, *(("lazy-pages",) if plan.lazy else ())),
                 at_unlock,
+                join=self._cgroup(),
                 orphaned=orphaned,
                 judged=confinement.command(
                     plan.confinement, self._cgroup(), plan.work_dir / "hold"
@@ -214,7 +218,7 @@ class Restoring:
         )
 
     def _cgroup(self) -> Path:
-        group = bundle_cgroup(self.plan.bundle, self.plan.container)
+        group = self._runtime.restored_cgroup(self.plan.bundle, self.plan.container)
         assert group is not None
         return group
 
@@ -253,7 +257,7 @@ class Restoring:
         self.close()
         if self._pager is None:
             return None
-        on_lost = partial(stop_on_zeros, self.plan)
+        on_lost = partial(stop_on_zeros, self.plan, self._runtime)
         return await self._pager.wait_filled(config.FILL_DEADLINE_S, on_lost=on_lost)
 
     async def abort(self) -> None:
@@ -270,8 +274,7 @@ class Restoring:
 
     def _delete(self) -> None:
         """Blocking. A restore that failed leaves a cgroup that the runtime may know nothing of."""
-        cgroup = bundle_cgroup(self.plan.bundle, self.plan.container)
-        self._runtime.delete(self.plan.container, cgroup=cgroup)
+        self._runtime.delete(self.plan.container, bundle=self.plan.bundle)
 
     def close(self) -> None:
         """Give up the observation of the hooks."""

@@ -48,7 +48,6 @@ from migrate.errors import (
 from migrate.ledger import Ledger
 from migrate.rootfs import Passes
 from migrate.runtimes.oci import mounts_of
-from migrate.runtimes.runc import bundle_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -210,7 +209,7 @@ class Session:
 
     async def _go_on_without(self) -> None:
         """The operator lets a container run whose memory is lost in part."""
-        group = bundle_cgroup(self.workspace.bundle, self.request.container)
+        group = self._runtime.restored_cgroup(self.workspace.bundle, self.request.container)
         if group is not None:
             await asyncio.to_thread(cgroup.thaw, group)
         self.stopped = ""

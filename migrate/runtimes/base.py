@@ -18,6 +18,8 @@ from migrate.errors import EXIT_REFUSED, MigrateError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from migrate.refusals import Refusal
+
 Status = Literal["created", "running", "paused", "stopped"]
 Descriptors = tuple[str, str, str]
 
@@ -35,6 +37,12 @@ class RuntimeDriverError(MigrateError):
 
 class ContainerNotFoundError(RuntimeDriverError):
     """The runtime has no container of that name."""
+
+    exit_code = EXIT_REFUSED
+
+
+class AmbiguousContainerError(RuntimeDriverError):
+    """Several runtimes have a container of that name."""
 
     exit_code = EXIT_REFUSED
 
@@ -95,6 +103,9 @@ class Runtime(Protocol):
     def version(self) -> str:
         """The runtime's version as it says it ("1.1.15+ds1")."""
 
+    def refusals(self) -> list[Refusal]:
+        """Why this runtime can neither checkpoint nor restore on this host."""
+
     def inspect(self, name: str) -> Container:
         """The container `name`. Raises ContainerNotFoundError."""
 
@@ -104,18 +115,19 @@ class Runtime(Protocol):
     def state(self, name: str) -> Status | None:
         """The container's status, None when the runtime has no such container."""
 
+    def cgroup_for(self, spec: dict[str, Any], name: str) -> Path:
+        """Where a container will be that this process has made from `spec` (config.json)."""
+
+    def restored_cgroup(self, bundle: Path, name: str) -> Path | None:
+        """`cgroup_for` a bundle on this host; None without one."""
+
     def checkpoint_command(
-        self,
-        container: Container,
-        image_dir: Path,
-        work_dir: Path,
-        *,
-        lazy: bool,
-        page_server: str | None = None,
+        self, container: Container, image_dir: Path, work_dir: Path, *, lazy: bool
     ) -> list[str]:
         """The command that dumps `container` and ends it.
 
-        With `lazy` no memory is written; `page_server` (ADDRESS:PORT) is where CRIU would serve it.
+        With `lazy` no memory is written, if CRIU's configuration file says so as well
+        (`lazy-pages`), with a socket of a page server.
         """
 
     def restore_command(
@@ -123,20 +135,19 @@ class Runtime(Protocol):
     ) -> list[str]:
         """The command that restores a container and returns while it runs.
 
-        Its own stdin, stdout and stderr take the place of every descriptor that is a pipe.
+        Its own stdin, stdout and stderr take the place of every descriptor that is a pipe. With
+        `lazy` CRIU's configuration file has to say so as well.
         """
-
-    def descriptors(self, container: Container) -> Descriptors:
-        """What the runtime writes to `descriptors.json`; `descriptors_json` gives the bytes."""
 
     def kill(self, name: str) -> None:
         """Kill every task of the container; one that is gone is fine."""
 
-    def delete(self, name: str, *, cgroup: Path | None = None) -> None:
+    def delete(self, name: str, *, bundle: Path | None = None) -> None:
         """Kill and forget the container and what an unfinished restore left of it. Idempotent.
 
-        `cgroup`: where the container is, for a restore that did not get as far as to say so. Never
-        touches the container's files. No restore of that name may be under way.
+        `bundle`: what it was restored from, for a restore that did not get as far as to say where
+        its tasks are. Never touches the container's files. No restore of that name may be under
+        way.
         """
 
 

@@ -151,6 +151,22 @@ async def test_the_gate_holds_until_it_is_opened(directory: Path, request_kind: 
     hold.close()
 
 
+@pytest.mark.parametrize(("request_kind", "joined"), [(DUMP, ""), (RESTORE, "0")])
+async def test_what_restores_begins_in_its_tasks_cgroup(
+    directory: Path, request_kind: bytes, joined: str
+) -> None:
+    cgroup = directory.parent
+    (cgroup / "cgroup.procs").touch()
+    hold = CriuHold.prepare(directory, HoldPlan("post-restore", (), join=cgroup))
+    runtime = Runtime(hold, request_kind)
+    await runtime.start()
+    assert await hold.wait_or_end("gate", runtime.process, DEADLINE_S)
+    assert (cgroup / "cgroup.procs").read_text() == joined
+    hold.decide("abort")
+    assert await runtime.end() == 1
+    hold.close()
+
+
 async def test_a_gate_that_was_opened_beforehand(directory: Path) -> None:
     hold = prepare(directory)
     hold.open_gate()

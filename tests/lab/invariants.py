@@ -108,7 +108,12 @@ class Threatened:
 
 @contextlib.contextmanager
 def threatened(
-    lab: Lab, name: str, *, args: tuple[str, ...] = ("8",), memory_mib: int = 24
+    lab: Lab,
+    name: str,
+    *,
+    args: tuple[str, ...] = ("8",),
+    memory_mib: int = 24,
+    runtime: str = "runc",
 ) -> Iterator[Threatened]:
     """A container on A; at the end its client must have lost nothing.
 
@@ -125,6 +130,7 @@ def threatened(
         memory_mib=memory_mib,
         address=f"10.77.0.{_number(name)}/24",
         address6=None,
+        runtime=runtime,
     )
     with resident(lab, spec) as guest:
         yield Threatened(guest, picture(lab.host("A"), name))

@@ -183,7 +183,7 @@ ip netns list | sed 's/ .*//; s/^/netns /'
 cd /sys/fs/cgroup && find . -mindepth 1 -type d | sed 's,^\\./,cgroup ,'
 cut -d' ' -f2 /proc/1/mounts | sed -n 's,^\\(/run/\\|/tmp/\\|/var/lib/[a-z]*/\\),mount &,p'
 for directory in /tmp /run /run/migrate /run/migrate/sessions /run/migrate/claims /run/runc \\
-    /var/lib/migrate /var/lib/migrate/containers; do
+    /run/crun /var/lib/migrate /var/lib/migrate/containers; do
     [ ! -d $directory ] || ls -A $directory | sed "s,^,file $directory/,"
 done
 ps -eo pid=,ppid=,cgroup=,args= | awk -v me=$$ '$1 != me && $2 != me {
@@ -193,7 +193,9 @@ _ALWAYS: Final = re.compile(
     r"link (lo|br0|uplink)"
     r"|cgroup (init\.scope|dolly)"
     r"|mount /run/netns"
-    r"|file /run/(lock|mount|netns|sshd|sshd\.pid|migrate-agent\.pid|migrate|runc|criu\.kdat)"
+    r"|file /run/(lock|mount|netns|sshd|sshd\.pid|migrate-agent\.pid|migrate|runc|crun|criu\.kdat)"
+    # crun's own, of seccomp filters.
+    r"|file /run/crun/\.cache"
     r"|file /run/migrate/(sessions|claims|claims/agent|front)"
     r"|file /var/lib/migrate/(containers|journal\.sqlite.*)"
     r"|process 0::/init\.scope (\S*catatonit -P|sshd: .*listener.*"
@@ -216,7 +218,7 @@ def _is_of(name: str, line: str) -> bool:
     return bool(
         re.fullmatch(
             rf"link v-{name}|netns {name}|cgroup dolly/{name}|mount /run/netns/{name}"
-            rf"|file /run/runc/{name}|file /var/lib/migrate/containers/{name}"
+            rf"|file /run/(runc|crun)/{name}|file /var/lib/migrate/containers/{name}"
             rf"|process 0::/dolly/{name} .*",
             line,
         )
@@ -325,9 +327,11 @@ def resident(
 
 
 _EXPEL = """
-from migrate.runtimes.runc import Runc
-cgroup = Path("/sys/fs/cgroup/dolly") / given
-Runc().delete(given, cgroup=cgroup)
+from migrate.runtimes.known import drivers
+name, *bundles = given
+for driver in drivers().values():
+    for bundle in bundles:
+        driver.delete(name, bundle=Path(bundle))
 """
 
 
@@ -335,6 +339,7 @@ def expel(lab: Lab, name: str) -> None:
     """Removes a container, in whatever state, from every host that is up."""
     for host in lab.hosts:
         if host.pid:
-            inside(host, _EXPEL, name)
+            arrived = f"/var/lib/migrate/containers/{name}"
+            inside(host, _EXPEL, [name, bundle_path(name), arrived])
             remove(host, name)
-            host.run(["rm", "-rf", f"/var/lib/migrate/containers/{name}"])
+            host.run(["rm", "-rf", arrived])

@@ -57,10 +57,10 @@ class Case:
 
 CASES = [
     Case("h-rsync", "rsync", "rootfs", "rsync of the root file system did not end"),
-    Case("h-dump", Victim.SOURCE_CRIU, "dump", "runc or CRIU hangs"),
-    Case("h-runc-a", Victim.SOURCE_RUNC, "dump", "runc or CRIU hangs"),
-    Case("h-restore", Victim.TARGET_CRIU, "restore", "runc or CRIU hangs"),
-    Case("h-runc-b", Victim.TARGET_RUNC, "restore", "runc or CRIU hangs"),
+    Case("h-dump", Victim.SOURCE_CRIU, "dump", "the runtime or CRIU hangs"),
+    Case("h-runc-a", Victim.SOURCE_RUNC, "dump", "the runtime or CRIU hangs"),
+    Case("h-restore", Victim.TARGET_CRIU, "restore", "the runtime or CRIU hangs"),
+    Case("h-runc-b", Victim.TARGET_RUNC, "restore", "the runtime or CRIU hangs"),
 ]
 for number, one in enumerate(CASES):
     one.address = f"10.77.0.{120 + number}/24"

@@ -1,10 +1,11 @@
-"""The runc driver with a real runc and a real CRIU."""
+"""The drivers with real runtimes and a real CRIU; what both do alike is tried with runc."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +22,35 @@ WORK = "/run/rt1"
 # What a migration says to CRIU where runc has no words; the network is the test's own.
 CRIU_CONFIG = "manage-cgroups ignore\nnetwork-lock skip\n"
 
-INSPECT = """
-from migrate.runtimes.runc import Runc
-container = Runc().inspect("rt1")
-answer({field: getattr(container, field) for field in container.__slots__ if field != "mounts"}
-       | {"mounts": [mount.destination for mount in container.mounts]})
+DRIVER = """
+from migrate.runtimes.known import drivers
+driver = drivers()[Path("/run/rt1/runtime").read_text()]
 """
-COMMANDS = """
-from migrate.runtimes.runc import Runc, descriptors_json
-runc = Runc()
-container = runc.inspect("rt1")
+INSPECT = f"""{DRIVER}
+container = driver.inspect("rt1")
+fields = set(container.__slots__) - {{"mounts"}}
+answer({{field: getattr(container, field) for field in fields}}
+       | {{"mounts": [mount.destination for mount in container.mounts]}})
+"""
+COMMANDS = f"""{DRIVER}
+from migrate.runtimes.command import descriptors_json
+container = driver.inspect("rt1")
 images, work = Path("/run/rt1/images"), Path("/run/rt1/work")
-answer({
-    "checkpoint": runc.checkpoint_command(container, images, work, lazy=False),
-    "lazy": runc.checkpoint_command(
-        container, images, work, lazy=True, page_server="127.0.0.1:7339"),
-    "restore": runc.restore_command("rt1", container.bundle, images, work, lazy=False),
-    "descriptors": descriptors_json(runc.descriptors(container)).decode(),
-})
+answer({{
+    "checkpoint": driver.checkpoint_command(container, images, work, lazy=False),
+    "lazy": driver.checkpoint_command(container, images, work, lazy=True),
+    "restore": driver.restore_command("rt1", container.bundle, images, work, lazy=False),
+    "descriptors": descriptors_json(container.descriptors).decode(),
+}})
 """
-STATES = """
-from migrate.runtimes.runc import Runc
-runc = Runc()
-answer([runc.exists("rt1"), runc.state("rt1")])
+STATES = f"""{DRIVER}
+answer([driver.exists("rt1"), driver.state("rt1")])
 """
-DELETE = """
-from migrate.runtimes.runc import Runc
-runc = Runc()
-runc.kill("rt1")
+DELETE = f"""{DRIVER}
+driver.kill("rt1")
 for _ in range(2):
-    runc.delete("rt1", cgroup=Path("/sys/fs/cgroup/dolly/rt1"))
-answer([runc.exists("rt1"), runc.state("rt1")])
+    driver.delete("rt1", bundle=Path("{bundle_path("rt1")}"))
+answer([driver.exists("rt1"), driver.state("rt1")])
 """
 # Stands before the real criu: notes what each request is, and holds those that are named in HOLD.
 WRAPPER = """\
@@ -70,11 +69,21 @@ os.execv("/usr/sbin/criu", ["criu", *sys.argv[1:]])
 
 
 @pytest.fixture
-def host(lab: Lab) -> Iterator[Host]:
+def runtime() -> str:
+    """Whose container it is."""
+    return "runc"
+
+
+with_both = pytest.mark.parametrize("runtime", ["runc", "crun"])
+
+
+@pytest.fixture
+def host(lab: Lab, runtime: str) -> Iterator[Host]:
     """Host A with a running container and a directory for its images."""
     host = lab.host("A")
-    create(host, SPEC)
+    create(host, replace(SPEC, runtime=runtime))
     host.run(["mkdir", "-p", f"{WORK}/images", f"{WORK}/work", f"{WORK}/bin"])
+    host.write_text(f"{WORK}/runtime", runtime)
     host.write_text(f"{WORK}/criu.conf", CRIU_CONFIG)
     host.write_text(f"{WORK}/bin/criu", WRAPPER, 0o755)
     try:
@@ -116,10 +125,12 @@ def rootfs_files(host: Host) -> list[Path]:
     return sorted(host.path(f"{bundle_path(SPEC.name)}/rootfs").rglob("*"))
 
 
-def test_inspect_tells_what_runc_knows(host: Host) -> None:
+@with_both
+def test_inspect_tells_what_the_runtime_knows(host: Host, runtime: str) -> None:
     container: dict[str, Any] = inside(host, INSPECT)
     spec = json.loads(host.read_text(f"{bundle_path('rt1')}/config.json"))
     assert container["spec"] == spec
+    assert container["runtime"] == runtime
     assert container["pid"] == pid(host, "rt1")
     assert container["status"] == "running"
     assert container["bundle"] == bundle_path("rt1")
@@ -132,19 +143,23 @@ def test_inspect_tells_what_runc_knows(host: Host) -> None:
     assert str(container["pid"]) in procs(host)
 
 
-def test_the_commands_move_a_container_and_criu_is_asked_in_this_order(host: Host) -> None:
+@with_both
+def test_the_commands_move_a_container_and_criu_is_asked_in_this_order(
+    host: Host, runtime: str
+) -> None:
     commands = inside(host, COMMANDS)
     host.run(["ip", "link", "set", "v-rt1", "nomaster", "down"])
     host.run(commands["checkpoint"], env=environment())
     assert host.read_text(f"{WORK}/images/descriptors.json") == commands["descriptors"]
     assert inside(host, STATES) == [False, None]
-    # VERSION=10, DUMP=1 (criu/images/rpc.proto), in runc's own cgroup.
+    # VERSION=10, DUMP=1 (criu/images/rpc.proto), in the runtime's own cgroup.
     dump = requests(host)
     assert [kind for kind, _ in dump] == ["10", "1"]
     assert {cgroup for _, cgroup in dump} == {"/init.scope"}
     restore(host, commands["restore"])
-    # VERSION, RESTORE=2: already in the container's cgroup.
-    assert requests(host)[2:] == [["10", "/init.scope"], ["2", "/dolly/rt1"]]
+    # VERSION, RESTORE=2: runc has it in the container's cgroup already, which crun only makes.
+    inside_of = {"runc": "/dolly/rt1", "crun": "/init.scope"}[runtime]
+    assert requests(host)[2:] == [["10", "/init.scope"], ["2", inside_of]]
     container = inside(host, INSPECT)
     assert container["status"] == "running"
     assert container["descriptors"][:2] == ["/dev/null"] * 2
@@ -219,17 +234,22 @@ def test_a_restore_whose_criu_ends_is_cleaned_up_by_runc(host: Host) -> None:
     assert "criu-root" not in host.run(["cat", "/proc/self/mounts"]).stdout
 
 
-def test_delete_after_a_killed_restore_keeps_the_root_file_system(host: Host) -> None:
-    """runc's own `delete` would empty it through the bind mount that the restore has left."""
+@with_both
+def test_delete_after_a_killed_restore_keeps_the_root_file_system(host: Host, runtime: str) -> None:
+    """runc's own `delete` would empty it through the bind mount that the restore has left; crun's
+    is in the bundle, which whoever made that deletes."""
     process = held_restore(host)
     files = rootfs_files(host)
     assert files
     process.kill()
     process.wait(timeout=20)
-    assert procs(host)
-    assert "/run/runc/rt1/criu-root" in host.run(["cat", "/proc/self/mounts"]).stdout
+    # With crun it is in the cgroup of whoever started it, where `users_of` finds it.
+    assert bool(procs(host)) == (runtime == "runc")
+    where = {"runc": "/run/runc/rt1", "crun": bundle_path("rt1")}[runtime]
+    assert f"{where}/criu-root" in host.run(["cat", "/proc/self/mounts"]).stdout
     assert inside(host, STATES) == [True, None]
     assert inside(host, DELETE) == [False, None]
+    host.run(["pkill", "-KILL", "-f", "criu swrk"], check=False)
     assert rootfs_files(host) == files
     assert not host.path("/sys/fs/cgroup/dolly/rt1").exists()
     assert "criu-root" not in host.run(["cat", "/proc/self/mounts"]).stdout

@@ -89,7 +89,7 @@ class FakeRuntime:
     def exists(self, name: str) -> bool:
         return name in self.known
 
-    def delete(self, name: str, *, cgroup: Path | None = None) -> None:
+    def delete(self, name: str, *, bundle: Path | None = None) -> None:
         self.deleted.append(name)
         self.known.discard(name)
 

@@ -77,6 +77,7 @@ def test_a_plain_container_may_move() -> None:
     ("spec", "code"),
     [
         (changed("process", "terminal", to=True), "terminal"),
+        (changed("linux", "cgroupsPath", to="/dolly/../../etc"), "cgroup-path"),
         (changed("hooks", "prestart", to=[{"path": "/bin/true"}]), "hooks"),
         (namespaces(*OWN), "network-host"),
         (namespaces(*OWN, "network"), "network-namespace"),

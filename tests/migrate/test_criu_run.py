@@ -65,7 +65,7 @@ async def test_it_ends_with_a_criu_that_its_runtime_survives(
     waiting = asyncio.create_task(run.wait())
     done, _ = await asyncio.wait({waiting}, timeout=0.05)
     assert not done
-    assert run.why("restore.log").line == "runc or CRIU hangs"
+    assert run.why("restore.log").line == "the runtime or CRIU hangs"
     kill(criu)
     await asyncio.wait_for(waiting, DEADLINE_S)
     assert runtime.returncode is None
@@ -99,7 +99,7 @@ async def test_what_was_written_says_more(work_dir: Path, runtime: Outliving) ->
     await runtime.wait()
     run = RuntimeOrCriu(runtime, work_dir)
     assert run.why("dump.log").line == "it ended without a word"
-    (work_dir / "runtime.log").write_text('time="now" level=error msg="no such file"\n')
+    (work_dir / "runtime.log").write_text('{"level":"error","msg":"no such file"}\n')
     assert run.why("dump.log").line == "no such file"
     (work_dir / "dump.log").write_text("(00.1) Error (criu/files.c:1): Can't open the file\n")
     assert "Can't open the file" in run.why("dump.log").line

@@ -159,6 +159,28 @@ def test_an_allowed_device_may_be_used() -> None:
     assert codes(spec, "[receive]\ndevices = ['/dev/fuse']") == []
 
 
+DENY_ALL = {"allow": False, "access": "rwm"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ([DENY_ALL], []),
+        ([{**DENY_ALL, "type": "a"}, {"allow": True, "type": "c", "major": 1, "minor": 3}], []),
+        ([], ["policy-device"]),
+        ([{**DENY_ALL, "access": "rw"}], ["policy-device"]),
+        ([{**DENY_ALL, "type": "b"}], ["policy-device"]),
+        ([{**DENY_ALL, "major": 8}], ["policy-device"]),
+    ],
+)
+def test_crun_denies_no_device_by_itself(rules: list[dict[str, Any]], expected: list[str]) -> None:
+    spec = changed("linux", "resources", to={"devices": rules})
+    assert codes(spec) == []
+    assert codes(spec, "[receive]\nruntimes = ['crun']", runtime="crun") == expected
+    privileged = "[receive]\nruntimes = ['crun']\nprivileged = true"
+    assert codes(spec, privileged, runtime="crun") == []
+
+
 def test_a_filter_that_asks_the_host_is_none_of_its_policy() -> None:
     spec = changed("linux", "seccomp", "listenerPath", to="/run/agent.sock")
     assert codes(spec, "[receive]\nseccomp_off = true") == ["policy-seccomp"]

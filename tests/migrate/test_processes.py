@@ -109,7 +109,8 @@ def test_the_end_of_a_log(tmp_path: Path) -> None:
 
 def test_the_last_message_of_a_runtime() -> None:
     log = (
-        'time="now" level=warning msg="first"\ntime="now" level=error msg="say \\"no\\"\\nand go"\n'
+        '"level":"warning","msg":"first"}\n'
+        '{"level":"error","msg":"say \\"no\\"\\nand go","time":"now"}\n[1]\n{"level":"error"}\n'
     )
     assert last_message(log) == 'say "no" and go'
     assert last_message("something else") == ""

@@ -19,8 +19,9 @@ from migrate.runtimes.base import (
     validate_name,
     validate_path,
 )
+from migrate.runtimes.command import descriptors_json
 from migrate.runtimes.oci import mounts_of, namespace_path
-from migrate.runtimes.runc import Runc, cgroup_for, descriptors_json
+from migrate.runtimes.runc import Runc, cgroup_for
 
 SPEC: dict[str, Any] = {
     "process": {"terminal": False},
@@ -104,9 +105,10 @@ def test_inspect_tells_all_that_a_migration_needs(host: Host) -> None:
 def test_the_commands_are_these(host: Host) -> None:
     runc, container = host.runc(), host.runc().inspect("web")
     checkpoint = runc.checkpoint_command(
-        container, Path("/run/m/img"), Path("/run/m/work"), lazy=True, page_server="127.0.0.1:1"
+        container, Path("/run/m/img"), Path("/run/m/work"), lazy=True
     )
-    head = [str(host.program), "--root", str(host.root), "--log", "/run/m/work/runtime.log"]
+    log = ["--log", "/run/m/work/runtime.log", "--log-format", "json"]
+    head = [str(host.program), "--root", str(host.root), *log]
     directories = ["--image-path", "/run/m/img", "--work-path", "/run/m/work"]
     assert checkpoint == [
         *(*head, "checkpoint", "--tcp-established", "--file-locks", "--lazy-pages"),

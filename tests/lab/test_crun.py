@@ -1,0 +1,110 @@
+"""crun moves containers as runc does, beside it; what is not there or not allowed is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bench.containers import ContainerSpec, pid, state
+from bench.lab.lab import Lab
+from tests.lab.brake import Brake
+from tests.lab.invariants import (
+    assert_moves,
+    assert_undone,
+    explained,
+    failure_lab,
+    threatened,
+)
+from tests.lab.migrating import migrate, resident, running_on, wait_clean
+from tests.lab.trees import check_tree, tree_counters
+
+POLICY = "/etc/migrate/policy.toml"
+MEMORY = ContainerSpec("cr1", "memory", address="10.77.0.31/24", runtime="crun")
+TREE = ContainerSpec("cr2", "tree", address="10.77.0.32/24", runtime="crun")
+NEIGHBOUR = ContainerSpec("cr3", "memory", address="10.77.0.33/24")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """Hosts that receive containers of crun's, too."""
+    with failure_lab() as lab:
+        for host in lab.hosts:
+            host.write_text(POLICY, '[receive]\nruntimes = ["runc", "crun"]\n')
+        yield lab
+
+
+def test_there_and_back_beside_a_container_of_runc(lab: Lab) -> None:
+    a, b = lab.hosts
+    with resident(lab, MEMORY) as guest, resident(lab, NEIGHBOUR) as neighbour:
+        for source, target in ((a, b), (b, a)):
+            report = migrate(source, guest.name, target.name).done
+            assert (report["runtime"], report["restore"]) == ("crun", "lazy")
+            assert running_on(lab, guest.name) == [target.name]
+            guest.wait_answers()
+            guest.verify()
+        assert migrate(a, neighbour.name, "B").done["runtime"] == "runc"
+        neighbour.verify()
+        for one in (guest, neighbour):
+            client = one.stop_probe()
+            assert client.clean, client
+        wait_clean(a, guest.name)
+        wait_clean(b, neighbour.name)
+
+
+def test_every_task_of_a_tree_is_in_its_cgroup(lab: Lab) -> None:
+    """crun itself moves the first one there, and that when it runs already."""
+    a, b = lab.hosts
+    procs = "/sys/fs/cgroup/dolly/cr2/cgroup.procs"
+    with resident(lab, TREE) as guest:
+        tasks = len(a.read_text(procs).split())
+        forks = tree_counters(guest)["forks"]
+        assert migrate(a, guest.name, "B", "--restore", "eager", "--runtime", "crun").done
+        assert len(b.run(["cat", procs]).stdout.split()) == tasks > 1
+        check_tree(guest)
+        assert tree_counters(guest)["forks"] > forks
+        assert guest.stop_probe().clean
+        # It knows the container as its own: limits are set, and it can end it.
+        assert pid(b, guest.name) in map(int, b.run(["cat", procs]).stdout.split())
+        wait_clean(a)
+        wait_clean(b, guest.name)
+
+
+def test_the_restore_fails(lab: Lab) -> None:
+    """After all tasks were restored, just before the hold (FI_POST_RESTORE)."""
+    with threatened(lab, "cr-fails", runtime="crun") as under:
+        lab.kill_agent("B")
+        lab.start_agent("B", env={"CRIU_FAULT": "6"})
+        told = explained(migrate(lab.host("A"), under.name, "B", "--json"))
+        assert (told.host, told.phase, told.container) == ("B", "restore", "runs on A")
+        assert_undone(under)
+        lab.kill_agent("B")
+        lab.start_agent("B", env=Brake.env)
+        assert_moves(under)
+
+
+def test_what_is_refused(lab: Lab) -> None:
+    a, b = lab.hosts
+    with resident(lab, MEMORY, probe=False) as guest:
+        a.run(["mkdir", "/run/runc/cr1"])
+        both = migrate(a, guest.name, "B")
+        assert (both.code, both.report) == (2, None)
+        assert "runc and crun both have a container cr1" in both.stderr
+        a.run(["rmdir", "/run/runc/cr1"])
+
+        b.run(["mv", "/usr/bin/crun", "/usr/bin/crun.away"])
+        refusals = explained(migrate(a, guest.name, "B"), 2).refusals
+        assert refusals["runtime"] == (
+            *("the runtime crun can't be found on this host", "install crun here"),
+        )
+        b.run(["mv", "/usr/bin/crun.away", "/usr/bin/crun"])
+
+        # Without the operator's word a host receives containers of runc alone.
+        allowed = b.read_text(POLICY)
+        b.write_text(POLICY, "")
+        refusals = explained(migrate(a, guest.name, "B"), 2).refusals
+        assert set(refusals) == {"policy-runtime"}
+        assert refusals["policy-runtime"][1].startswith('add "crun" to [receive] runtimes')
+        b.write_text(POLICY, allowed)
+        assert state(a, guest.name) == "running"
+        wait_clean(b)
