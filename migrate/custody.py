@@ -2,7 +2,7 @@
 
     keep     in the guard, tasks frozen: they are written down and shielded, CRIU is watched
     (dump)   CRIU alters tasks and puts them back; if it dies instead, they freeze as they are
-    clean    the images, of what only the shield has put there
+    (clean)  the images, of what only the shield has put there: `unshielding.py`
     mend     whoever undoes the dump: coordinator, guard, or a recovery from outside
 
 The record is a file in the hold's directory, on the session's tmpfs. It may be put back as long as
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from criu_glue import custody, deathwatch
-from criu_glue.mappings import cgroup_pids, vpid
+from criu_glue.mappings import cgroup_pids
 from criu_glue.mending import mend as mend_tasks
 from migrate import cgroup as freezer
 from migrate.processes import waited
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_RECORD = "custody"
+RECORD = "custody"
+"""In the hold's directory."""
 FREEZE_DEADLINE_S = 5.0
 ALONE_DEADLINE_S = 10.0
 """Mending takes milliseconds a task; whoever needs this long for it hangs."""
@@ -40,7 +41,7 @@ ALONE_DEADLINE_S = 10.0
 def keep(hold: Path, cgroup: Path, criu: int) -> None:
     """Write down the tasks of a frozen cgroup, and have them freeze when their CRIU ends, which has
     not begun. Raises CriuGlueError, TimeoutError."""
-    custody.record(cgroup_pids(cgroup), hold / _RECORD, lambda: freezer.thawed(cgroup))
+    custody.record(cgroup_pids(cgroup), hold / RECORD, lambda: freezer.thawed(cgroup))
     watch(cgroup, criu)
     # All that it did to them was done in the kernel, but CRIU is to find them at rest.
     freezer.freeze(cgroup, FREEZE_DEADLINE_S)
@@ -52,24 +53,12 @@ def watch(cgroup: Path, criu: int) -> None:
     deathwatch.watch(criu, lambda: freezer.refreeze(cgroup))
 
 
-def clean(hold: Path, image_dir: Path) -> None:
-    """Take the handlers that tasks had for the dump alone out of its images. Blocking. Raises
-    CriuGlueError, OSError."""
-    # It needs numpy: more than all that the guard imports, which has no images to clean.
-    from criu_glue.core.trap_action import with_trap_action
-
-    for task in custody.read(hold / _RECORD):
-        if task.trap_action:
-            image = image_dir / f"core-{vpid(task.pid)}.img"
-            image.write_bytes(with_trap_action(image.read_bytes(), task.trap_action, image.name))
-
-
 def mend(hold: Path, cgroup: Path) -> None:
     """Give the tasks back what a CRIU that has ended left altered. Blocking, idempotent.
 
     Raises CriuGlueError, OSError: the cgroup stays frozen, and it can be tried again.
     """
-    written = hold / _RECORD
+    written = hold / RECORD
     alone = _lock(hold)
     if alone is None:
         return

@@ -26,6 +26,7 @@ from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan, end_criu
 from migrate.network import PortSwitch
 from migrate.processes import Outliving, module_command
+from migrate.unshielding import unshield
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,7 +128,7 @@ class Freezing:
         """Wait for CRIU's images to be complete; returns when they were (µs)."""
         seen_us = await self._until("post-dump", config.DUMP_DEADLINE_S)
         try:
-            await asyncio.to_thread(custody.clean, self._work_dir / "hold", self.image_dir)
+            await asyncio.to_thread(unshield, self._work_dir / "hold", self.image_dir)
         except (CriuGlueError, OSError) as error:
             raise DumpFailed(f"an image can't be cleaned: {error}", host=self._host) from error
         return seen_us
