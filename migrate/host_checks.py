@@ -39,9 +39,9 @@ _PROGRAMS = ("criu", "rsync", "ip")
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _SYS_NET = Path("/sys/class/net")
 _SWAPS = Path("/proc/swaps")
-# CRIU reads these of itself, and runc names the second: what they say wins over a request's
-# options (criu/config.c), and can undo what a migration asks.
-_CRIU_CONFIGS = (Path("/etc/criu/default.conf"), Path("/etc/criu/runc.conf"))
+# CRIU reads the first of itself, runc and crun name the others: what they say wins over a
+# request's options (criu/config.c), and can undo what a migration asks.
+_CRIU_CONFIGS = tuple(Path("/etc/criu", f"{name}.conf") for name in ("default", "runc", "crun"))
 
 
 def host_refusals(*, lazy: bool) -> list[Refusal]:

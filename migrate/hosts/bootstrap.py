@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PROGRAMS = ("criu", "runc", "rsync", "ip")
+PROGRAMS = ("criu", "runc", "crun", "rsync", "ip")
 FRONT_USER = "migrate-front"
 LINK = Path("/usr/local/bin/migrate")
 VERSIONS_KEPT = 2

@@ -239,6 +239,11 @@ def install(
         host.install(made.version, made.archive, root)
 
 
+def _can_do_without(program: str, programs: dict[str, str]) -> bool:
+    """One runtime is enough; where there is none, it is runc that lacks."""
+    return program == "crun" or (program == "runc" and bool(programs.get("crun")))
+
+
 def lacking(facts: HostFacts) -> list[Lack]:
     """What the host has too little of for this project. Pure."""
     lacks = []
@@ -247,7 +252,7 @@ def lacking(facts: HostFacts) -> list[Lack]:
         found = ".".join(map(str, facts.python))
         lacks.append(Lack(f"Python {wanted} or newer (it has {found})"))
     for program, path in facts.programs.items():
-        if not path:
+        if not path and not _can_do_without(program, facts.programs):
             lacks.append(Lack(f"the program {program}", _PACKAGES.get(program, "")))
     if facts.programs.get("criu"):
         version = facts.criu.partition(":")[2].strip()

@@ -19,7 +19,7 @@ FINE = HostFacts(
     glibc="2.41",
     systemd=True,
     apt=True,
-    programs={name: f"/usr/bin/{name}" for name in ("criu", "runc", "rsync", "ip")},
+    programs={name: f"/usr/bin/{name}" for name in ("criu", "runc", "crun", "rsync", "ip")},
     criu="Version: 4.2.1",
     distributions={
         one.name: "6" if one.name == "protobuf" else "999" for one in bundle.requirements()
@@ -33,8 +33,12 @@ def _without(name: str) -> dict[str, str]:
     return {one: version for one, version in FINE.distributions.items() if one != name}
 
 
-def test_a_host_that_lacks_nothing() -> None:
+@pytest.mark.parametrize("without", ["runc", "crun"])
+def test_a_host_that_lacks_nothing(without: str) -> None:
+    """One runtime is enough."""
     assert enrolment.lacking(FINE) == []
+    one = msgspec.structs.replace(FINE, programs={**FINE.programs, without: ""})
+    assert enrolment.lacking(one) == []
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def _provide(host: Host, facts: HostFacts, wishes: enrolment.Wishes) -> str:
 
 def test_all_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
     facts = msgspec.structs.replace(
-        FINE, pycriu=False, programs={**FINE.programs, "rsync": "", "runc": ""}
+        FINE, pycriu=False, programs={**FINE.programs, "rsync": "", "runc": "", "crun": ""}
     )
     host = Host(FINE)
     with pytest.raises(UsageError) as refused:
