@@ -90,9 +90,13 @@ def main() -> int:
     """Serve the coordinator to its end; 0."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # The container may use all processors, and the kernel may look for somebody to kill.
-    with contextlib.suppress(OSError):
-        os.nice(_NICE)
+    # The container may use all processors, and others as well: a pulse must end in time.
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.nice(_NICE)
+    # The kernel may look for somebody to kill.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-1000")
     keeper = Keeper()
