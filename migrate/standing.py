@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import msgspec
 
 from criu_glue import hooks
+from migrate.brakes import BrakePlan
 from migrate.cgroup import is_frozen
 from migrate.claim import Claimant, claimant
 from migrate.core.states import SOURCE_TERMINAL, TARGET_TERMINAL, SourceState, TargetState
@@ -211,14 +212,17 @@ class _View:
 
     def is_frozen(self) -> bool:
         """Whether the container's cgroup is frozen, as far as it was told to the journal."""
-        try:
-            guard = msgspec.convert(self.migration.facts.get("guard"), GuardPlan | None)
-        except msgspec.ValidationError:
-            return False
-        if guard is None or self.state == SourceState.PRECOPY:
+        if self.has_coordinator and self.state == SourceState.PRECOPY:
             # What slows a container may freeze it for moments; the freeze itself is recorded.
             return False
-        return is_frozen(Path(guard.cgroup))
+        facts = self.migration.facts
+        try:
+            guard = msgspec.convert(facts.get("guard"), GuardPlan | None)
+            brake = msgspec.convert(facts.get("brake"), BrakePlan | None)
+        except msgspec.ValidationError:
+            return False
+        held = guard or brake
+        return held is not None and is_frozen(Path(held.cgroup))
 
     def back(self, host: str) -> str:
         """What to do where only another host knows."""

@@ -154,6 +154,15 @@ def test_a_frozen_container_is_told_as_long_as_it_is(stage: Stage) -> None:
         assert seen(stage).container_state == f"runs on {HERE}"
 
 
+def test_a_pulse_of_a_container_that_is_slowed_is_not_told(stage: Stage) -> None:
+    """As long as somebody is there who ends it."""
+    stage.freeze()
+    stage.enter("precopy", brake={"cgroup": str(stage.cgroup), "words": ["0.5"]})
+    with driven(stage):
+        assert seen(stage).container_state == f"runs on {HERE}"
+    assert seen(stage).container_state == f"stands still on {HERE}"
+
+
 @pytest.mark.parametrize("role", ["source", "target"])
 def test_what_is_held_is_told_as_long_as_it_is(stage: Stage, role: Role) -> None:
     stage.enter(*(GIVEN if role == "source" else RECEIVED), role=role)
