@@ -26,6 +26,9 @@ into a directory of the migration, give us the moments that matter:
   credentials and seccomp filters (`criu/pie/restorer.c`: behind the stage that post-restore is in),
   and they stand in CRIU's ptrace, before their first instruction. The word is "run" or "refuse".
   The failure of this hook would only be logged, so a refused copy is killed by it, by its init.
+- A network namespace that CRIU makes is empty, and sockets need their addresses. So CRIU is held at
+  setup-namespaces as well (`HoldPlan.needs_network`), until whoever drives it says "go". When that
+  one is gone CRIU fails, as at the gate.
 - Each action leaves a file `seen.ACTION`, and the gate CRIU's pid in `criu.pid`, for a process that
   comes later and has heard no event.
 
@@ -113,7 +116,7 @@ _HOOK = """\
 # CRIU runs this at each of its actions; see criu_glue/hooks.py.
 action=$CRTOOLS_SCRIPT_ACTION holds=
 true > {seen}."$action"
-{at_unlock}{judged}[ "$action" = {hold_at} ] && holds=1
+{network}{at_unlock}{judged}[ "$action" = {hold_at} ] && holds=1
 {freeze}echo "$action" 1<> {events}
 [ "$holds" ] || exit 0
 {watch}read -r verdict <> {verdict}
@@ -170,6 +173,18 @@ fi
 """
 
 
+# Opened for reading only: it ends with its last writer.
+_NETWORK = """\
+if [ "$action" = setup-namespaces ]; then
+    echo "$CRTOOLS_INIT_PID" > {init}
+    echo "$action" 1<> {events}
+    read -r word < {network}
+    [ "$word" = go ]
+    exit
+fi
+"""
+
+
 class Waitable(Protocol):
     """The runtime's process, as asyncio's or any other."""
 
@@ -188,7 +203,8 @@ class HoldPlan:
     is the cgroup of what is restored, which CRIU begins in, so that its tasks are born there.
     `orphaned` is started when the hold lasts (see the module) and ended with it. `judged` is the
     same for the hold at pre-resume, which there is only if it is given; `at_refusal` are command
-    lines that run before a refused copy is killed.
+    lines that run before a refused copy is killed. `needs_network`: CRIU makes a network namespace
+    and waits until it is filled.
     """
 
     hold_at: Literal["post-dump", "post-restore"]
@@ -199,6 +215,7 @@ class HoldPlan:
     orphaned: tuple[str, ...] = ()
     judged: tuple[str, ...] = ()
     at_refusal: tuple[tuple[str, ...], ...] = ()
+    needs_network: bool = False
 
 
 @dataclass(slots=True)
@@ -222,7 +239,7 @@ class CriuHold:
             raise CriuGlueError("criu is not installed")
         (directory / "bin").mkdir(mode=0o700, parents=True)
         hold = cls(directory)
-        for fifo in ("events", "gate", "verdict", "judgement"):
+        for fifo in ("events", "gate", "network", "verdict", "judgement"):
             os.mkfifo(directory / fifo, 0o600)
             # Read and write: opening never blocks, and the pipe keeps what was written to it until
             # the other side opens it.
@@ -287,6 +304,14 @@ class CriuHold:
         os.write(self._fds["judgement"], word.encode() + b"\n")
         return time.monotonic_ns() // 1000
 
+    def init_pid(self) -> int:
+        """The container's first task, once CRIU is at setup-namespaces."""
+        return int((self.directory / "init.pid").read_text())
+
+    def network_is_made(self) -> None:
+        """Answer the hold at setup-namespaces."""
+        os.write(self._fds["network"], b"go\n")
+
     def close(self) -> None:
         """Give up observing. A CRIU that is held stays held."""
         if "events" in self._fds:
@@ -314,11 +339,12 @@ class CriuHold:
 
 
 def abort_from_outside(directory: Path) -> bool:
-    """Tell a gate or a hold that another process made to abort; True when one of them waited.
+    """Tell a gate or a hold that another process made to abort, but not a hold at pre-resume; True
+    when one of them waited.
 
     Call again until the runtime has ended.
     """
-    told = [_say(directory / fifo, "abort") for fifo in ("gate", "verdict")]
+    told = [_say(directory / fifo, "abort") for fifo in ("gate", "network", "verdict")]
     return any(told)
 
 
@@ -397,7 +423,11 @@ def _hook_text(directory: Path, plan: HoldPlan) -> str:
     def quoted(name: str) -> str:
         return shlex.quote(str(directory / name))
 
-    at_unlock = freeze = watch = judged = ""
+    at_unlock = freeze = watch = judged = network = ""
+    if plan.needs_network:
+        network = _NETWORK.format(
+            init=quoted("init.pid"), events=quoted("events"), network=quoted("network")
+        )
     if plan.at_unlock:
         command = " && ".join(shlex.join(words) for words in plan.at_unlock)
         at_unlock = _AT_UNLOCK.format(
@@ -418,6 +448,7 @@ def _hook_text(directory: Path, plan: HoldPlan) -> str:
             refused=quoted("refused"),
         )
     return _HOOK.format(
+        network=network,
         at_unlock=at_unlock,
         judged=judged,
         freeze=freeze,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrate.refusals import Refusal
-from migrate.runtimes.oci import part
+from migrate.runtimes.oci import has_user_namespace, host_root, part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -66,7 +66,8 @@ def judge_container(
     refusals += judge_spec(container.spec, container.mounts)
     refusals += judge_devices(container.spec, devices)
     refusals += judge_binds(container.mounts, shared)
-    if container.netns is None and "network" in _namespaces(container.spec):
+    namespaces = _namespaces(container.spec)
+    if container.netns is None and "network" in namespaces and "user" not in namespaces:
         refusals.append(
             Refusal(
                 "network-namespace",
@@ -80,7 +81,7 @@ def judge_container(
 def judge_spec(spec: dict[str, Any], mounts: Iterable[Mount]) -> list[Refusal]:
     """What of a configuration can't move, whichever host it is on."""
     refusals = [*_of_keys(spec), *_of_annotations(spec)]
-    refusals += [*_of_namespaces(spec), *_of_mounts(mounts)]
+    refusals += [*_of_namespaces(spec), *_of_user_namespace(spec), *_of_mounts(mounts)]
     if part(spec, "process").get("terminal") is True:
         refusals.append(
             Refusal(
@@ -153,12 +154,36 @@ def _of_namespaces(spec: dict[str, Any]) -> Iterator[Refusal]:
                 f"the container shares its {kind} namespace by the path {path}",
                 "containers of one group can't move one by one: give it its own",
             )
-    if "user" in namespaces or part(spec, "linux").get("uidMappings"):
+
+
+def _of_user_namespace(spec: dict[str, Any]) -> Iterator[Refusal]:
+    """CRIU dumps a user namespace if all others belong to it and it has a root (criu/namespaces.c:
+    check_user_ns)."""
+    linux = part(spec, "linux")
+    mappings = ("uidMappings", "gidMappings")
+    if not has_user_namespace(spec):
+        if any(linux.get(one) for one in mappings):
+            yield Refusal(
+                "user-namespace",
+                "the container's ids are mapped, and it has no user namespace",
+                "add one to linux.namespaces in config.json: {'type': 'user'}",
+            )
+        return
+    if _namespaces(spec).get("network"):
         yield Refusal(
             "user-namespace",
-            "the container is in a user namespace",
-            "not supported yet: run it without uidMappings",
+            "the container's user namespace does not own its network namespace, which CRIU can't"
+            " dump then",
+            "leave out the network namespace's path in config.json, so that the runtime makes it;"
+            " plug it in between create and start",
         )
+    for one in mappings:
+        if host_root(spec, one) is None:
+            yield Refusal(
+                "user-namespace",
+                f"the container's user namespace has no root, which CRIU can't do without ({one})",
+                f"map containerID 0 in linux.{one} of config.json",
+            )
 
 
 def _of_mounts(mounts: Iterable[Mount]) -> Iterator[Refusal]:

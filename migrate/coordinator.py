@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -134,6 +135,7 @@ class Coordinator:
         self._asking = asyncio.Lock()
         self._error: MigrateError | None = None
         self._act_error: MigrateError | None = None
+        self._deadlines_s = deadlines_s(options.restore)
         self.driver = Driver(
             source_machine.machine(),
             self,
@@ -142,7 +144,7 @@ class Coordinator:
             terminal=SOURCE_TERMINAL,
             act_failed=E.ACT_FAILED,
             deadline_passed=E.DEADLINE_PASSED,
-            deadlines_s=deadlines_s(options.restore),
+            deadlines_s=self._deadlines_s,
         )
         self._acts: dict[A, Callable[[], Awaitable[E | None]]] = {
             A.RUN_PREFLIGHT: self._run_preflight,
@@ -310,13 +312,16 @@ class Coordinator:
             self._runtime,
             self.options.container,
             self.options.shared,
-            lazy=self.options.restore == "lazy",
+            restore=self.options.restore,
             streams=self.options.streams or default_streams(),
             host=self._host,
             paths=self._paths,
             target=self.options.target,
         )
         self._facts = checked.facts
+        self.options = replace(self.options, restore=checked.restore)
+        self._builder.restore = checked.restore
+        self._deadlines_s |= deadlines_s(checked.restore)
         self._builder.memory_bytes = checked.facts.memory_bytes
         self._builder.add_versions(self._host, checked.facts.versions)
         for caution in checked.cautions:

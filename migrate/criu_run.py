@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
     from migrate.processes import Outliving
 
+# A network namespace that the container's user namespace owns is made by CRIU and filled by the
+# agent: one that is made before can't belong to a user namespace that CRIU makes later.
+OWN_NETWORK = "empty-ns net"
+
 # CRIU's log of a large container is a few MiB; the lines that matter are at its end.
 _LOG_BYTES_MAX = 4 << 20
 # A runtime whose CRIU has failed by itself says so and ends within milliseconds.

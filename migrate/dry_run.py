@@ -68,7 +68,7 @@ async def dry_run(
         runtime,
         options.container,
         options.shared,
-        lazy=options.restore == "lazy",
+        restore=options.restore,
         streams=options.streams or default_streams(),
         host=host,
         paths=paths,
@@ -84,7 +84,7 @@ async def dry_run(
                 attempt=_ATTEMPT,
                 host=host,
                 streams=options.streams or default_streams(),
-                restore=options.restore,
+                restore=checked.restore,
                 dry_run=True,
             )
         )
@@ -93,7 +93,7 @@ async def dry_run(
     workload = convergence.Workload(
         memory_bytes=facts.memory_bytes,
         shared_bytes=facts.shared_bytes,
-        lazy=options.restore == "lazy",
+        lazy=checked.restore == "lazy",
     )
     remaining_bytes = 0 if tracker.name != "none" else facts.memory_bytes
     predicted = convergence.predict(convergence.History(), workload, remaining_bytes)
@@ -104,7 +104,7 @@ async def dry_run(
         source=host,
         target=options.target,
         tracker=tracker.name,
-        restore=options.restore,
+        restore=checked.restore,
         tasks=len(facts.tasks),
         memory_bytes=facts.memory_bytes,
         shared_bytes=facts.shared_bytes,

@@ -21,11 +21,12 @@ import msgspec
 from criu_glue.errors import CriuGlueError
 from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
 from migrate import cgroup, config, custody, holder, tcp_repair
-from migrate.criu_run import RuntimeOrCriu
+from migrate.criu_run import OWN_NETWORK, RuntimeOrCriu
 from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan, end_criu
 from migrate.network import PortSwitch
 from migrate.processes import Outliving, module_command
+from migrate.runtimes.oci import has_user_namespace
 from migrate.unshielding import unshield
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Freezing:
             "lazy-pages",
             f"ps-socket {PAGE_SERVER_FD}",
             f"ghost-limit {config.GHOST_FILE_BYTES_MAX}",
+            *([OWN_NETWORK] if has_user_namespace(self.container.spec) else []),
         )
         directory = self._work_dir / "hold"
         orphaned = holder.command(paths, migration_id, "source", directory)

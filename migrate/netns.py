@@ -59,8 +59,9 @@ def run_in(netns: Path, work: Callable[[], T]) -> T:
     return _in_thread(inside)
 
 
-def create(name: str) -> Path:
-    """A new, empty network namespace. Raises NetworkError, also when the name is taken."""
+def create(name: str, existing: Path | None = None) -> Path:
+    """A new, empty network namespace, or a name for an existing one. Raises NetworkError, also when
+    the name is taken."""
     path = path_of(name)
     try:
         _share_directory()
@@ -71,6 +72,9 @@ def create(name: str) -> Path:
         raise NetworkError(f"{path} can't be made: {error}") from error
 
     def inside() -> None:
+        if existing is not None:
+            _mount(str(existing), path, _MS_BIND)
+            return
         _call(_libc.unshare(_CLONE_NEWNET), "unshare")
         # /proc/self is the process; only this thread is in the new namespace.
         _mount(f"/proc/self/task/{threading.get_native_id()}/ns/net", path, _MS_BIND)

@@ -6,6 +6,9 @@
     plug      port up and into the bridge, the container is reachable       (CRIU's unlock)
     destroy   ports and namespace                                           (undo, release)
 
+A namespace that a user namespace owns is made by CRIU in the restore, and empty. What `recreate`
+has made is moved into it (`hand_over`); its name goes when nobody needs it any more (`forget`).
+
 Nothing here knows CRIU or a session. Calls block for some milliseconds, plug and unplug for 0.1 ms.
 pyroute2 must not be called from a thread that runs an event loop: use a worker thread.
 """
@@ -40,6 +43,7 @@ __all__ = [
     "PortSwitch",
     "capture",
     "destroy",
+    "forget",
     "free_port_name",
     "hint_neighbours",
     "plan",
@@ -107,6 +111,25 @@ def recreate(identity: NetworkIdentity, handle: NetworkHandle) -> None:
         os.close(own)
 
 
+def hand_over(identity: NetworkIdentity, handle: NetworkHandle, task: int) -> None:
+    """Move what `recreate` has made into the namespace of a task, by its pid, which is to be empty;
+    the name stands for that one then. Raises NetworkError; `destroy` removes what there is."""
+    path, of_task = Path(handle.netns), Path(f"/proc/{task}/ns/net")
+    try:
+        if namespaces.inode(of_task) == namespaces.inode(namespaces.OWN_NETNS):
+            raise NetworkError(f"what is restored as {path.name} is in the host's own network")
+        target = os.open(of_task, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            namespaces.run_in(path, lambda: _move_links(identity, target))
+        finally:
+            os.close(target)
+        namespaces.remove(path)
+        namespaces.create(path.name, of_task)
+        namespaces.run_in(path, lambda: _set_up(identity))
+    except (OSError, NetlinkError, LookupError) as error:
+        raise NetworkError(f"the network of {path.name} can't be handed over: {error}") from error
+
+
 def hint_neighbours(netns: Path, identity: NetworkIdentity) -> None:
     """Tell the namespace the MACs that the container knew, so that its first answer needs no ARP.
 
@@ -134,6 +157,14 @@ def destroy(handle: NetworkHandle) -> None:
     """Remove the ports and the namespace. Idempotent; raises NetworkError."""
     for port in handle.ports:
         _delete_port(port.host_end)
+    netns = Path(handle.netns)
+    # By a task it has no name, and ends with its tasks.
+    if not netns.is_relative_to("/proc"):
+        namespaces.remove(netns)
+
+
+def forget(handle: NetworkHandle) -> None:
+    """Take the namespace's name away. It goes on for as long as it has tasks. Idempotent."""
     namespaces.remove(Path(handle.netns))
 
 
@@ -164,6 +195,21 @@ def _create_links(identity: NetworkIdentity, plugs: tuple[Port, ...], host_netns
             _create(netlink, interface, host_ends.get(interface.name), host_netns)
     # Before any link is up: some change what the kernel does when it comes up.
     write_sysctls(identity.sysctls)
+
+
+def _move_links(identity: NetworkIdentity, target: int) -> None:
+    """Inside the namespace that they leave. They keep name, number, MAC and MTU."""
+    with IPRoute() as netlink:
+        indices = _indices(netlink)
+        for interface in identity.interfaces:
+            if interface.kind != "loopback":
+                netlink.link("set", index=indices[interface.name], net_ns_fd=target)
+
+
+def _set_up(identity: NetworkIdentity) -> None:
+    """Inside the namespace that they have come to."""
+    write_sysctls(identity.sysctls)
+    _configure(identity)
 
 
 def _raise_port(name: str) -> None:

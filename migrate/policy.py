@@ -4,6 +4,7 @@
     from = ["db-*", "web1"]             # hosts that may send here, by name; "*" as in a shell
     containers = ["*"]
     runtimes = ["runc"]
+    require_user_namespace = false      # whether none may have an id of this host's root
     bind_mounts = ["/srv/shared"]       # the same storage on every host: may be shown to containers
     devices = ["/dev/fuse"]             # beyond those that every container has
     capabilities = ["CAP_NET_ADMIN"]    # beyond those that containers usually have
@@ -84,6 +85,7 @@ class Receive(Section, frozen=True, rename={"hosts": "from"}):
     hosts: Globs = ("*",)
     containers: Globs = ("*",)
     runtimes: Annotated[tuple[Word, ...], Meta(max_length=LIST_MAX)] = ("runc",)
+    require_user_namespace: bool = False
     bind_mounts: Paths = ()
     devices: Paths = ()
     capabilities: Annotated[tuple[Capability, ...], Meta(max_length=LIST_MAX)] = ()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from migrate.container_checks import DEFAULT_DEVICES, is_below
 from migrate.core import confinement
 from migrate.refusals import Refusal
-from migrate.runtimes.oci import part
+from migrate.runtimes.oci import has_user_namespace, part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -106,6 +106,8 @@ def judge_receive(
         if not _is_named(name, allowed):
             message = f"this host's policy receives nothing with {key} = {name}"
             refusals.append(Refusal(code, message, _add("receive", key, name)))
+    if receive.require_user_namespace and not _maps_root_away(spec):
+        refusals.append(_no_user_namespace("the container may have the ids of this host's root"))
     if not receive.privileged:
         refusals += [
             *_of_capabilities(spec, receive),
@@ -120,6 +122,8 @@ def judge_receive(
 def judge_tasks(policy: Policy, confinements: Confinements) -> list[Refusal]:
     """Whether tasks that are held back like this may run here, whatever config.json says."""
     receive = policy.receive
+    if receive.require_user_namespace and confinement.roots(confinements):
+        return [_no_user_namespace("a task of the container may have the ids of its host's root")]
     if receive.privileged:
         return []
     refusals = [
@@ -164,6 +168,24 @@ def judge_quotas(policy: Policy, request: OpenSession, others: Sequence[Load]) -
         for key, wanted, most, what in asked
         if most is not None and wanted > most
     ]
+
+
+def _maps_root_away(spec: dict[str, Any]) -> bool:
+    outside = [
+        extent["hostID"]
+        for mapping in ("uidMappings", "gidMappings")
+        for extent in part(spec, "linux").get(mapping) or ()
+    ]
+    return has_user_namespace(spec) and 0 not in outside
+
+
+def _no_user_namespace(message: str) -> Refusal:
+    return Refusal(
+        "policy-user-namespace",
+        message,
+        "give it a user namespace, without hostID 0 in uidMappings and gidMappings of config.json,"
+        f" or remove [receive] require_user_namespace from {FILE} there",
+    )
 
 
 def _is_named(name: str, globs: Iterable[str]) -> bool:

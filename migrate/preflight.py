@@ -16,7 +16,7 @@ import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from migrate import blockers, facts, network, policy, policy_checks
 from migrate.container_checks import is_below, judge_container, judge_spec
@@ -34,7 +34,7 @@ from migrate.host_checks import (
 from migrate.netns import path_of
 from migrate.network_identity import NetworkError
 from migrate.refusals import Caution, Refusal
-from migrate.runtimes.oci import mounts_of
+from migrate.runtimes.oci import has_user_namespace, mounts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -66,10 +66,12 @@ _APPARMOR_PROFILES = Path("/sys/kernel/security/apparmor/profiles")
 
 @dataclass(frozen=True, slots=True)
 class SourceCheck:
-    """A container that can move, as far as its host can tell."""
+    """A container that can move, as far as its host can tell. restore: as asked for, or how it can
+    be."""
 
     facts: ContainerFacts
     cautions: tuple[Caution, ...]
+    restore: Literal["lazy", "eager"]
 
 
 def check_source(
@@ -77,7 +79,7 @@ def check_source(
     name: str,
     shared: Sequence[str],
     *,
-    lazy: bool,
+    restore: Literal["lazy", "eager"],
     streams: int,
     host: str,
     paths: HostPaths,
@@ -91,9 +93,19 @@ def check_source(
         raise PreflightRefused(refusals, host=host)
     container = runtime.inspect(name)
     refusals = policy_checks.judge_send(rules, name, target)
-    refusals += [*host_refusals(lazy=lazy), *own_space(paths), *runtime.refusals()]
+    refusals += [*host_refusals(lazy=restore == "lazy"), *own_space(paths), *runtime.refusals()]
     refusals += judge_container(container, shared, rules.send.devices)
     cautions = host_cautions()
+    if restore == "lazy" and has_user_namespace(container.spec):
+        restore = "eager"
+        cautions.append(
+            Caution(
+                "eager",
+                "CRIU can't open the userfaultfd of a lazy restore in a user namespace, so all"
+                " memory is restored before the container runs again",
+                "expect a downtime that grows with its memory",
+            )
+        )
     if not container.rootfs.is_dir():
         refusals.append(
             Refusal(
@@ -120,7 +132,7 @@ def check_source(
     ]
     if refusals:
         raise PreflightRefused(refusals, host=host, container_state=state)
-    return SourceCheck(found_facts, tuple(cautions))
+    return SourceCheck(found_facts, tuple(cautions), restore)
 
 
 def own_space(paths: HostPaths) -> list[Refusal]:

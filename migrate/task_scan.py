@@ -93,7 +93,7 @@ def who(task: TaskView) -> str:
 class ContainerView:
     """All tasks; `init` is the pid of the first. sockets: each once. queues: POSIX message queues
     by name. strangers: pids outside of the container that share its network. may_ask_all: whether
-    this host may ask every task for its limits (CAP_SYS_RESOURCE), as CRIU has to."""
+    this process may ask every task for its limits, as CRIU has to."""
 
     init: int
     tasks: tuple[TaskView, ...]
@@ -132,9 +132,18 @@ def scan(cgroup: Path, init: int) -> ContainerView:
         sockets=tuple(socket_views(found, proc / "ns/net")),
         queues=tuple(_queues(proc, mounts.values())),
         strangers=tuple(_strangers(proc, cgroup)),
-        may_ask_all=bool(int(_status(Path("/proc/self"))["CapEff"], 16) & _CAP_SYS_RESOURCE),
+        may_ask_all=_may_ask_all(proc),
         is_complete=descriptors.left >= 0 and threads.left >= 0,
     )
+
+
+def _may_ask_all(proc: Path) -> bool:
+    """By CAP_SYS_RESOURCE; whoever has made a user namespace has it there (user_namespaces(7))."""
+    if int(_status(Path("/proc/self"))["CapEff"], 16) & _CAP_SYS_RESOURCE:
+        return True
+    with contextlib.suppress(*_GONE):
+        return (proc / "ns/user").stat().st_ino != Path("/proc/self/ns/user").stat().st_ino
+    return False
 
 
 def _task(

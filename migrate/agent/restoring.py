@@ -33,12 +33,13 @@ from criu_glue.hooks import (
 from migrate import config, confinement, output_keeper
 from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended
 from migrate.agent.pager_process import PagerProcess
-from migrate.criu_run import RuntimeOrCriu
+from migrate.criu_run import OWN_NETWORK, RuntimeOrCriu
 from migrate.errors import RestoreFailed
 from migrate.processes import Outliving, waited
 from migrate.runtimes.command import DESCRIPTORS_NAME, descriptors_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from criu_glue.page_store import PageStore
@@ -58,13 +59,17 @@ class CopyRefused(RestoreFailed):
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """What is restored and where: all paths are the agent's own, none came from the wire."""
+    """What is restored and where: all paths are the agent's own, none came from the wire.
+
+    root_group: which group of the host is root's in the container's user namespace, if it has one.
+    """
 
     container: str
     bundle: Path
     session: Path
     lazy: bool
     ports: tuple[Port, ...]
+    root_group: int | None
 
     @property
     def image_dir(self) -> Path:
@@ -88,10 +93,21 @@ class RestorePlan:
 
 
 class Restoring:
-    """See the module. Methods are to be called once each, in order, from one event loop."""
+    """See the module. Methods are to be called once each, in order, from one event loop.
 
-    def __init__(self, plan: RestorePlan, runtime: Runtime, host: str) -> None:
+    make_network: fills the network namespace of a task, by its pid, where CRIU is to make that
+    namespace; blocking. Without, the container is in one that was made before.
+    """
+
+    def __init__(
+        self,
+        plan: RestorePlan,
+        runtime: Runtime,
+        host: str,
+        make_network: Callable[[int], None] | None = None,
+    ) -> None:
         self.plan = plan
+        self._make_network = make_network
         self._runtime = runtime
         self._host = host
         self._hold: CriuHold | None = None
@@ -113,7 +129,11 @@ class Restoring:
             plan.work_dir / "hold",
             HoldPlan(
                 "post-restore",
-                (*_CRIU_OPTIONS, *(("lazy-pages",) if plan.lazy else ())),
+                (
+                    *_CRIU_OPTIONS,
+                    *(("lazy-pages",) if plan.lazy else ()),
+                    *((OWN_NETWORK,) if self._make_network else ()),
+                ),
                 at_unlock,
                 join=self._cgroup(),
                 orphaned=orphaned,
@@ -123,6 +143,7 @@ class Restoring:
                 at_refusal=tuple(
                     ("ip", "link", "set", "dev", port.host_end, "nomaster") for port in plan.ports
                 ),
+                needs_network=self._make_network is not None,
             ),
         )
         if plan.lazy:
@@ -171,12 +192,28 @@ class Restoring:
         await asyncio.to_thread(self._complete_images, store)
         deadline_s = config.RESTORE_DEADLINE_S if plan.lazy else config.EAGER_RESTORE_DEADLINE_S
         marks = {"restore": self._hold.open_gate()}
+        if self._make_network is not None:
+            await self._until("setup-namespaces", deadline_s)
+            await asyncio.to_thread(self._make_network, self._hold.init_pid())
+            self._hold.network_is_made()
         marks["held"] = await self._until("post-restore", deadline_s)
         return marks
 
     def _complete_images(self, store: PageStore) -> None:
         images.attach_page_store(self.plan.image_dir, store)
         images.rearm_timers(self.plan.image_dir)
+        if self.plan.root_group is not None:
+            self._let_read(self.plan.root_group)
+
+    def _let_read(self, group: int) -> None:
+        """In a user namespace CRIU opens images as its root (`criu/image.c: do_open_image`), by a
+        descriptor of their directory: what is above the session stays closed to everybody."""
+        for directory in (self.plan.image_dir, self.plan.memory_dir):
+            for path in directory.iterdir():
+                if not path.is_symlink():
+                    _open_to(path, group, 0o640)
+            _open_to(directory, group, 0o750)
+        _open_to(self.plan.session, group, 0o710)
 
     async def commit(self) -> dict[str, int]:
         """Let the container run, unless it is held back less than its source was (CopyRefused);
@@ -296,3 +333,8 @@ class Restoring:
                 remedy=why.remedy,
             )
         return seen_us
+
+
+def _open_to(path: Path, group: int, mode: int) -> None:
+    os.chown(path, -1, group)
+    path.chmod(mode)

@@ -15,7 +15,7 @@ import contextlib
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
@@ -47,7 +47,7 @@ from migrate.errors import (
 )
 from migrate.ledger import Ledger
 from migrate.rootfs import Passes
-from migrate.runtimes.oci import mounts_of
+from migrate.runtimes.oci import has_user_namespace, host_root, mounts_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -286,7 +286,8 @@ class Session:
         await asyncio.to_thread(network.recreate, identity, planned)
         self._network = planned
         netns = Path(planned.netns)
-        self._announcer = await asyncio.to_thread(Announcer, netns, identity)
+        if not self._owns_network:
+            self._announcer = await asyncio.to_thread(Announcer, netns, identity)
         await asyncio.to_thread(self.workspace.make, netns)
 
     async def _tell_opened(self) -> None:
@@ -305,14 +306,35 @@ class Session:
         orphaned = holder.command(
             self._paths, self.request.migration_id, "target", plan.work_dir / "hold"
         )
-        self._restoring = Restoring(plan, self._runtime, self._host)
+        make_network = self._hand_over_network if self._owns_network else None
+        self._restoring = Restoring(plan, self._runtime, self._host, make_network)
         await self._restoring.prepare(self._descriptors, orphaned)
         return E.PREPARED
 
     @property
+    def _owns_network(self) -> bool:
+        """Whether the network's namespace is CRIU's to make: a user namespace has to own it."""
+        return has_user_namespace(self._spec)
+
+    @property
+    def _spec(self) -> dict[str, Any]:
+        spec: dict[str, Any] = json.loads(self.request.config_json)
+        return spec
+
+    def _hand_over_network(self, task: int) -> None:
+        """The container's network goes to its restored first task. Blocking."""
+        assert self._network is not None
+        network.hand_over(self.request.network, self._network, task)
+        self._hint_neighbours()
+
+    def _hint_neighbours(self) -> None:
+        assert self._network is not None
+        network.hint_neighbours(Path(self._network.netns), self.request.network)
+
+    @property
     def _shares_files(self) -> bool:
         """Whether what the container writes may be the source's as well."""
-        mounts = mounts_of(json.loads(self.request.config_json))
+        mounts = mounts_of(self._spec)
         return any(mount.is_bind and "ro" not in mount.options for mount in mounts)
 
     def _restore_plan(self) -> RestorePlan:
@@ -323,6 +345,7 @@ class Session:
             session=self.workspace.session,
             lazy=self.request.restore == "lazy",
             ports=self._network.ports,
+            root_group=host_root(self._spec, "gidMappings"),
         )
 
     async def _do_restore(self) -> E:
@@ -331,8 +354,8 @@ class Session:
         assert self._network is not None
         await self._revoke()
         await asyncio.to_thread(self._accept, self._restore)
-        netns = Path(self._network.netns)
-        await asyncio.to_thread(network.hint_neighbours, netns, self.request.network)
+        if not self._owns_network:
+            await asyncio.to_thread(self._hint_neighbours)
         self._marks = await self._restoring.restore(self.workspace.store, self._restore.confinement)
         self._watching = asyncio.create_task(self._watch_copy(self._restoring))
         return E.CRIU_HELD
@@ -414,6 +437,8 @@ class Session:
         if self._announcing is not None:
             await quietly(self._announcing)
         self._close_announcer()
+        if self._owns_network and self._network is not None:
+            await asyncio.to_thread(network.forget, self._network)
         await self._settle_ledger()
         await asyncio.to_thread(self.workspace.wipe_session)
 

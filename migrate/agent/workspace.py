@@ -22,6 +22,7 @@ from migrate.agent.lending import LendingError, LentDirectory
 from migrate.core import messages
 from migrate.errors import MigrateError, ProtocolError, remedy_of
 from migrate.mounts import mount_tmpfs, unmount
+from migrate.runtimes.oci import has_user_namespace
 from transport import ledger
 
 if TYPE_CHECKING:
@@ -181,8 +182,9 @@ def read_request(session: Path) -> OpenSession | None:
 def container_config(text: str, netns: Path) -> str:
     """The source's config.json with the paths that are this host's own matter.
 
-    The root is the bundle's rootfs and the network namespace the one that the agent makes; hooks
-    would run programs of the peer's choice on this host, so a container that has some is refused.
+    The root is the bundle's rootfs and the network namespace the one that the agent makes; one that
+    a user namespace owns has no path. Hooks would run programs of the peer's choice on this host,
+    so a container that has some is refused.
     """
     try:
         spec: dict[str, Any] = json.loads(text)
@@ -193,7 +195,7 @@ def container_config(text: str, netns: Path) -> str:
             )
         spec["root"]["path"] = "rootfs"
         for namespace in spec["linux"]["namespaces"]:
-            if namespace["type"] == "network":
+            if namespace["type"] == "network" and not has_user_namespace(spec):
                 namespace["path"] = str(netns)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WorkspaceError(f"the container's config.json can't be used: {error!r}") from error

@@ -123,6 +123,13 @@ def unfiltered(confinements: Confinements) -> bool:
     return any(sheet.seccomp == 0 for sheet in confinements.sheets)
 
 
+def roots(confinements: Confinements) -> bool:
+    """Whether any thread may be the host's root, as a user or as a group."""
+    maps = {one for sheet in confinements.sheets for one in (sheet.user_map, sheet.group_map)}
+    # user_namespaces(7): first id inside, first id outside, how many.
+    return any(line.split()[1:2] == ["0"] for one in maps for line in one.splitlines())
+
+
 def names_of(bits: int) -> list[str]:
     """Capabilities by name; one of a newer kernel by its number."""
     return [

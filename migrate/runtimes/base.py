@@ -73,10 +73,11 @@ class Container:
     """A container as its runtime knows it now.
 
     `pid` is its init in the host's pid namespace, 0 when it is stopped. `cgroup` is the absolute
-    cgroup v2 directory. `netns` is the namespace's path as config.json names it, None when the
-    runtime made one itself or the container uses the host's. `descriptors` are what the runtime
-    found behind stdin, stdout and stderr when it started the container, as it will write them to
-    `descriptors.json` beside the images.
+    cgroup v2 directory. `netns` is the network namespace by the path that config.json names, or by
+    the init where a user namespace owns it; None when the runtime made one otherwise, or the
+    container uses the host's. `descriptors` are what the runtime found behind stdin, stdout and
+    stderr when it started the container, as it will write them to `descriptors.json` beside the
+    images.
     """
 
     name: str

@@ -33,7 +33,7 @@ from migrate.runtimes.base import (
     validate_name,
     validate_path,
 )
-from migrate.runtimes.oci import mounts_of, namespace_path, part
+from migrate.runtimes.oci import mounts_of, network_namespace, part
 from migrate.runtimes.tasks import kill_all, remove_cgroup
 
 if TYPE_CHECKING:
@@ -120,17 +120,18 @@ class OciCommand(ABC):
         bundle = Path(self._text(state, "bundle"))
         spec = _read_json(bundle / "config.json")
         kept = self._kept(name)
+        pid = int(state.get("pid") or 0)
         return Container(
             name=name,
             runtime=self.name,
             status=self._status(state),
-            pid=int(state.get("pid") or 0),
+            pid=pid,
             bundle=bundle,
             # crun says it as config.json does, mostly relative to the bundle.
             rootfs=bundle / self._text(state, "rootfs"),
             spec=spec,
             cgroup=self._cgroup_in(kept),
-            netns=namespace_path(spec, "network"),
+            netns=network_namespace(spec, pid),
             terminal=part(spec, "process").get("terminal") is True,
             mounts=mounts_of(spec),
             descriptors=self._descriptors_in(kept),

@@ -409,6 +409,27 @@ async def test_a_copy_whose_agent_is_silent_is_judged_by_another(
     assert is_refused(directory) == (word == "refuse")
 
 
+@pytest.mark.parametrize("is_made", [True, False])
+async def test_a_network_is_waited_for_as_long_as_somebody_makes_it(
+    directory: Path, init: subprocess.Popen[bytes], is_made: bool
+) -> None:
+    hold = CriuHold.prepare(directory, HoldPlan("post-restore", (), needs_network=True))
+    hold.open_gate()
+    hold.decide("commit")
+    runtime = Runtime(hold, RESTORE, ["setup-namespaces", "post-restore", "post-resume"])
+    await runtime.start()
+    assert await hold.wait_or_end("setup-namespaces", runtime.process, DEADLINE_S)
+    assert hold.init_pid() == init.pid
+    assert not has_seen(directory, "post-restore")
+    if is_made:
+        hold.network_is_made()
+    else:
+        hold.close()
+    assert await runtime.end() == (0 if is_made else 1)
+    assert has_seen(directory, "post-restore") == is_made
+    hold.close()
+
+
 async def test_what_could_not_be_killed_was_not_refused(
     directory: Path, init: subprocess.Popen[bytes]
 ) -> None:

@@ -68,6 +68,19 @@ def mount(**fields: Any) -> dict[str, Any]:
 OWN = ("pid", "mount", "ipc", "uts")
 
 
+IDS: list[Any] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+
+
+def in_user_namespace(uids: Any = IDS, gids: Any = IDS, **paths: str) -> dict[str, Any]:
+    spec = namespaces(*OWN, "user", *(() if paths else ("network",)), **paths)
+    spec["linux"] |= {"uidMappings": uids, "gidMappings": gids}
+    return spec
+
+
+def test_a_container_in_a_user_namespace_may_move() -> None:
+    assert judge_container(container(in_user_namespace()), ()) == []
+
+
 def test_a_plain_container_may_move() -> None:
     assert judge_container(container(), ()) == []
     assert judge_spec(SPEC, mounts_of(SPEC)) == []
@@ -92,8 +105,12 @@ def test_a_plain_container_may_move() -> None:
             namespaces("mount", "ipc", "uts", network="/run/netns/web", pid="/proc/7/ns/pid"),
             "shared-namespace",
         ),
-        (namespaces(*OWN, "user", network="/run/netns/web"), "user-namespace"),
-        (changed("linux", "uidMappings", to=[{"containerID": 0}]), "user-namespace"),
+        (in_user_namespace(network="/run/netns/web"), "user-namespace"),
+        (in_user_namespace(uids=[{**IDS[0], "containerID": 1}]), "user-namespace"),
+        (in_user_namespace(uids=[{**IDS[0], "hostID": -1}]), "user-namespace"),
+        (in_user_namespace(gids=[{**IDS[0], "size": 0}]), "user-namespace"),
+        (in_user_namespace(gids=["0 100000 65536"]), "user-namespace"),
+        (changed("linux", "uidMappings", to=IDS), "user-namespace"),
         (mount(type="nfs", source="server:/data"), "mount-kind"),
         (mount(), "mount-kind"),
         (changed("linux", "devices", to=[{"path": "/dev/fuse"}]), "device"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from typing import Any
@@ -196,6 +197,16 @@ def test_the_own_network_is_refused_as_a_containers() -> None:
     with pytest.raises(NetworkError, match="host's own network") as caught:
         network.capture(netns.OWN_NETNS)
     assert caught.value.remedy
+
+
+def test_what_was_restored_into_the_own_network_is_given_nothing() -> None:
+    handle = network.NetworkHandle("/run/netns/no-such-namespace", IDENTITY.ports)
+    with pytest.raises(NetworkError, match="host's own network"):
+        network.hand_over(IDENTITY, handle, os.getpid())
+
+
+def test_a_namespace_without_a_name_ends_with_its_tasks() -> None:
+    network.destroy(network.NetworkHandle("/proc/1/ns/net", ()))
 
 
 def test_work_inside_a_namespace_returns_or_raises_in_the_callers_thread() -> None:

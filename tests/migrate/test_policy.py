@@ -17,6 +17,7 @@ WHOLE = """\
 from = ["db-*", "web[12]"]
 containers = ["db"]
 runtimes = ["runc"]
+require_user_namespace = true
 bind_mounts = ["/srv/shared"]
 devices = ["/dev/fuse"]
 capabilities = ["CAP_NET_ADMIN"]

@@ -274,6 +274,30 @@ def tasks(**fields: Any) -> Confinements:
     return Confinements((usual, msgspec.structs.replace(usual, **fields)), {1: 0, 7: 1})
 
 
+def mapped(first: int, *, named: bool = True) -> dict[str, Any]:
+    extents = [{"containerID": 0, "hostID": first, "size": 65536}]
+    spec = changed("linux", "uidMappings", to=extents)
+    spec["linux"]["gidMappings"] = extents
+    if named:
+        spec["linux"]["namespaces"].append({"type": "user"})
+    return spec
+
+
+def test_a_host_that_wants_nobody_to_be_its_root() -> None:
+    policy = "[receive]\nrequire_user_namespace = true\nprivileged = true"
+    for spec in (USUAL, mapped(0), mapped(100000, named=False)):
+        assert codes(spec, policy) == ["policy-user-namespace"]
+        assert codes(spec) == []
+    assert codes(mapped(100000), policy) == []
+    away = {"user_map": "0 100000 65536", "group_map": "0 100000 65536"}
+    usual = tasks(**away).sheets[1]
+    assert judge_tasks(parse(policy), Confinements((usual,), {1: 0})) == []
+    for maps in ({"user_map": "0 1 9\n9 0 1"}, {"group_map": "0 0 1"}):
+        sheets = (usual, msgspec.structs.replace(usual, **maps))
+        (refusal,) = judge_tasks(parse(policy), Confinements(sheets, {1: 0, 7: 1}))
+        assert refusal.code == "policy-user-namespace"
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "line"),
     [

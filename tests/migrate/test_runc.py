@@ -20,7 +20,7 @@ from migrate.runtimes.base import (
     validate_path,
 )
 from migrate.runtimes.command import descriptors_json
-from migrate.runtimes.oci import mounts_of, namespace_path
+from migrate.runtimes.oci import mounts_of, namespace_path, network_namespace
 from migrate.runtimes.runc import Runc, cgroup_for
 
 SPEC: dict[str, Any] = {
@@ -256,6 +256,10 @@ def test_mounts_and_namespaces_are_found() -> None:
     assert namespace_path(SPEC, "network") == Path("/run/netns/web")
     assert namespace_path(SPEC, "pid") is None
     assert namespace_path({}, "network") is None
+    assert network_namespace(SPEC, 7) == Path("/run/netns/web")
+    owned = {"linux": {"namespaces": [{"type": "user"}, {"type": "network"}]}}
+    assert network_namespace(owned, 7) == Path("/proc/7/ns/net")
+    assert network_namespace(owned, 0) is None
 
 
 @pytest.mark.parametrize(
