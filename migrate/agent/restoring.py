@@ -207,7 +207,8 @@ class Restoring:
 
     def _let_read(self, group: int) -> None:
         """In a user namespace CRIU opens images as its root (`criu/image.c: do_open_image`), by a
-        descriptor of their directory: what is above the session stays closed to everybody."""
+        descriptor of their directory: nobody else comes to the session, whoever has that group."""
+        self.plan.session.parent.chmod(0o700)
         for directory in (self.plan.image_dir, self.plan.memory_dir):
             for path in directory.iterdir():
                 if not path.is_symlink():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
@@ -13,17 +13,38 @@ from bench.containers import ContainerSpec, bundle_path, create, host_device
 from bench.lab.host import Host
 from bench.lab.lab import Lab
 from bench.probe_process import start_probe
-from tests.lab.invariants import failure_lab
-from tests.lab.migrating import Resident, expel, migrate, running_on
+from tests.lab.brake import Brake
+from tests.lab.inside import inside
+from tests.lab.invariants import (
+    Threatened,
+    Told,
+    assert_undone,
+    explained,
+    failure_lab,
+    picture,
+)
+from tests.lab.migrating import Resident, begin, expel, migrate, running_on, wait_clean
+from tests.lab.test_confinement import READ, rewrite
+from tests.lab.test_killed_dump import injected, killer
 
 SPEC: Final = ContainerSpec("un1", "memory", memory_mib=24, address="10.77.0.92/24", address6=None)
+# See MEMORY in test_killed_dump.
+UNFILTERED: Final = ContainerSpec(
+    "un2", "memory", memory_mib=8, address="10.77.0.93/24", address6=None, seccomp=False
+)
 FIRST_ID: Final = 100000
 IDS: Final = [{"containerID": 0, "hostID": FIRST_ID, "size": 65536}]
 MAP: Final = "0 100000 65536"
 
-READ: Final = """
-from migrate.confinement import read
-answer(read(Path("/sys/fs/cgroup/dolly") / given))
+# One id more than the source's container has.
+OTHER_MAP: Final = """
+import pycriu
+(path,) = Path("/run/migrate/sessions").glob("*.target/img/userns-*.img")
+with path.open("rb") as file:
+    image = pycriu.images.load(file)
+image["entries"][0]["uid_map"][0]["count"] += 1
+with path.open("wb") as file:
+    pycriu.images.dump(image, file)
 """
 # A proc of one's own may be mounted in a user namespace where another one shows all of it (mount_
 # too_revealing in fs/namespace.c), which a lab host's does not.
@@ -53,49 +74,95 @@ def stage() -> Iterator[Lab]:
 
 
 @contextlib.contextmanager
-def guest(lab: Lab, spec: ContainerSpec = SPEC, *, probe: bool = True) -> Iterator[Resident]:
+def guest(lab: Lab, spec: ContainerSpec) -> Iterator[Resident]:
     """A container on A whose root is the host's FIRST_ID, with a streaming client."""
     host = lab.host("A")
     with contextlib.ExitStack() as stack:
         stack.callback(expel, lab, spec.name)
         create(host, spec)
-        map_ids(host, spec.name)
-        bundle, end = bundle_path(spec.name), host_device(spec.name)
-        host.run(
-            [
-                "sh",
-                "-c",
-                START,
-                "start",
-                spec.name,
-                bundle,
-                end,
-                spec.hardware_address,
-                spec.address,
-            ]
-        )
-        client = None
-        if probe:
-            client = stack.enter_context(start_probe("lines", spec.ip, spec.port, host=lab.client))
+        rewrite(host, spec.name, map_ids)
+        of_link = (host_device(spec.name), spec.hardware_address, spec.address)
+        host.run(["sh", "-c", START, "start", spec.name, bundle_path(spec.name), *of_link])
+        client = stack.enter_context(start_probe("lines", spec.ip, spec.port, host=lab.client))
         yield Resident(lab, spec, client)
 
 
-def map_ids(host: Host, name: str) -> None:
-    path = f"{bundle_path(name)}/config.json"
-    config: dict[str, Any] = json.loads(host.read_text(path))
+def map_ids(config: dict[str, Any]) -> None:
     linux = config["linux"]
     for namespace in linux["namespaces"]:
         namespace.pop("path", None)
     linux["namespaces"].append({"type": "user"})
     linux |= {"uidMappings": IDS, "gidMappings": IDS}
-    host.write_text(path, json.dumps(config))
+
+
+def owners(host: Host, bundle: str) -> str:
+    """Of some files of a container, as its host sees them."""
+    files = [f"{bundle}/rootfs/{one}" for one in ("bin/memory", "data/mine")]
+    return host.run(["stat", "-c", "%u %g %a", *files]).stdout
 
 
 def test_it_moves_there_and_back(stage: Lab) -> None:
-    with guest(stage) as moved:
+    with guest(stage, SPEC) as moved:
+        home = stage.host("A")
+        mine = home.path(f"{bundle_path(moved.name)}/rootfs/data/mine")
+        mine.touch(mode=0o600)
+        os.chown(mine, FIRST_ID + 1000, FIRST_ID + 50)
+        files = owners(home, bundle_path(moved.name))
+        before = inside(home, READ, moved.name)
+        assert {sheet["user_map"] for sheet in before["sheets"]} == {MAP}
+        assert {sheet["group_map"] for sheet in before["sheets"]} == {MAP}
         for source, target in (("A", "B"), ("B", "A")):
-            done = migrate(stage.host(source), moved.name, target).done
-            print(done)
+            report = migrate(stage.host(source), moved.name, target).done
+            assert report["restore"] == "eager"
+            assert any("userfaultfd" in one for one in report["warnings"])
             assert running_on(stage, moved.name) == [target]
+            assert inside(stage.host(target), READ, moved.name) == before
+            assert owners(stage.host(target), f"/var/lib/migrate/containers/{moved.name}") == files
+            # The name of its network's namespace is gone as well.
+            for host in stage.hosts:
+                wait_clean(host, *([moved.name] if host.name == target else []))
+                assert moved.name not in host.run(["ip", "netns", "list"]).stdout
             moved.verify()
+            moved.wait_answers()
         assert moved.stop_probe().clean
+
+
+def test_what_fails_is_undone(stage: Lab) -> None:
+    source, target = stage.hosts
+    with guest(stage, SPEC) as one:
+        under = Threatened(one, picture(source, one.name))
+
+        def fails(disturb: Callable[[], object]) -> Told:
+            brake = Brake(target)
+            with brake.on("restore"):
+                underway = begin(source, one.name, "B")
+                brake.wait_reached(underway)
+                disturb()
+            told = explained(underway.finish())
+            assert told.container == "runs on A"
+            return told
+
+        told = fails(lambda: target.run(["ip", "link", "delete", host_device(one.name)]))
+        assert "can't be handed over" in told.error
+        assert_undone(under)
+        told = fails(lambda: inside(target, OTHER_MAP))
+        assert f"user map 0 {FIRST_ID} 65537 and not {MAP}" in told.error
+        assert running_on(stage, one.name) == ["A"]
+        wait_clean(target)
+        one.verify()
+        assert one.stop_probe().clean
+
+
+def test_a_dump_whose_criu_is_killed(stage: Lab) -> None:
+    host = stage.host("A")
+    with guest(stage, UNFILTERED) as one, killer(host, one.name) as kill:
+        for step in ("2 ptrace POKEDATA", "1 ptrace CONT", "6 sendto"):
+            answer = kill(step)
+            assert (answer["killed"], answer["undo"]) == (True, ""), f"{step}: {answer}"
+            assert running_on(stage, one.name) == ["A"], step
+            one.verify()
+            one.wait_answers()
+            assert injected(host, one.name) == "", step
+        assert kill("0")["error"] == "", "no later dump succeeds"
+        one.verify()
+        assert one.stop_probe().clean
