@@ -81,7 +81,8 @@ def judge_container(
 def judge_spec(spec: dict[str, Any], mounts: Iterable[Mount]) -> list[Refusal]:
     """What of a configuration can't move, whichever host it is on."""
     refusals = [*_of_keys(spec), *_of_annotations(spec)]
-    refusals += [*_of_namespaces(spec), *_of_user_namespace(spec), *_of_mounts(mounts)]
+    refusals += [*_of_namespaces(spec), *_of_user_namespace(spec)]
+    refusals += [*_of_mounts(mounts), *_of_mapped_mounts(spec)]
     if part(spec, "process").get("terminal") is True:
         refusals.append(
             Refusal(
@@ -193,6 +194,17 @@ def _of_mounts(mounts: Iterable[Mount]) -> Iterator[Refusal]:
                 "mount-kind",
                 f"{mount.destination} is a mount of the kind {mount.kind or 'unknown'}",
                 "mount it on both hosts and show it to the container by a bind mount (--shared)",
+            )
+
+
+def _of_mapped_mounts(spec: dict[str, Any]) -> Iterator[Refusal]:
+    for mount in spec.get("mounts") or ():
+        options = {*(mount.get("options") or ()), *(mount.keys())}
+        if options & {"uidMappings", "gidMappings", "idmap", "ridmap"}:
+            yield Refusal(
+                "mount-idmap",
+                f"{mount.get('destination')} is mounted with ids of its own, which CRIU loses",
+                "mount it without uidMappings, gidMappings and idmap",
             )
 
 

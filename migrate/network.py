@@ -126,7 +126,7 @@ def hand_over(identity: NetworkIdentity, handle: NetworkHandle, task: int) -> No
         namespaces.remove(path)
         namespaces.create(path.name, of_task)
         namespaces.run_in(path, lambda: _set_up(identity))
-    except (OSError, NetlinkError, LookupError) as error:
+    except (OSError, NetlinkError, NetworkError) as error:
         raise NetworkError(f"the network of {path.name} can't be handed over: {error}") from error
 
 
@@ -202,8 +202,11 @@ def _move_links(identity: NetworkIdentity, target: int) -> None:
     with IPRoute() as netlink:
         indices = _indices(netlink)
         for interface in identity.interfaces:
-            if interface.kind != "loopback":
-                netlink.link("set", index=indices[interface.name], net_ns_fd=target)
+            if interface.kind == "loopback":
+                continue
+            if interface.name not in indices:
+                raise NetworkError(f"its {interface.name} has been removed")
+            netlink.link("set", index=indices[interface.name], net_ns_fd=target)
 
 
 def _set_up(identity: NetworkIdentity) -> None:

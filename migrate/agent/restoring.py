@@ -115,6 +115,7 @@ class Restoring:
         self._process: Outliving | None = None
         self._keeper: Outliving | None = None
         self._expected: Confinements | None = None
+        self._making: asyncio.Future[None] | None = None
 
     async def prepare(self, descriptors: tuple[str, str, str], orphaned: tuple[str, ...]) -> None:
         """Start the runtime and the pager; returns when CRIU waits at its gate. `orphaned` is who
@@ -194,7 +195,9 @@ class Restoring:
         marks = {"restore": self._hold.open_gate()}
         if self._make_network is not None:
             await self._until("setup-namespaces", deadline_s)
-            await asyncio.to_thread(self._make_network, self._hold.init_pid())
+            making = asyncio.to_thread(self._make_network, self._hold.init_pid())
+            self._making = asyncio.ensure_future(making)
+            await asyncio.shield(self._making)
             self._hold.network_is_made()
         marks["held"] = await self._until("post-restore", deadline_s)
         return marks
@@ -302,6 +305,9 @@ class Restoring:
         """Undo all of it: nothing restored remains, neither do the processes that did it."""
         # As long as it is open here, its words would be taken for heard.
         self.close()
+        if self._making is not None:
+            # A thread goes on; what it makes has to be there when it is removed.
+            await asyncio.wait([self._making])
         if self._process is not None:
             await asyncio.to_thread(end_restore, self.plan.session)
             await self._process.wait()

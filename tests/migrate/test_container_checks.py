@@ -111,6 +111,8 @@ def test_a_plain_container_may_move() -> None:
         (in_user_namespace(gids=[{**IDS[0], "size": 0}]), "user-namespace"),
         (in_user_namespace(gids=["0 100000 65536"]), "user-namespace"),
         (changed("linux", "uidMappings", to=IDS), "user-namespace"),
+        (mount(type="tmpfs", options=["ridmap"]), "mount-idmap"),
+        (mount(type="tmpfs", uidMappings=IDS), "mount-idmap"),
         (mount(type="nfs", source="server:/data"), "mount-kind"),
         (mount(), "mount-kind"),
         (changed("linux", "devices", to=[{"path": "/dev/fuse"}]), "device"),
