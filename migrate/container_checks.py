@@ -29,6 +29,8 @@ DEFAULT_DEVICES = frozenset(
 )
 # Without one of its own of these, a container shares the host's, and CRIU can't tell them apart.
 OWN_NAMESPACES = ("pid", "mount", "ipc", "uts")
+# Runtimes that name the devices to CRIU which they mount where they can't make them.
+WITH_USER_NAMESPACES = frozenset({"runc"})
 # What runtimes take for orders to themselves: CRIU's options, with programs among them that it runs
 # as root (runc: handleCriuConfigurationFile); handlers (crun(1)); properties of systemd's units.
 RUNTIME_ANNOTATIONS = ("org.criu.", "run.oci.", "org.systemd.property.")
@@ -64,6 +66,15 @@ def judge_container(
             Refusal("not-running", f"{container.name} is {container.status}, not running", remedy)
         )
     refusals += judge_spec(container.spec, container.mounts)
+    if has_user_namespace(container.spec) and container.runtime not in WITH_USER_NAMESPACES:
+        refusals.append(
+            Refusal(
+                "user-namespace",
+                f"{container.runtime} does not tell CRIU of the devices that it mounts in a user"
+                " namespace, which CRIU can't dump then",
+                "run the container by runc",
+            )
+        )
     refusals += judge_devices(container.spec, devices)
     refusals += judge_binds(container.mounts, shared)
     namespaces = _namespaces(container.spec)

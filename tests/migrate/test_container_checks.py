@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,10 @@ def in_user_namespace(uids: Any = IDS, gids: Any = IDS, **paths: str) -> dict[st
 
 
 def test_a_container_in_a_user_namespace_may_move() -> None:
-    assert judge_container(container(in_user_namespace()), ()) == []
+    given = container(in_user_namespace())
+    assert judge_container(given, ()) == []
+    (refusal,) = judge_container(dataclasses.replace(given, runtime="crun"), ())
+    assert refusal.code == "user-namespace"
 
 
 def test_a_plain_container_may_move() -> None:
