@@ -206,7 +206,7 @@ def start(host: Host, name: str, *, listening_s: float = LISTENING_S) -> None:
     except LabError as error:
         log = host.path(f"{bundle}/runtime.log")
         raise ContainerError(f"{where}: {log.read_text() if log.exists() else error}") from error
-    until_s = time.monotonic() + listening_s
+    until_s = time.monotonic() + listening_s * host.patience
     while not _listens(host, name):
         if state(host, name) != "running":
             raise ContainerError(f"{where} ended by itself")

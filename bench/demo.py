@@ -117,10 +117,13 @@ class Outcome:
         }
 
 
-def run_demo(workload: Workload, options: Sequence[str], console: Console) -> Outcome:
-    """Move a container there and back, with a client that looks; two lab hosts of its own."""
+def run_demo(
+    workload: Workload, options: Sequence[str], console: Console, *, machines: bool = False
+) -> Outcome:
+    """Move a container there and back, with a client that looks; two lab hosts of its own, or two
+    virtual machines."""
     with ExitStack() as stack:
-        lab = stack.enter_context(Lab(["A", "B"]))
+        lab = stack.enter_context(Lab(["A", "B"], machines=machines))
         lab.start_agents()
         console.print(f"[dim]two hosts, A {lab.host('A').address} and B {lab.host('B').address}[/]")
         create(lab.host("A"), workload.spec)
@@ -203,6 +206,7 @@ def main() -> int:
     )
     parser.add_argument("--restore", choices=["lazy", "eager"], default="lazy")
     parser.add_argument("--tracker", choices=["auto", "write-protect", "none"], default="auto")
+    parser.add_argument("--vm", action="store_true", help="between virtual machines: slow")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     arguments = parser.parse_args()
     if arguments.json is not None and not arguments.json.parent.is_dir():
@@ -210,7 +214,7 @@ def main() -> int:
     console = Console(highlight=False)
     workload = Workload(arguments.workload, arguments.memory, arguments.dirty_rate)
     options = ["--restore", arguments.restore, "--tracker", arguments.tracker]
-    outcome = run_demo(workload, options, console)
+    outcome = run_demo(workload, options, console, machines=arguments.vm)
     show(outcome, workload, console)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(outcome.as_json(), indent=1) + "\n")

@@ -40,14 +40,15 @@ def listens(host: Host) -> bool:
 
 def wait_listening(host: Host) -> None:
     """Returns when the agent accepts TCP connections; LabError with its log when it does not."""
-    deadline = time.monotonic() + LISTEN_DEADLINE_S
+    deadline_s = LISTEN_DEADLINE_S * host.patience
+    deadline = time.monotonic() + deadline_s
     while not listens(host):
         pid = _pid(host)
         gone = pid is not None and not host.path(f"/proc/{pid}").exists()
         if gone or time.monotonic() > deadline:
             log_file = host.path(LOG)
             log = log_file.read_text(errors="replace")[-LOG_TAIL:] if log_file.exists() else ""
-            state = "ended" if gone else f"does not listen after {LISTEN_DEADLINE_S:g} s"
+            state = "ended" if gone else f"does not listen after {deadline_s:g} s"
             raise LabError(f"the agent on {host.name} {state}; {LOG}: {log}")
         time.sleep(POLL_S)
 
@@ -58,7 +59,7 @@ def kill(host: Host) -> None:
     if pid is None:
         raise LabError(f"no agent was started on {host.name}")
     host.run(["sh", "-c", f"kill -KILL {pid}"])
-    deadline = time.monotonic() + KILL_DEADLINE_S
+    deadline = time.monotonic() + KILL_DEADLINE_S * host.patience
     # Its front ends with it, a moment later, and must not be taken for the next one's.
     while host.path(f"/proc/{pid}").exists() or listens(host):
         if time.monotonic() > deadline:

@@ -9,7 +9,7 @@ import time
 import click
 
 from bench.lab import lab as labs
-from bench.lab.enter import enter_command, inside_environment
+from bench.lab.enter import inside_environment
 from bench.lab.errors import LabError
 
 DEFAULT_NAME = "lab"
@@ -28,14 +28,27 @@ def main() -> None:
 @click.option("--delay", default="0ms", show_default=True, help="On all that a host sends.")
 @click.option("--subnet", default=0, show_default=True, help="Third byte of the addresses.")
 @click.option("--agents", is_flag=True, help="Start `migrate agent` on every host.")
+@click.option("--vm", is_flag=True, help="Virtual machines (scripts/setup --vm made their image).")
 def up(
-    name: str, hosts: tuple[str, ...], rate: str | None, delay: str, subnet: int, agents: bool
+    name: str,
+    hosts: tuple[str, ...],
+    rate: str | None,
+    delay: str,
+    subnet: int,
+    agents: bool,
+    vm: bool,
 ) -> None:
     """Start a lab with HOSTS (A and B), which stays until `lab down`."""
     started_s = time.monotonic()
     delay_ms = _milliseconds(delay)
     lab = labs.Lab(
-        hosts or ("A", "B"), name=name, subnet=subnet, rate=rate, delay_ms=delay_ms, owned=False
+        hosts or ("A", "B"),
+        name=name,
+        subnet=subnet,
+        rate=rate,
+        delay_ms=delay_ms,
+        machines=vm,
+        owned=False,
     )
     lab.start()
     if agents:
@@ -74,7 +87,7 @@ def list_labs() -> None:
 def execute(name: str, host: str, command: tuple[str, ...]) -> None:
     """Run COMMAND (a shell) inside HOST, or inside `client`."""
     node = labs.Lab.attach(name).host(host)
-    full = enter_command(node.pid, node.cgroup, command or ("bash",))
+    full = node.command_line(command or ("bash",), tty=sys.stdin.isatty())
     os.execvpe(full[0], full, inside_environment())
 
 

@@ -25,6 +25,9 @@ POLL_S = 0.005
 class Host:
     """One host, or the client, of a running lab."""
 
+    # How many times longer than on this machine things may take.
+    patience = 1.0
+
     def __init__(self, node: Mapping[str, Any]) -> None:
         """`node`: an entry of the keeper's description of the lab."""
         self.name: str = node["name"]
@@ -112,9 +115,14 @@ class Host:
         `kill()` of the result kills the command; to send it another signal use `signal()` here,
         since the process that Popen knows is nsenter, which passes none on.
         """
-        self._check_on()
-        full = enter_command(self.pid, self.cgroup, [os.fspath(part) for part in command])
+        full = self.command_line([os.fspath(part) for part in command])
         return subprocess.Popen(full, env=inside_environment(env), text=text, **kwargs)
+
+    def command_line(self, command: Sequence[str], *, tty: bool = False) -> list[str]:
+        """What this machine executes to run a command inside, with `inside_environment`; `tty`:
+        by somebody who types."""
+        self._check_on()
+        return enter_command(self.pid, self.cgroup, command)
 
     def signal(self, process: subprocess.Popen[Any], number: signal.Signals) -> None:
         """Sends a signal to the command that `popen` started."""

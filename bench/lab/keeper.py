@@ -38,6 +38,7 @@ from bench.lab.host_files import LabIdentities
 from bench.lab.line import Fault, Line
 from bench.lab.line import start as start_line
 from bench.lab.plan import (
+    CLIENT,
     WIRE_LINES,
     Node,
     Orders,
@@ -46,11 +47,15 @@ from bench.lab.plan import (
     make_plan,
     node_lines,
     rate_line,
+    veth_line,
 )
+from bench.vm import image, machine
 
 # A command of the lab's own making (ip, tc, sshd) takes milliseconds; this many seconds mean that
 # it hangs.
 COMMAND_DEADLINE_S = 30.0
+# A few hundred modules are compiled.
+PACK_DEADLINE_S = 120.0
 # A request is a verb and a host's name; who connects sends it at once.
 REQUEST_BYTES_MAX = 4096
 REQUEST_DEADLINE_S = 5.0
@@ -70,7 +75,7 @@ class Keeper:
         self._cgroup = paths.cgroup_path(orders.name)
         self._root = paths.root_path()
         self._bytecode = paths.bytecode_path(self._root, Path(orders.source))
-        self._hosts: dict[str, sandbox.Started] = {}
+        self._hosts: dict[str, sandbox.Started | machine.Machine] = {}
         self._lines: dict[str, Line] = {}
         self._faults: dict[str, Fault] = {}
         if orders.delay_ms:
@@ -81,7 +86,8 @@ class Keeper:
         """Makes the lab known under its name; sweeps dead labs on the way."""
         self._bytecode.mkdir(exist_ok=True)
         # scripts/setup prunes nothing that is locked. Kept open for as long as this process lives.
-        for held in (self._root, self._bytecode):
+        image_used = [image.path()] if self._orders.machines else []
+        for held in (self._root, self._bytecode, *image_used):
             fcntl.flock(os.open(held, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
         with remains.sweeping():
             remains.sweep()
@@ -155,17 +161,55 @@ class Keeper:
     def _power_on(self, nodes: Sequence[Node]) -> None:
         """Starts nodes, all at once, from what their disks contain."""
         for node in nodes:
-            self._hosts[node.name] = sandbox.start(self._spec(node))
+            self._hosts[node.name] = self._start(node)
         for node in nodes:
-            sandbox.wait_ready(node.name, self._hosts[node.name])
+            self._hosts[node.name].wait_ready()
         links: list[str] = []
         for node in nodes:
-            has_line = node.name in self._faults
-            links += link_lines(node, self._hosts[node.name].init_pid, has_line=has_line)
+            if not self._is_machine(node):
+                links.append(veth_line(node, self._hosts[node.name].init_pid))
+            links += link_lines(node, has_line=node.name in self._faults)
         _run(["ip", "-batch", "-"], links)
+        if self._orders.machines:
+            self._furnish([node for node in nodes if self._is_machine(node)])
         for node in nodes:
             self._configure(node)
         self._write_description()
+
+    def _start(self, node: Node) -> sandbox.Started | machine.Machine:
+        if not self._is_machine(node):
+            return sandbox.start(self._spec(node))
+        _run(["ip", "-batch", "-"], machine.link_lines(node))
+        return machine.start(node, self._state / node.name, self._cgroup / node.name)
+
+    def _is_machine(self, node: Node) -> bool:
+        return self._orders.machines and not node.is_client
+
+    def _furnish(self, nodes: Sequence[Node]) -> None:
+        """Gives machines, all started from the same memory, what is theirs, and the source.
+
+        The client packs it: its Python, which is the machines', compiles it here in seconds.
+        """
+        client = self._node(CLIENT)
+        enter = enter_command(
+            self._hosts[CLIENT].init_pid,
+            self._cgroup / client.name,
+            ["sh", "-c", machine.PACK_SOURCE],
+        )
+        source = subprocess.run(
+            enter,
+            check=False,
+            env=inside_environment(),
+            capture_output=True,
+            timeout=PACK_DEADLINE_S,
+        )
+        if source.returncode != 0:
+            raise LabError(f"the source is not packed: {source.stderr.decode(errors='replace')}")
+        for node in nodes:
+            host = self._hosts[node.name]
+            assert isinstance(host, machine.Machine)
+            host.become(self._state / node.name / "upper")
+            host.unpack(source.stdout)
 
     def _crash(self, node: Node) -> None:
         """Ends a node as a power failure would, except that its disks have all that was written."""
@@ -177,7 +221,7 @@ class Keeper:
 
     def _end_processes(self, name: str) -> None:
         if name in self._hosts:
-            sandbox.end(self._hosts.pop(name))
+            self._hosts.pop(name).end()
         if name in self._lines:
             self._lines.pop(name).end()
 
@@ -204,19 +248,19 @@ class Keeper:
         )
 
     def _configure(self, node: Node) -> None:
-        pid = self._hosts[node.name].init_pid
-        in_network = ["nsenter", "-t", str(pid), "-n", "--"]
-        _run([*in_network, "ip", "-batch", "-"], node_lines(node))
+        host = self._hosts[node.name]
+        _run(host.in_network(["ip", "-batch", "-"]), node_lines(node))
         if node.is_client:
             return
         if self._plan.rate_bits is not None:
             rate = self._plan.rate_bits
-            _run([*in_network, "tc", "-batch", "-"], [rate_line("uplink", rate)])
+            _run(host.in_network(["tc", "-batch", "-"]), [rate_line("uplink", rate)])
             _run(["tc", "-batch", "-"], [rate_line(node.wire_end, rate)])
         if node.name in self._faults:
             self._lines[node.name] = start_line(node, self._faults[node.name])
-        sshd = enter_command(pid, self._cgroup / node.name, ["/usr/sbin/sshd"])
-        _run(sshd, environment=inside_environment())
+        if not self._is_machine(node):  # its systemd has started one
+            sshd = enter_command(host.init_pid, self._cgroup / node.name, ["/usr/sbin/sshd"])
+            _run(sshd, environment=inside_environment())
 
     def _write_description(self) -> None:
         partial = self._state / f"{paths.DESCRIPTION}.partial"
@@ -233,6 +277,8 @@ class Keeper:
                     "port": node.port(has_line=node.name in self._faults),
                     "pid": self._hosts[node.name].init_pid if node.name in self._hosts else 0,
                     "cgroup": str(self._cgroup / node.name),
+                    "state": str(self._state / node.name),
+                    "is_machine": self._is_machine(node),
                 }
                 for node in self._plan.nodes
             ],

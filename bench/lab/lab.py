@@ -32,10 +32,13 @@ from bench.lab.errors import LabError
 from bench.lab.host import POLL_S, Host
 from bench.lab.line import Fault
 from bench.lab.plan import CLIENT, Orders, check_name, make_plan, parse_rate, rate_line
+from bench.vm.host import MachineHost
 from migrate import config
 
 # Up takes a second; a machine under load ten times that.
 UP_DEADLINE_S = 60.0
+# Virtual machines are slower: bench/vm/machine.py.
+MACHINES_UP_DEADLINE_S = 300.0
 # remains.KILL_DEADLINE_S for the processes, and the removal of the files of large containers.
 DOWN_DEADLINE_S = 60.0
 # Where agents listen: control and data.
@@ -56,9 +59,12 @@ class Lab:
         rate: str | None = None,
         delay_ms: float = 0.0,
         source: Path = paths.PROJECT,
+        machines: bool = False,
         owned: bool = True,
     ) -> None:
-        """`rate`: of each host's link, both ways, like "1gbit"; `delay_ms`: on all that hosts send.
+        """`machines`: hosts are virtual machines with a kernel of their own (bench/vm), which start
+        with the source as it is now. `rate`: of each host's link, both ways, like "1gbit";
+        `delay_ms`: on all that hosts send.
 
         `subnet` is the third byte of the addresses; labs do not see each other, so it need not
         differ. An owned lab ends with this process; another one stays until `lab down`.
@@ -71,6 +77,7 @@ class Lab:
             rate=rate,
             delay_ms=delay_ms,
             source=str(source),
+            machines=machines,
             owner_pid=os.getpid() if owned else None,
         )
         make_plan(self.name, hosts, subnet=subnet, rate=rate, delay_ms=delay_ms)
@@ -115,7 +122,10 @@ class Lab:
             keeper.stdin.write(json.dumps(asdict(self._orders)).encode() + b"\n")
             keeper.stdin.flush()
             try:
-                answer = _read_answer(answers)
+                machines = self._orders.machines
+                answer = _read_answer(
+                    answers, MACHINES_UP_DEADLINE_S if machines else UP_DEADLINE_S
+                )
                 if "error" in answer:
                     raise LabError(f"lab {self.name}: {answer['error']}")
             except BaseException as error:
@@ -294,7 +304,7 @@ class Lab:
             if name in self._nodes:
                 self._nodes[name].pid = node["pid"]
             else:
-                self._nodes[name] = Host(node)
+                self._nodes[name] = MachineHost(node) if node["is_machine"] else Host(node)
 
 
 # iproute2's view of a port of a bridge, which tells when the kernel has seen the carrier.
@@ -334,9 +344,9 @@ def take_down(name: str) -> bool:
     return found
 
 
-def _read_answer(answers: IO[bytes]) -> dict[str, Any]:
-    if not select.select([answers], [], [], UP_DEADLINE_S)[0]:
-        raise LabError(f"the keeper gave no answer in {UP_DEADLINE_S:g} s")
+def _read_answer(answers: IO[bytes], deadline_s: float) -> dict[str, Any]:
+    if not select.select([answers], [], [], deadline_s)[0]:
+        raise LabError(f"the keeper gave no answer in {deadline_s:g} s")
     line = answers.readline()
     if not line:
         raise LabError("the keeper ended without an answer")

@@ -1,6 +1,7 @@
 """Where the lab keeps its things on this machine. Knows nothing about hosts or processes.
 
 /var/cache/dolly/root-KEY        root file system of the lab hosts, made by scripts/setup
+/var/cache/dolly/machine-KEY     what virtual machines start from, made by scripts/setup --vm
 /var/cache/dolly/workloads-KEY   the C workloads, static, made by scripts/setup
 /var/cache/dolly/bytecode-KEY    what the hosts' Python has compiled, of one root and one source
 /var/cache/dolly/lab.lock        held while labs are made known or swept
@@ -24,7 +25,7 @@ CGROUP_PREFIX = "dolly-lab-"
 DESCRIPTION = "lab.json"
 CONTROL = "control"
 # The same files in the same order as in scripts/setup.
-RECIPE = ("build", "packages", "packages-sid")
+RECIPE = ("build", "mirror", "packages", "packages-sid")
 
 
 def root_path() -> Path:

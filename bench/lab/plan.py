@@ -71,6 +71,11 @@ class Node:
         """The line's side of `slow_end`."""
         return f"line{self.index}"
 
+    @property
+    def management(self) -> str:
+        """The lab's end of the link over which a virtual machine takes commands."""
+        return f"manage{self.index}"
+
     def port(self, *, has_line: bool) -> str:
         """The node's port of the wire's bridge."""
         return self.slow_end if has_line else self.wire_end
@@ -100,6 +105,7 @@ class Orders:
     rate: str | None
     delay_ms: float
     source: str
+    machines: bool  # hosts are virtual machines (bench/vm); the client never is
     owner_pid: int | None  # the lab ends with this process; None: it stays until `lab down`
 
 
@@ -176,13 +182,17 @@ WIRE_LINES = (
 )
 
 
-def link_lines(node: Node, pid: int, *, has_line: bool) -> list[str]:
-    """For `ip -batch` in the wire: a link from its bridge into the network namespace of `pid`."""
+def veth_line(node: Node, pid: int) -> str:
+    """For `ip -batch` in the wire: a link into the network namespace of `pid`."""
+    return f"link add {node.wire_end} type veth peer name uplink netns {pid}"
+
+
+def link_lines(node: Node, *, has_line: bool) -> list[str]:
+    """For `ip -batch` in the wire: joins the bridge and a node's link, which exists."""
     end = node.wire_end
-    lines = [f"link add {end} type veth peer name uplink netns {pid}"]
     if has_line:
-        return [*lines, f"link set {end} addrgenmode none up", *_line_lines(node)]
-    return [*lines, f"link set {end} addrgenmode none master br0 up"]
+        return [f"link set {end} addrgenmode none up", *_line_lines(node)]
+    return [f"link set {end} addrgenmode none master br0 up"]
 
 
 def insert_line_lines(node: Node) -> list[str]:

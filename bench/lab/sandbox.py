@@ -16,6 +16,7 @@ import contextlib
 import os
 import signal
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,10 +70,29 @@ class HostSpec:
 class Started:
     """A host on its way up: `ready_fd` ends when its pid 1 runs, or brings the error first."""
 
+    name: str
     shim_pid: int
     init_pid: int
     init_fd: int  # pidfd of pid 1
     ready_fd: int
+
+    def wait_ready(self) -> None:
+        """Returns when the host's pid 1 runs; LabError with the reason when it will not."""
+        reason = _last_words(self.ready_fd)
+        if reason:
+            raise LabError(f"host {self.name} did not start: {reason}")
+
+    def in_network(self, command: Sequence[str]) -> list[str]:
+        """The command line that runs a tool of this machine in the host's network."""
+        return ["nsenter", "-t", str(self.init_pid), "-n", "--", *command]
+
+    def end(self) -> None:
+        """Ends a host: its pid 1, with it every process inside, then the shim."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.init_fd, signal.SIGKILL)
+        os.close(self.init_fd)
+        # The shim waits for pid 1, which is reaped when all others inside have been.
+        os.waitpid(self.shim_pid, 0)
 
 
 def start(spec: HostSpec) -> Started:
@@ -91,9 +111,19 @@ def start(spec: HostSpec) -> Started:
     with os.fdopen(pid_read, "rb") as pipe:
         reported = pipe.read()
     if not reported:
-        with os.fdopen(ready_read, "rb") as pipe:
-            raise LabError(f"host {spec.name}: {pipe.read().decode(errors='replace')}")
-    return Started(shim_pid, int(reported), os.pidfd_open(int(reported)), ready_read)
+        raise LabError(f"host {spec.name}: {_last_words(ready_read)}")
+    init_pid = int(reported)
+    try:
+        init_fd = os.pidfd_open(init_pid)
+    except ProcessLookupError:
+        raise LabError(f"host {spec.name} did not start: {_last_words(ready_read)}") from None
+    return Started(spec.name, shim_pid, init_pid, init_fd, ready_read)
+
+
+def _last_words(ready_fd: int) -> str:
+    """Why a host's first processes ended; empty when its pid 1 runs."""
+    with os.fdopen(ready_fd, "rb") as pipe:
+        return pipe.read().decode(errors="replace")
 
 
 def _keep_only(*descriptors: int) -> None:
@@ -203,20 +233,3 @@ def _make_devices(dev: str) -> None:
 def _make_device(path: str, mode: int, device: int) -> None:
     os.mknod(path, stat.S_IFCHR | mode, device)
     os.chmod(path, mode)  # mknod(2) subtracts the umask
-
-
-def wait_ready(name: str, started: Started) -> None:
-    """Returns when the host's pid 1 runs; LabError with the reason when it will not."""
-    with os.fdopen(started.ready_fd, "rb") as pipe:
-        reported = pipe.read()
-    if reported:
-        raise LabError(f"host {name} did not start: {reported.decode(errors='replace')}")
-
-
-def end(started: Started) -> None:
-    """Ends a host: its pid 1, with it every process inside, then the shim."""
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(started.init_fd, signal.SIGKILL)
-    os.close(started.init_fd)
-    # The shim waits for pid 1, which is reaped when all others inside have been.
-    os.waitpid(started.shim_pid, 0)

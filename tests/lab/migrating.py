@@ -35,6 +35,8 @@ from tests.lab.waiting import wait_until
 
 MIGRATION_DEADLINE_S: Final = 120.0
 STOP_DEADLINE_S: Final = 30.0
+CLEAN_DEADLINE_S: Final = 20.0
+ANSWER_DEADLINE_S: Final = 20.0
 REPORT: Final = "/tmp/{name}-report.json"
 REDIS_MIB: Final = 16
 VERSIONS: Final = "/tmp/{name}-versions"
@@ -112,7 +114,7 @@ class Underway:
             assert not ended, f"ended before {phase}: {self.stdout[-2000:]} {self.stderr[-2000:]}"
             return False
 
-        wait_until(f"phase {phase}", entered, deadline_s=deadline_s)
+        wait_until(f"phase {phase}", entered, deadline_s=deadline_s * self.source.patience)
 
     def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
         """A signal to the command, as from a user's keyboard."""
@@ -128,6 +130,7 @@ class Underway:
 
     def finish(self, deadline_s: float = MIGRATION_DEADLINE_S) -> Migration:
         """Waits for its end; it has been killed when that does not come in time."""
+        deadline_s *= self.source.patience
         try:
             code = self.process.wait(deadline_s)
         except subprocess.TimeoutExpired:
@@ -234,7 +237,7 @@ def wait_clean(host: Host, *residents: str) -> None:
         return not left
 
     with contextlib.suppress(AssertionError):
-        wait_until("nothing is left", clean)
+        wait_until("nothing is left", clean, deadline_s=CLEAN_DEADLINE_S * host.patience)
     assert not left, f"on {host.name}: {left}"
 
 
@@ -287,7 +290,8 @@ class Resident:
             looks += 1
             return self.answers() > before + looks
 
-        wait_until("the client is answered", streamed)
+        patience = max(host.patience for host in self.lab.hosts)
+        wait_until("the client is answered", streamed, deadline_s=ANSWER_DEADLINE_S * patience)
 
     def stop_probe(self) -> Report:
         """Ends the client; what it saw."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from bench.lab import paths
 from bench.lab.errors import LabError
+from bench.vm import image
 
 ROOT = "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n"
 V1 = "30 28 0:26 / /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory\n"
@@ -31,7 +33,7 @@ def test_a_machine_without_cgroup2_is_told_so() -> None:
 
 def test_setup_and_the_lab_agree_on_the_roots_key() -> None:
     """The key is computed twice, in shell and here; a missing root is reported by its path."""
-    script = "cat bench/lab/root/{build,packages,packages-sid} | sha256sum | cut -c1-16"
+    script = "cat bench/lab/root/{build,mirror,packages,packages-sid} | sha256sum | cut -c1-16"
     command = ["bash", "-c", script]
     key = subprocess.run(
         command, cwd=paths.PROJECT, capture_output=True, text=True, check=True
@@ -47,3 +49,24 @@ def test_a_root_that_setup_has_not_made_is_asked_for(
     monkeypatch.setattr(paths, "CACHE", tmp_path)
     with pytest.raises(LabError, match="run scripts/setup"):
         paths.root_path()
+
+
+def test_the_machines_image_is_known_by_all_that_makes_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A change of a package list makes another image, one of what only uses it does not."""
+    for part in ("bench/vm", "bench/lab/root"):
+        shutil.copytree(paths.PROJECT / part, tmp_path / part)
+    before = image.key()
+    monkeypatch.setattr(paths, "PROJECT", tmp_path)
+    assert image.key() == before
+    (tmp_path / "bench/vm/machine.py").write_text("")
+    assert image.key() == before
+    for part in ("bench/lab/root/packages", "bench/vm/qemu.py"):
+        with (tmp_path / part).open("a") as file:
+            file.write("# changed\n")
+        assert image.key() != before
+        before = image.key()
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    with pytest.raises(LabError, match="scripts/setup --vm"):
+        image.path()

@@ -1,0 +1,42 @@
+"""Where scripts/setup --vm has put what machines start from. Knows no QEMU.
+
+/var/cache/dolly/machine-KEY/    bench/vm/build says what is in it
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from bench.lab import paths
+from bench.lab.errors import LabError
+
+# The parts of bench/vm that the image does not depend on: they only use it.
+USERS = frozenset({"__init__.py", "console.py", "host.py", "image.py", "machine.py"})
+
+
+def path() -> Path:
+    """The cached image of this checkout's recipe; LabError when scripts/setup has not made it."""
+    image = paths.CACHE / f"machine-{key()}"
+    if not image.is_dir():
+        raise LabError(f"no machine at {image}: run scripts/setup --vm")
+    return image
+
+
+def key() -> str:
+    """16 digits for the content of the recipe. scripts/setup asks for it by this module, too."""
+    digest = hashlib.sha256()
+    for part in sorted(_recipe()):
+        digest.update(f"{part.relative_to(paths.PROJECT)}\n".encode() + part.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _recipe() -> list[Path]:
+    own = paths.PROJECT / "bench/vm"
+    parts = [part for part in own.rglob("*") if part.is_file() and part.name not in USERS]
+    root = [paths.PROJECT / "bench/lab/root" / name for name in paths.RECIPE]
+    return [part for part in parts if "__pycache__" not in part.parts] + root
+
+
+if __name__ == "__main__":
+    print(key())

@@ -1,0 +1,46 @@
+"""Migrations between two machines with kernels of their own."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import pytest
+
+from bench.containers import ContainerSpec
+from bench.lab.lab import Lab
+from tests.lab.migrating import Resident, migrate, resident, running_on, wait_clean
+
+PAGE_BYTES: Final = 4096
+MEMORY_MIB: Final = 48
+# What the memory workload writes to is one block of it that moves on slowly: far less than half.
+ROUNDS_MIN: Final = 2
+
+
+def move(guest: Resident, source: str, target: str, *options: str) -> dict[str, Any]:
+    """A migration that succeeds and leaves nothing; its report."""
+    report = migrate(guest.lab.host(source), guest.name, target, *options).done
+    assert running_on(guest.lab, guest.name) == [target]
+    wait_clean(guest.lab.host(source))
+    wait_clean(guest.lab.host(target), guest.name)
+    return report
+
+
+@pytest.mark.ci
+def test_memory_moves_there_and_back(machines: Lab) -> None:
+    """Under another kernel than the lab's, which one kernel's own copy could not show."""
+    spec = ContainerSpec(
+        "vm-memory", "memory", args=("1",), memory_mib=MEMORY_MIB, address="10.77.0.61/24"
+    )
+    pages = (MEMORY_MIB << 20) // PAGE_BYTES
+    with resident(machines, spec, rate_per_s=20) as guest:
+        for source, target in (("A", "B"), ("B", "A")):
+            report = move(guest, source, target, "--tracker", "write-protect")
+            assert report["tracker"] == "write-protect"
+            first, *later = report["rounds"]
+            assert first["pages"] + first["zero_pages"] >= pages * 99 // 100
+            assert len(later) + 1 >= ROUNDS_MIN
+            assert all(one["pages"] < pages // 2 for one in later), report["rounds"]
+            guest.verify()
+            guest.wait_answers()
+        client = guest.stop_probe()
+    assert client.clean, client
