@@ -50,7 +50,7 @@ def wait_listening(host: Host) -> None:
             log = log_file.read_text(errors="replace")[-LOG_TAIL:] if log_file.exists() else ""
             state = "ended" if gone else f"does not listen after {deadline_s:g} s"
             raise LabError(f"the agent on {host.name} {state}; {LOG}: {log}")
-        time.sleep(POLL_S)
+        time.sleep(POLL_S * host.patience)
 
 
 def kill(host: Host) -> None:
@@ -64,7 +64,7 @@ def kill(host: Host) -> None:
     while host.path(f"/proc/{pid}").exists() or listens(host):
         if time.monotonic() > deadline:
             raise LabError(f"the agent on {host.name} is still there after its kill")
-        time.sleep(POLL_S)
+        time.sleep(POLL_S * host.patience)
 
 
 def _pid(host: Host) -> int | None:
