@@ -61,6 +61,7 @@ KERNEL_LIST_BYTES_MAX = 64 << 10
 # cgroup v2 controllers by the names of the limits in linux.resources.
 _CONTROLLERS = {"memory": "memory", "cpu": "cpu", "pids": "pids", "hugepageLimits": "hugetlb"}
 _CONTROLLERS_HERE = Path("/sys/fs/cgroup/cgroup.controllers")
+_USER_NAMESPACES_MAX = Path("/proc/sys/user/max_user_namespaces")
 _APPARMOR_PROFILES = Path("/sys/kernel/security/apparmor/profiles")
 
 
@@ -314,6 +315,19 @@ def judge_mounts(
     return refusals
 
 
+def judge_user_namespace(spec: dict[str, Any], most: str) -> list[Refusal]:
+    """Whether this host makes user namespaces, of which it may have `most`. Pure."""
+    if not has_user_namespace(spec) or most != "0":
+        return []
+    return [
+        Refusal(
+            "user-namespace",
+            "this host makes no user namespaces (user.max_user_namespaces is 0)",
+            "sysctl user.max_user_namespaces=1000 there",
+        )
+    ]
+
+
 def judge_resources(spec: dict[str, Any], controllers: Iterable[str]) -> list[Refusal]:
     """Whether the limits of the container's cgroup can be set here. Pure."""
     resources = spec.get("linux", {}).get("resources") or {}
@@ -336,6 +350,7 @@ def _of_configuration(request: OpenSession, runtime: Runtime, rules: Policy) -> 
         refusals = judge_spec(spec, mounts)
         refusals += policy_checks.judge_receive(rules, request, spec, mounts)
         refusals += judge_resources(spec, _read(_CONTROLLERS_HERE).split())
+        refusals += judge_user_namespace(spec, _read(_USER_NAMESPACES_MAX).strip())
         refusals += _of_cgroup(spec, request.container, runtime)
         refusals += _of_profile(str(spec.get("process", {}).get("apparmorProfile") or ""))
         shared = rules.receive.bind_mounts

@@ -430,6 +430,15 @@ async def test_a_network_is_waited_for_as_long_as_somebody_makes_it(
     hold.close()
 
 
+async def test_a_network_that_nobody_will_make_is_given_up_from_outside(directory: Path) -> None:
+    hold = CriuHold.prepare(directory, HoldPlan("post-restore", (), needs_network=True))
+    hold.close()
+    environment = {**os.environ, "CRTOOLS_SCRIPT_ACTION": "setup-namespaces"}
+    with subprocess.Popen([directory / "hook"], env=environment) as hook:
+        wait_until("it waits", lambda: abort_from_outside(directory))
+        assert hook.wait(DEADLINE_S) == 1
+
+
 async def test_what_could_not_be_killed_was_not_refused(
     directory: Path, init: subprocess.Popen[bytes]
 ) -> None:

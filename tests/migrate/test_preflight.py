@@ -18,6 +18,7 @@ from migrate.preflight import (
     judge_resources,
     judge_room,
     judge_source_memory,
+    judge_user_namespace,
     judge_versions,
 )
 from migrate.runtimes.base import Mount
@@ -112,6 +113,13 @@ def test_limits_need_their_controllers() -> None:
     assert judge_resources(spec, ["memory", "cpu"]) == []
     assert codes(judge_resources(spec, ["cpu"])) == ["cgroup-controller"]
     assert judge_resources({}, []) == []
+
+
+def test_a_host_that_makes_no_user_namespaces() -> None:
+    spec = {"linux": {"namespaces": [{"type": "user"}]}}
+    assert codes(judge_user_namespace(spec, "0")) == ["user-namespace"]
+    assert judge_user_namespace(spec, "15000") == []
+    assert judge_user_namespace({}, "0") == []
     assert judge_resources({"linux": {"resources": None}}, []) == []
 
 
