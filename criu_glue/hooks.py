@@ -173,12 +173,11 @@ fi
 """
 
 
-# Opened for reading only: it ends with its last writer.
+# Opened for reading only: it ends with its last writer. First of all: that one may go meanwhile.
 _NETWORK = """\
 if [ "$action" = setup-namespaces ]; then
     echo "$CRTOOLS_INIT_PID" > {init}
-    echo "$action" 1<> {events}
-    read -r word < {network}
+    {{ echo "$action" 1<> {events}; read -r word; }} < {network}
     [ "$word" = go ]
     exit
 fi

@@ -434,9 +434,9 @@ async def test_a_network_that_nobody_will_make_is_given_up_from_outside(director
     hold = CriuHold.prepare(directory, HoldPlan("post-restore", (), needs_network=True))
     hold.close()
     environment = {**os.environ, "CRTOOLS_SCRIPT_ACTION": "setup-namespaces"}
-    with subprocess.Popen([directory / "hook"], env=environment) as hook:
-        wait_until("it waits", lambda: abort_from_outside(directory))
-        assert hook.wait(DEADLINE_S) == 1
+    hook = await asyncio.create_subprocess_exec(directory / "hook", env=environment)
+    wait_until("it waits", lambda: abort_from_outside(directory))
+    assert await asyncio.wait_for(hook.wait(), DEADLINE_S) == 1
 
 
 async def test_what_could_not_be_killed_was_not_refused(
