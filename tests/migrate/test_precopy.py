@@ -8,6 +8,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -157,14 +158,17 @@ def address_of(memory: mmap.mmap) -> int:
     return int(np.frombuffer(memory, dtype=np.uint8).__array_interface__["data"][0])
 
 
-def make(tracker: Tracker) -> tuple[MemorySource, Sender]:
+def make(
+    tracker: Tracker,
+    undisturbed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> tuple[MemorySource, Sender]:
     senders: list[Sender] = []
 
     def make_sender(read: Any) -> Any:
         senders.append(Sender(read))
         return senders[0]
 
-    return MemorySource(tracker, make_sender), senders[0]
+    return MemorySource(tracker, make_sender, undisturbed), senders[0]
 
 
 def test_rounds_carry_what_is_in_the_task(memory: mmap.mmap) -> None:
@@ -187,6 +191,21 @@ def test_rounds_carry_what_is_in_the_task(memory: mmap.mmap) -> None:
     ((task, missing),) = source.undelivered({1: needed})
     assert (task, missing.tolist()) == (1, [[address + 4 * PAGE_BYTES, 2]])
     assert source.undelivered({1: all_of_it}) == []
+    source.close()
+
+
+def test_nothing_slows_running_tasks_while_the_tracker_is_at_work(memory: mmap.mmap) -> None:
+    tracker = Tracker(np.array([[address_of(memory), 1]], dtype=np.uint64))
+
+    @contextlib.contextmanager
+    def undisturbed() -> Iterator[None]:
+        tracker.calls.append("paused")
+        yield
+        tracker.calls.append("slowed")
+
+    source, _ = make(tracker, undisturbed)
+    source.round()
+    assert tracker.calls == ["paused", "collect", "collected", "slowed"]
     source.close()
 
 
