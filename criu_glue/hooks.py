@@ -166,7 +166,9 @@ _JUDGED = """\
 if [ "$action" = pre-resume ]; then
     echo "$action" 1<> {events}
     {watch}read -r word <> {judgement}
-    {unwatch}[ "$word" = run ] && exit 0
+    {unwatch}if [ "$word" = run ]; then
+        {settling}exit 0
+    fi
     {unplug}kill -KILL "$CRTOOLS_INIT_PID" && : > {refused}
     exit 1
 fi
@@ -182,6 +184,22 @@ if [ "$action" = setup-namespaces ]; then
     exit
 fi
 """
+
+
+# CRIU has to go on, and would freeze with its tasks; so would this hook. A runtime that has ended
+# may be a zombie, until whoever started it looks.
+_SETTLING = """\
+echo $PPID > {outside} && echo $$ > {outside} && echo 1 > {cgroup_freeze}
+        read -r _ runtime < {pid}
+        (
+            while read -r stat < /proc/$runtime/stat; do
+                case ${{stat##*) }} in [ZX]*) break ;; esac
+                sleep 0.002
+            done
+            echo 0 > {cgroup_freeze}
+            : > {seen}.settled
+        ) > /dev/null 2>&1 < /dev/null &
+        """
 
 
 class Waitable(Protocol):
@@ -200,6 +218,9 @@ class HoldPlan:
     run exactly when CRIU says that sockets may speak again. `options` are lines of
     CRIU's configuration file. `freeze` is the cgroup that is frozen as long as CRIU is held. `join`
     is the cgroup of what is restored, which CRIU begins in, so that its tasks are born there.
+    `outside`, for a copy that is judged and a runtime that sets the limits of its tasks when CRIU
+    has ended: the cgroup that CRIU goes back to before they may run. They stay frozen then until
+    the runtime has ended (`seen.settled`).
     `orphaned` is started when the hold lasts (see the module) and ended with it. `judged` is the
     same for the hold at pre-resume, which there is only if it is given; `at_refusal` are command
     lines that run before a refused copy is killed. `needs_network`: CRIU makes a network namespace
@@ -211,6 +232,7 @@ class HoldPlan:
     at_unlock: tuple[tuple[str, ...], ...] = ()
     freeze: Path | None = None
     join: Path | None = None
+    outside: Path | None = None
     orphaned: tuple[str, ...] = ()
     judged: tuple[str, ...] = ()
     at_refusal: tuple[tuple[str, ...], ...] = ()
@@ -436,6 +458,14 @@ def _hook_text(directory: Path, plan: HoldPlan) -> str:
         freeze = _FREEZE.format(cgroup_freeze=shlex.quote(str(plan.freeze / "cgroup.freeze")))
     if plan.orphaned:
         watch = _WATCH.format(patience_s=PATIENCE_S, command=shlex.join(plan.orphaned))
+    settling = ""
+    if plan.outside is not None and plan.join is not None:
+        settling = _SETTLING.format(
+            outside=shlex.quote(str(plan.outside / "cgroup.procs")),
+            cgroup_freeze=shlex.quote(str(plan.join / "cgroup.freeze")),
+            pid=quoted("criu.pid"),
+            seen=quoted("seen"),
+        )
     if plan.judged:
         unplug = "".join(f"{shlex.join(words)}; " for words in plan.at_refusal)
         judged = _JUDGED.format(
@@ -443,6 +473,7 @@ def _hook_text(directory: Path, plan: HoldPlan) -> str:
             watch=_WATCH.format(patience_s=PATIENCE_S, command=shlex.join(plan.judged)),
             judgement=quoted("judgement"),
             unwatch=_UNWATCH,
+            settling=settling,
             unplug=unplug,
             refused=quoted("refused"),
         )

@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 
 from criu_glue import images
 from criu_glue.hooks import (
@@ -30,7 +31,7 @@ from criu_glue.hooks import (
     is_let_go,
     is_refused,
 )
-from migrate import config, confinement, output_keeper
+from migrate import cgroup, config, confinement, output_keeper
 from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended
 from migrate.agent.pager_process import PagerProcess
 from migrate.criu_run import OWN_NETWORK, RuntimeOrCriu
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from migrate.network_identity import Port
     from migrate.runtimes.base import Runtime
 
+
+log = structlog.get_logger()
 
 _CRIU_OPTIONS = ("manage-cgroups ignore", "network-lock skip", "verbosity 2")
 
@@ -137,6 +140,7 @@ class Restoring:
                 ),
                 at_unlock,
                 join=self._cgroup(),
+                outside=cgroup.own() if self._runtime.sets_limits_late else None,
                 orphaned=orphaned,
                 judged=confinement.command(
                     plan.confinement, self._cgroup(), plan.work_dir / "hold"
@@ -236,7 +240,21 @@ class Restoring:
             if not await asyncio.to_thread(self._is_resumed, deadline_s):
                 raise
             marks["resumed"] = time.monotonic_ns() // 1000
+        if self._runtime.sets_limits_late:
+            await self._settle()
+            marks["resumed"] = time.monotonic_ns() // 1000
         return marks
+
+    async def _settle(self) -> None:
+        """Wait until the tasks have their limits and are thawed. A runtime that hangs is killed:
+        they run without, rather than not at all."""
+        assert self._process is not None
+        is_settled = partial(has_seen, self.plan.work_dir / "hold", "settled")
+        if not await asyncio.to_thread(waited, is_settled, config.RUNTIME_EXIT_DEADLINE_S):
+            self._process.kill()
+            await asyncio.to_thread(waited, is_settled, config.RUNTIME_EXIT_DEADLINE_S)
+        if await self._process.wait() != 0:
+            log.error("the runtime failed when its copy was to run", container=self.plan.container)
 
     async def _judge(self) -> None:
         """Only here have the tasks what holds them back; CRIU gives it to them at the very end."""

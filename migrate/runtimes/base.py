@@ -101,6 +101,10 @@ class Runtime(Protocol):
     def name(self) -> str:
         """The runtime's name, which source and target must agree on ("runc")."""
 
+    @property
+    def sets_limits_late(self) -> bool:
+        """Whether a restored container has the limits of its cgroup only when CRIU has ended."""
+
     def version(self) -> str:
         """The runtime's version as it says it ("1.1.15+ds1")."""
 

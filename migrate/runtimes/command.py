@@ -59,6 +59,7 @@ class OciCommand(ABC):
     """The file in a container's directory that is there once the runtime knows the container."""
     not_found: ClassVar[str]
     """What `state` says of a container that vanishes while it is asked for."""
+    sets_limits_late: ClassVar[bool]
 
     def __init__(self, root: Path, program: str) -> None:
         validate_path(root)

@@ -10,8 +10,9 @@ What crun does with CRIU, each line a `criu swrk FD` of its own that libcriu sta
   its own option makes that `ignore`.
 - It makes the container's cgroup before it restores. CRIU is not in it (hence `HoldPlan.join`):
   crun moves the restored init there afterwards, and that alone.
-- It sets the cgroup's limits (memory, processes, devices …) and writes its state file when CRIU has
-  ended, so when the tasks run already. Until then `crun state` does not know the container.
+- It sets the cgroup's limits (memory, processes, devices …) and writes its state file when CRIU
+  has ended, so when the tasks would run already (hence `HoldPlan.outside`). Until then `crun state`
+  does not know the container.
 - The bind mount of a restore is at BUNDLE/criu-root; a crun that is killed leaves it. One whose
   CRIU fails removes it, and leaves ROOT/NAME and the cgroup to whoever deletes the container.
 - Without rules for devices in config.json a container may use every device, where runc's may use
@@ -46,6 +47,7 @@ class Crun(OciCommand):
     name = "crun"
     state_name = "status"
     not_found = "No such file or directory"
+    sets_limits_late = True
 
     def __init__(self, *, root: Path = DEFAULT_ROOT, program: str = "crun") -> None:
         super().__init__(root, program)

@@ -46,6 +46,7 @@ class Runc(OciCommand):
     name = "runc"
     state_name = "state.json"
     not_found = "does not exist"
+    sets_limits_late = False
 
     def __init__(self, *, root: Path = DEFAULT_ROOT, program: str = "runc") -> None:
         super().__init__(root, program)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -164,6 +165,28 @@ async def test_what_restores_begins_in_its_tasks_cgroup(
     assert (cgroup / "cgroup.procs").read_text() == joined
     hold.decide("abort")
     assert await runtime.end() == 1
+    hold.close()
+
+
+async def test_a_copy_stands_still_until_its_runtime_has_set_its_limits(directory: Path) -> None:
+    cgroup, outside, ends = (directory.parent / name for name in ("cgroup", "outside", "ends"))
+    for group in (cgroup, outside):
+        group.mkdir()
+    os.mkfifo(ends)
+    plan = HoldPlan("post-restore", (), join=cgroup, outside=outside, judged=("sleep", "60"))
+    hold = CriuHold.prepare(directory, plan)
+    hold.open_gate()
+    hold.judge("run")
+    runtime = Runtime(hold, RESTORE, ["pre-resume", "post-resume"])
+    await runtime.start("sh", "-c", '"$@"; cat "$0"', str(ends))
+    assert await hold.wait_or_end("post-resume", runtime.process, DEADLINE_S)
+    assert (cgroup / "cgroup.freeze").read_text() == "1\n"
+    assert (outside / "cgroup.procs").exists()
+    assert not has_seen(directory, "settled")
+    ends.write_text("")
+    assert await runtime.end() == 0
+    await asyncio.to_thread(wait_until, "it is settled", partial(has_seen, directory, "settled"))
+    assert (cgroup / "cgroup.freeze").read_text() == "0\n"
     hold.close()
 
 
