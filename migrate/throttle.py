@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from migrate import config
 from migrate.brakes import BrakePlan, put_back
 from migrate.core.throttling import quota, quota_cpus
 from migrate.errors import MigrateError
@@ -28,10 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
-START_DEADLINE_S: Final = 10.0
-"""The keeper starts in a tenth of a second, on a host that has nothing else to do."""
 ANSWER_DEADLINE_S: Final = 5.0
-"""It answers in less than a millisecond, if it comes to it."""
+"""The keeper answers in less than a millisecond, if it comes to it."""
 _ANSWER_BYTES: Final = 4096
 
 
@@ -175,7 +174,7 @@ class _Keeper:
         self._answer_deadline_s = answer_deadline_s
         self._has_begun = False
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(START_DEADLINE_S)
+        self._socket.settimeout(config.PREPARE_DEADLINE_S)
         with theirs:
             self.process = Outliving(
                 module_command("migrate.throttle_keeper", str(session)),
