@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 
 from bench.lab.errors import LabError
-from bench.lab.host import POLL_S, Host
+from bench.lab.host import Host
 
 PORT = 7337
 LOG = "/var/log/migrate-agent.log"
@@ -50,7 +50,7 @@ def wait_listening(host: Host) -> None:
             log = log_file.read_text(errors="replace")[-LOG_TAIL:] if log_file.exists() else ""
             state = "ended" if gone else f"does not listen after {deadline_s:g} s"
             raise LabError(f"the agent on {host.name} {state}; {LOG}: {log}")
-        time.sleep(POLL_S * host.patience)
+        time.sleep(host.poll_s)
 
 
 def kill(host: Host) -> None:
@@ -64,7 +64,7 @@ def kill(host: Host) -> None:
     while host.path(f"/proc/{pid}").exists() or listens(host):
         if time.monotonic() > deadline:
             raise LabError(f"the agent on {host.name} is still there after its kill")
-        time.sleep(POLL_S * host.patience)
+        time.sleep(host.poll_s)
 
 
 def _pid(host: Host) -> int | None:

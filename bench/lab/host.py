@@ -27,6 +27,8 @@ class Host:
 
     # How many times longer than on this machine things may take.
     patience = 1.0
+    # How often to look whether something has come true, without keeping it from that.
+    poll_s = POLL_S
 
     def __init__(self, node: Mapping[str, Any]) -> None:
         """`node`: an entry of the keeper's description of the lab."""

@@ -22,6 +22,8 @@ class MachineHost(Host):
 
     # Emulated in software: docs/facts.md.
     patience = 10.0
+    # A look at a file is a dozen messages through an emulated sshd.
+    poll_s = 0.5
 
     def __init__(self, node: Mapping[str, Any]) -> None:
         super().__init__(node)

@@ -30,6 +30,7 @@ from bench.lab.host import Host
 from bench.lab.lab import Lab
 from bench.probe import Report
 from bench.probe_process import ProbeProcess, run_module, start_probe
+from bench.vm.host import MachineHost
 from tests.lab.inside import inside
 from tests.lab.waiting import wait_until
 
@@ -207,9 +208,25 @@ _ALWAYS: Final = re.compile(
 )
 
 
+# Besides, in a virtual machine: its systemd, its kernel's threads, and the way for commands.
+_ALWAYS_IN_A_MACHINE: Final = re.compile(
+    r"link management"
+    r"|cgroup ([a-z-]+\.mount|proc-\S+\.automount|proc-\S+\.mount|system\.slice|user\.slice)"
+    r"|cgroup system\.slice/(ssh\.service|systemd-(journald|udevd)\.service(/udev)?|[a-z-]+\.mount)"
+    r"|mount /run/(lock|credentials/\S+)"
+    r"|file /run/(commands|credentials|initctl|initramfs|log|motd\.dynamic|sendsigs\.omit\.d)"
+    r"|file /run/(setrans|shm|systemd|tmpfiles\.d|udev|user)"
+    r"|process - \[.*\]"
+    r"|process 0::/init\.scope /sbin/init"
+    r"|process 0::/system\.slice/\S+ (/usr/lib/systemd/\S+|\(udev-worker\)|sshd.*|\S+/sftp-server)"
+)
+
+
 def remains(host: Host, *residents: str) -> list[str]:
     """What is on a host besides itself, its agent and these containers with their things."""
     lines = host.run(["sh", "-c", _REMAINS]).stdout.splitlines()
+    if isinstance(host, MachineHost):
+        lines = [line for line in lines if not _ALWAYS_IN_A_MACHINE.fullmatch(line)]
     return [
         line
         for line in lines

@@ -11,7 +11,7 @@ from bench.lab.lab import Lab
 from tests.lab.migrating import Resident, migrate, resident, running_on, wait_clean
 
 PAGE_BYTES: Final = 4096
-MEMORY_MIB: Final = 48
+MEMORY_MIB: Final = 24
 # What the memory workload writes to is one block of it that moves on slowly: far less than half.
 ROUNDS_MIN: Final = 2
 
