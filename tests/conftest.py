@@ -10,6 +10,9 @@ import pytest
 import structlog
 
 LAB_TESTS = Path(__file__).parent / "lab"
+VM_TESTS = Path(__file__).parent / "vm"
+# Emulated hosts: a migration takes a minute when other work goes on beside.
+VM_TIMEOUT_S = 1200
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -21,6 +24,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.is_relative_to(LAB_TESTS):
             item.add_marker(pytest.mark.lab)
+        if item.path.is_relative_to(VM_TESTS) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(VM_TIMEOUT_S))
     if hasattr(config, "workerinput"):  # it is one of pytest-xdist's
         tests = Counter(item.path for item in items)
         items.sort(key=lambda item: (item.get_closest_marker("lab") is None, -tests[item.path]))
