@@ -9,6 +9,7 @@ import pytest
 from bench.containers import ContainerSpec, pid, state
 from bench.lab.lab import Lab
 from tests.lab.brake import Brake
+from tests.lab.inside import inside
 from tests.lab.invariants import (
     assert_moves,
     assert_undone,
@@ -22,6 +23,16 @@ from tests.lab.trees import check_tree, tree_counters
 POLICY = "/etc/migrate/policy.toml"
 MEMORY = ContainerSpec("cr1", "memory", address="10.77.0.31/24", runtime="crun")
 TREE = ContainerSpec("cr2", "tree", address="10.77.0.32/24", runtime="crun")
+# Of every task in the pid namespace of a container, by its init.
+CGROUPS = """
+import contextlib
+namespace, cgroups = Path(f"/proc/{given}/ns/pid").readlink(), []
+for task in Path("/proc").glob("[1-9]*"):
+    with contextlib.suppress(OSError):
+        if (task / "ns/pid").readlink() == namespace:
+            cgroups.append((task / "cgroup").read_text().splitlines()[-1])
+answer(cgroups)
+"""
 NEIGHBOUR = ContainerSpec("cr3", "memory", address="10.77.0.33/24")
 
 
@@ -55,17 +66,15 @@ def test_there_and_back_beside_a_container_of_runc(lab: Lab) -> None:
 def test_every_task_of_a_tree_is_in_its_cgroup(lab: Lab) -> None:
     """crun itself moves the first one there, and that when it runs already."""
     a, b = lab.hosts
-    procs = "/sys/fs/cgroup/dolly/cr2/cgroup.procs"
     with resident(lab, TREE) as guest:
-        tasks = len(a.read_text(procs).split())
         forks = tree_counters(guest)["forks"]
         assert migrate(a, guest.name, "B", "--restore", "eager", "--runtime", "crun").done
-        assert len(b.run(["cat", procs]).stdout.split()) == tasks > 1
+        cgroups = inside(b, CGROUPS, pid(b, guest.name))
+        assert len(cgroups) > 1
+        assert set(cgroups) == {"0::/dolly/cr2"}
         check_tree(guest)
         assert tree_counters(guest)["forks"] > forks
         assert guest.stop_probe().clean
-        # It knows the container as its own: limits are set, and it can end it.
-        assert pid(b, guest.name) in map(int, b.run(["cat", procs]).stdout.split())
         wait_clean(a)
         wait_clean(b, guest.name)
 
