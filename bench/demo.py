@@ -205,7 +205,9 @@ def main() -> int:
         "--dirty-rate", type=size_mib, default=8, metavar="SIZE", help="written per second, 50M"
     )
     parser.add_argument("--restore", choices=["lazy", "eager"], default="lazy")
-    parser.add_argument("--tracker", choices=["auto", "write-protect", "none"], default="auto")
+    parser.add_argument(
+        "--tracker", choices=["auto", "write-protect", "predump", "none"], default="auto"
+    )
     parser.add_argument("--vm", action="store_true", help="between virtual machines: slow")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     arguments = parser.parse_args()

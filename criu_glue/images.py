@@ -38,7 +38,7 @@ from criu_glue.core.pagemap import (
 from criu_glue.core.timers import FILES_BYTES_MAX
 from criu_glue.core.vmas import MM_BYTES_MAX, Mappings, decode_mappings
 from criu_glue.errors import CriuGlueError, LimitExceededError
-from criu_glue.page_store import open_directory
+from criu_glue.page_store import open_directory, pages_file_name
 
 if TYPE_CHECKING:
     from criu_glue.page_store import PageStore
@@ -115,6 +115,17 @@ def pager_ranges(directory: Path, task: int) -> PageRuns:
     )
     runs = pagemap.runs(having=PE_LAZY, lacking=PE_PRESENT)
     return _task_mappings(directory, task).split(runs)
+
+
+def leave_to_store(directory: Path) -> None:
+    """Take the pages of tasks that CRIU has written out of its images, on the source, when all of
+    them have been delivered: from then on they are what a lazy dump leaves."""
+    for task, pagemap in task_pagemaps(directory).items():
+        entries = pagemap.entries.copy()
+        entries[:, 2] = PE_PARENT
+        left = Pagemap(pagemap.pages_id, entries)
+        _replace(directory / f"pagemap-{task}.img", encode_pagemap(left))
+        (directory / pages_file_name(pagemap.pages_id)).unlink(missing_ok=True)
 
 
 def attach_page_store(directory: Path, store: PageStore) -> dict[int, PageRuns]:

@@ -368,7 +368,8 @@ class Coordinator:
             self._throttle,
         )
         self._copying.clocks = self._clocks
-        self._builder.tracker = await self._copying.start(opened)
+        choice = await self._copying.start(opened, self._runtime)
+        self._builder.tracker, self._builder.tracker_reason = choice.name, choice.reason
         self._observer.tell(
             progress.Started(
                 self.migration_id,
@@ -421,7 +422,9 @@ class Coordinator:
             container, self._runtime, self._facts.network.ports, self._session, self._host
         )
         assert self._journal is not None
-        plan = await self._freezing.prepare(self.migration_id, self._paths)
+        plan = await self._freezing.prepare(
+            self.migration_id, self._paths, parent=self._copying.memory.pages.parent
+        )
         await self._journal.note(
             self.migration_id,
             "source",

@@ -17,9 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from criu_glue.mappings import cgroup_pids
-from criu_glue.trackers import stop_and_copy, write_protect
-from migrate import config, progress
+from migrate import config, progress, tracking
 from migrate.core import convergence, throttling
 from migrate.errors import MigrateError
 from migrate.precopy import MemorySource
@@ -30,13 +28,13 @@ from transport.sender import PageSender, default_streams
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from criu_glue.trackers.base import DirtyTracker
     from migrate.core.clock_relation import ClockRelation
     from migrate.core.messages import SessionOpened
     from migrate.facts import ContainerFacts
     from migrate.options import Options
     from migrate.progress import Observer
     from migrate.report import ReportBuilder
+    from migrate.runtimes.base import Runtime
     from migrate.target_link import TargetLink
     from migrate.throttle import Throttle
     from transport.sender import RoundStats
@@ -62,6 +60,7 @@ class Copying:
         self.facts = facts
         self._options = options
         self._link = link
+        self._session = session
         self._host = host
         self._observer = observer
         self._report = report
@@ -90,19 +89,20 @@ class Copying:
     @property
     def has_rounds(self) -> bool:
         """Whether the tracker tells pages apart; without, all memory is copied in the freeze."""
-        return self.memory.tracker.name != stop_and_copy.StopAndCopyTracker.name
+        return self.memory.pages.name != tracking.NONE
 
-    async def start(self, opened: SessionOpened) -> str:
-        """Choose the tracker and open the streams; returns the tracker's name."""
-        tracker, warning = await asyncio.to_thread(
-            tracker_for, self._options, self.facts, self._host
+    async def start(self, opened: SessionOpened, runtime: Runtime) -> tracking.Choice:
+        """Choose the tracker and open the streams."""
+        choice = await asyncio.to_thread(tracking.choose, self._options, self.facts, self._host)
+        if choice.warning:
+            self.warn(choice.warning)
+        pages = await asyncio.to_thread(
+            tracking.page_source, choice, self.facts, runtime, self._session
         )
-        if warning:
-            self.warn(warning)
         make_sender = partial(self._make_sender, opened)
-        self._memory = MemorySource(tracker, make_sender, self._throttle.paused)
+        self._memory = MemorySource(pages, make_sender, self._throttle.paused)
         await asyncio.to_thread(self._memory.sender.connect)
-        return tracker.name
+        return choice
 
     async def copy_rootfs(self) -> None:
         """A pass over the root file system while the container runs."""
@@ -223,25 +223,3 @@ class Copying:
         """Tell and report something that the user should know."""
         self._report.warn(message)
         self._observer.tell(progress.Warned(message))
-
-
-def tracker_for(options: Options, facts: ContainerFacts, host: str) -> tuple[DirtyTracker, str]:
-    """The tracker that the user named, or the best that this kernel offers; and what to say of it.
-
-    Blocking: the kernel is tried, not asked for its version. Raises MigrateError.
-    """
-    pids = partial(cgroup_pids, facts.container.cgroup)
-    why_not = None if options.tracker == "none" else write_protect.supported()
-    if options.tracker != "none" and why_not is None:
-        return write_protect.WriteProtectTracker(pids), ""
-    if options.tracker == "write-protect":
-        raise MigrateError(
-            f"the tracker write-protect does not work here: {why_not}",
-            host=host,
-            remedy="a kernel of 6.7 or newer, or --tracker none",
-        )
-    reason = f"no dirty tracker works here ({why_not})" if why_not else "no tracker is wanted"
-    return (
-        stop_and_copy.StopAndCopyTracker(pids),
-        f"{reason}: the container stands still while all of its memory is copied",
-    )

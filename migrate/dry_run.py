@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from migrate import preflight
-from migrate.copying import tracker_for
+from migrate import preflight, tracking
 from migrate.core import convergence
 from migrate.progress import mib
 from migrate.target_link import TargetLink
@@ -75,7 +74,7 @@ async def dry_run(
         target=options.target,
     )
     facts = checked.facts
-    tracker, warning = await asyncio.to_thread(tracker_for, options, facts, host)
+    tracker = await asyncio.to_thread(tracking.choose, options, facts, host)
     link = TargetLink(options.target, options.port, paths, options.way)
     try:
         opened = await link.open_session(
@@ -95,7 +94,7 @@ async def dry_run(
         shared_bytes=facts.shared_bytes,
         lazy=checked.restore == "lazy",
     )
-    remaining_bytes = 0 if tracker.name != "none" else facts.memory_bytes
+    remaining_bytes = 0 if tracker.name != tracking.NONE else facts.memory_bytes
     predicted = convergence.predict(convergence.History(), workload, remaining_bytes)
     told = [f"{one.message}; {one.remedy}" for one in checked.cautions]
     told += [f"{one.message}; {one.remedy}" for one in opened.cautions]
@@ -111,5 +110,5 @@ async def dry_run(
         rootfs_bytes=facts.rootfs_bytes,
         target_free_memory_bytes=opened.free_memory_bytes,
         predicted_downtime_ms=predicted.downtime_ms,
-        warnings=tuple([*told, warning] if warning else told),
+        warnings=tuple([*told, tracker.warning] if tracker.warning else told),
     )

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from migrate.network_identity import Port
     from migrate.runtimes.base import Container, Runtime
 
+# No page server is opened: CRIU is given a socket that is at its end (`criu_glue/hooks.py`).
+_LAZY = ("lazy-pages", f"ps-socket {PAGE_SERVER_FD}")
+
 
 class Freezing:
     """See the module. For one event loop; `undo` may be called at any point before `release`."""
@@ -63,16 +66,20 @@ class Freezing:
         self._from_guard: asyncio.StreamReader | None = None
         self._is_frozen = False
 
-    async def prepare(self, migration_id: str, paths: HostPaths) -> GuardPlan:
-        """Start the runtime up to its CRIU's gate, and the guard; returns what that is to do."""
+    async def prepare(
+        self, migration_id: str, paths: HostPaths, *, parent: Path | None
+    ) -> GuardPlan:
+        """Start the runtime up to its CRIU's gate, and the guard; returns what that is to do.
+
+        The dump writes what was written since the images `parent`; without them it is a lazy one.
+        """
         self.image_dir.mkdir(mode=0o700)
         self._work_dir.mkdir(mode=0o700)
         options = (
             "manage-cgroups ignore",
             "network-lock skip",
             "verbosity 2",
-            "lazy-pages",
-            f"ps-socket {PAGE_SERVER_FD}",
+            *(_LAZY if parent is None else ()),
             f"ghost-limit {config.GHOST_FILE_BYTES_MAX}",
             *([OWN_NETWORK] if has_user_namespace(self.container.spec) else []),
         )
@@ -80,9 +87,7 @@ class Freezing:
         orphaned = holder.command(paths, migration_id, "source", directory)
         plan = HoldPlan("post-dump", options, freeze=self.container.cgroup, orphaned=orphaned)
         self._hold = CriuHold.prepare(directory, plan)
-        command = self._runtime.checkpoint_command(
-            self.container, self.image_dir, self._work_dir, lazy=True
-        )
+        command = self._dump_command(parent)
         self._process = Outliving(command, env=self._hold.environment(os.environ))
         self._plan = GuardPlan(
             migration_id=migration_id,
@@ -186,6 +191,15 @@ class Freezing:
         if self._hold is not None:
             self._hold.close()
             self._hold = None
+
+    def _dump_command(self, parent: Path | None) -> list[str]:
+        return self._runtime.checkpoint_command(
+            self.container,
+            self.image_dir,
+            self._work_dir,
+            lazy=parent is None,
+            parent=os.path.relpath(parent, self.image_dir) if parent else None,
+        )
 
     async def _start_guard(self, plan: GuardPlan) -> None:
         ours, theirs = socket.socketpair()

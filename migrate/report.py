@@ -127,6 +127,7 @@ class Report(msgspec.Struct, frozen=True):
     freeze_reason: str = ""
     warnings: tuple[str, ...] = ()
     throttle: ThrottleReport | None = None
+    tracker_reason: str = ""
     format: Literal[1] = 1
 
 
@@ -150,6 +151,7 @@ class ReportBuilder:
         self._started_ms = clock_ms()
         self.runtime = ""
         self.tracker = ""
+        self.tracker_reason = ""
         self.restore = ""
         self.memory_bytes = 0
         self._rounds: list[RoundReport] = []
@@ -241,6 +243,7 @@ class ReportBuilder:
             freeze_reason=self._decision.reason if self._decision else "",
             warnings=tuple(self._warnings),
             throttle=self._throttle,
+            tracker_reason=self.tracker_reason,
         )
 
 

@@ -4,7 +4,9 @@
                      ├─ final delta is read and sent beside CRIU ─────────┤
                      └─ last pass of rsync, which waited at its gate ─────┘
 
-Pages of executable mappings are sent before CRIU starts, the others beside it: see `precopy.py`.
+Pages of executable mappings are sent before CRIU starts, the others beside it: see
+`criu_glue/page_sources.py`. With the tracker `predump` the final delta is what CRIU dumps, and is
+sent when it is complete.
 """
 
 from __future__ import annotations
@@ -71,25 +73,27 @@ class Standstill:
         if delta.code:
             self._report.add_round(await asyncio.to_thread(memory.send, delta.code))
         await self._freezing.start_dump()
-        self._sending = asyncio.create_task(asyncio.to_thread(memory.send, delta.rest))
+        if delta.rest:
+            self._sending = asyncio.create_task(asyncio.to_thread(memory.send, delta.rest))
+            self._sending.add_done_callback(_heard_later)
         # While CRIU works: it changes nothing of this.
         cgroup = self._copying.facts.container.cgroup
         self._confining = asyncio.create_task(asyncio.to_thread(confinement.read, cgroup))
-        for one in (self._sending, self._confining):
-            # Heard by `send_final`, unless the dump fails before.
-            one.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        self._confining.add_done_callback(_heard_later)
         self._passes = [final_rootfs, *self._recheck_mapped_files(after=final_rootfs)]
         self.marks["dumped"] = await self._freezing.dumped()
 
     async def send_final(self) -> messages.Restore:
         """Send what is left; returns the request for the restore, signed."""
-        assert self._sending is not None
         assert self._confining is not None
         memory, image_dir = self._copying.memory, self._freezing.image_dir
-        self._report.add_round(await self._sending)
-        lazy = await asyncio.to_thread(images.lazy_ranges, image_dir)
-        self._tell_written_by_criu(lazy)
-        missing = memory.undelivered(lazy)
+        if self._sending is not None:
+            self._report.add_round(await self._sending)
+        if (dumped := await asyncio.to_thread(memory.send_dumped, image_dir)) is not None:
+            self._report.add_round(dumped)
+        stored = await asyncio.to_thread(images.store_ranges, image_dir)
+        self._tell_written_by_criu(stored)
+        missing = memory.undelivered(stored)
         if missing:
             # Pages that CRIU knows and the tracker never reported; without this they would be zeros
             # on the target.
@@ -107,14 +111,14 @@ class Standstill:
             manifest=signed.manifest,
             signature=signed.signature,
             certificate=signed.certificate,
-            lazy_pages=sum(int(runs[:, 1].sum()) for runs in lazy.values()),
+            lazy_pages=sum(int(runs[:, 1].sum()) for runs in stored.values()),
             confinement=await self._confining,
         )
 
-    def _tell_written_by_criu(self, lazy: Mapping[int, PageRuns]) -> None:
+    def _tell_written_by_criu(self, stored: Mapping[int, PageRuns]) -> None:
         """CRIU 4.2 leaves no page of a task out when a stack pointer of it lies at the begin of a
         page (`criu/mem.c: is_stack` compares the wrong bits): right, but slow."""
-        written = sorted(task for task, runs in lazy.items() if not len(runs))
+        written = sorted(task for task, runs in stored.items() if not len(runs))
         if written:
             self._copying.warn(
                 f"CRIU wrote all memory of the tasks {written} itself while the container stood"
@@ -155,3 +159,9 @@ class Standstill:
         recheck = self._copying.rootfs.start(gated=True, files=files)
         recheck.release_after(after)
         return [recheck]
+
+
+def _heard_later(ended: asyncio.Task[object]) -> None:
+    """A failure is heard by `send_final`, unless the dump fails before."""
+    if not ended.cancelled():
+        ended.exception()

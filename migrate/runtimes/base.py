@@ -127,13 +127,26 @@ class Runtime(Protocol):
         """`cgroup_for` a bundle on this host; None without one."""
 
     def checkpoint_command(
-        self, container: Container, image_dir: Path, work_dir: Path, *, lazy: bool
+        self,
+        container: Container,
+        image_dir: Path,
+        work_dir: Path,
+        *,
+        lazy: bool,
+        parent: str | None = None,
     ) -> list[str]:
         """The command that dumps `container` and ends it.
 
         With `lazy` no memory is written, if CRIU's configuration file says so as well
-        (`lazy-pages`), with a socket of a page server.
+        (`lazy-pages`), with a socket of a page server. With `parent`, a path relative to
+        `image_dir`, only what was written since those images.
         """
+
+    def pre_dump_command(
+        self, container: Container, image_dir: Path, work_dir: Path, *, parent: str | None
+    ) -> list[str]:
+        """The command that writes the memory of `container`, which runs on, and has the kernel note
+        what is written from then on. `parent` as for `checkpoint_command`; without one, all."""
 
     def restore_command(
         self, name: str, bundle: Path, image_dir: Path, work_dir: Path, *, lazy: bool

@@ -155,12 +155,26 @@ class OciCommand(ABC):
     # ---- moving ----
 
     def checkpoint_command(
-        self, container: Container, image_dir: Path, work_dir: Path, *, lazy: bool
+        self,
+        container: Container,
+        image_dir: Path,
+        work_dir: Path,
+        *,
+        lazy: bool,
+        parent: str | None = None,
     ) -> list[str]:
         """`checkpoint`. How cgroups and the network are handled, and that it is lazy, goes by
         CRIU's own configuration file; options are for what the runtime would say otherwise."""
         command = [*self._logged(work_dir), "checkpoint", "--tcp-established", "--file-locks"]
-        command += self._checkpoint_options(lazy=lazy)
+        command += [*self._checkpoint_options(lazy=lazy), *_parent(parent)]
+        return [*command, *_directories(image_dir, work_dir), validate_name(container.name)]
+
+    def pre_dump_command(
+        self, container: Container, image_dir: Path, work_dir: Path, *, parent: str | None
+    ) -> list[str]:
+        """`checkpoint --pre-dump`."""
+        command = [*self._logged(work_dir), "checkpoint", "--pre-dump"]
+        command += [*self._checkpoint_options(lazy=False), *_parent(parent)]
         return [*command, *_directories(image_dir, work_dir), validate_name(container.name)]
 
     def restore_command(
@@ -292,6 +306,11 @@ def json_object(data: str | bytes, what: str) -> dict[str, Any]:
 def below_mount(path: str) -> Path:
     """The directory of a cgroup by its path below the mount of cgroup v2."""
     return MOUNT / path.lstrip("/")
+
+
+def _parent(path: str | None) -> list[str]:
+    """Relative to the images: runc refuses any other (`checkpoint.go: prepareImagePaths`)."""
+    return [] if path is None else ["--parent-path", path]
 
 
 def _directories(image_dir: Path, work_dir: Path) -> list[str]:

@@ -4,6 +4,7 @@ What runc does with CRIU, each line a `criu swrk FD` of its own (`libcontainer/c
 an argument and differs: 3 or more):
 
     checkpoint:  VERSION, FEATURE_CHECK (only with --lazy-pages), DUMP
+    pre-dump:    VERSION, FEATURE_CHECK, PRE_DUMP
     restore:     VERSION, RESTORE
 
 - runc's `criu` for RESTORE is in the container's cgroup before it reads its request; for the others

@@ -17,10 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from criu_glue.errors import CriuGlueError
+from criu_glue.kernel import PAGE_BYTES
 from criu_glue.mappings import Task
+from criu_glue.page_sources import TaskSource, executable_ranges, split_runs
 from criu_glue.trackers.base import TaskPages
 from migrate.errors import TransferFailed
-from migrate.precopy import PAGE_BYTES, MemorySource, executable_ranges, split_runs
+from migrate.precopy import MemorySource
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -168,7 +170,7 @@ def make(
         senders.append(Sender(read))
         return senders[0]
 
-    return MemorySource(tracker, make_sender, undisturbed), senders[0]
+    return MemorySource(TaskSource(tracker), make_sender, undisturbed), senders[0]
 
 
 def test_rounds_carry_what_is_in_the_task(memory: mmap.mmap) -> None:
@@ -235,7 +237,7 @@ def test_closing_waits_for_a_collection_that_nobody_waits_for(memory: mmap.mmap)
     def collect() -> None:
         try:
             source.round()
-        except (KeyError, CriuGlueError) as error:
+        except (KeyError, CriuGlueError, TransferFailed) as error:
             # It looks at a task that is closed, by its list or by its descriptor; in truth its
             # sender has failed by then.
             failures.append(error)

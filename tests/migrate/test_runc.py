@@ -117,6 +117,18 @@ def test_the_commands_are_these(host: Host) -> None:
     plain = runc.checkpoint_command(container, Path("/i"), Path("/w"), lazy=False)
     assert "--lazy-pages" not in plain
     assert "--page-server" not in plain
+    after = runc.checkpoint_command(
+        container, Path("/run/m/img"), Path("/run/m/work"), lazy=False, parent="../last"
+    )
+    assert after == [
+        *(*head, "checkpoint", "--tcp-established", "--file-locks"),
+        *("--parent-path", "../last", *directories, "web"),
+    ]
+    for parent, words in ((None, []), ("../last", ["--parent-path", "../last"])):
+        pre_dump = runc.pre_dump_command(
+            container, Path("/run/m/img"), Path("/run/m/work"), parent=parent
+        )
+        assert pre_dump == [*head, "checkpoint", "--pre-dump", *words, *directories, "web"]
     restore = runc.restore_command(
         "web", Path("/srv/web"), Path("/run/m/img"), Path("/run/m/work"), lazy=True
     )
@@ -173,6 +185,7 @@ def test_a_bad_name_reaches_no_command_line(host: Host, name: str) -> None:
         lambda: runc.kill(name),
         lambda: runc.delete(name),
         lambda: runc.checkpoint_command(bad, path, path, lazy=True),
+        lambda: runc.pre_dump_command(bad, path, path, parent=None),
         lambda: runc.restore_command(name, path, path, path, lazy=True),
     ):
         with pytest.raises(InvalidNameError):

@@ -1,0 +1,106 @@
+"""Which dirty tracker a migration uses, and why.
+
+    write-protect   userfaultfd and PAGEMAP_SCAN, Linux >= 6.7: no stop, no memory of this host
+    predump         CRIU's own, by soft-dirty bits: the tasks stop in each round, and this host
+                    keeps what the round sends
+    none            all memory is copied while the container stands still
+
+The kernel is tried, not asked for its version. The first that works is taken, unless the user names
+one; decision 0020 says what was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from criu_glue.mappings import cgroup_pids
+from criu_glue.page_sources import TaskSource
+from criu_glue.trackers import predump, write_protect
+from criu_glue.trackers.stop_and_copy import StopAndCopyTracker
+from migrate import config
+from migrate.errors import MigrateError
+from migrate.facts import free_memory_bytes
+from migrate.pre_dumping import PreDump
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from criu_glue.page_sources import PageSource
+    from migrate.facts import ContainerFacts
+    from migrate.options import Options
+    from migrate.runtimes.base import Runtime
+
+NONE: Final = StopAndCopyTracker.name
+_WRITE_PROTECT: Final = write_protect.WriteProtectTracker.name
+_PREDUMP: Final = predump.PredumpSource.name
+
+_REMEDIES: Final = {
+    _WRITE_PROTECT: "a kernel of 6.7 or newer, or --tracker auto",
+    _PREDUMP: "a kernel with CONFIG_MEM_SOFT_DIRTY and enough free memory, or --tracker auto",
+}
+
+_WARNINGS: Final = {
+    _PREDUMP: "each round of predump stops the container for a moment, and a CRIU that is killed in"
+    " that moment may take it along; --tracker none has no rounds",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A tracker's name, why it is this one, and what the user should hear of it, if anything."""
+
+    name: str
+    reason: str
+    warning: str = ""
+
+
+def choose(options: Options, facts: ContainerFacts, host: str) -> Choice:
+    """The tracker that the user named, or the best that works here. Blocking; raises MigrateError
+    when the one that was named does not."""
+    if options.tracker == NONE:
+        return _stop_and_copy("no tracker is wanted")
+    wanted = (_WRITE_PROTECT, _PREDUMP) if options.tracker == "auto" else (options.tracker,)
+    refused: list[str] = []
+    for name in wanted:
+        why_not = _why_not(name, facts)
+        if why_not is None:
+            reason = "; ".join(refused) if refused else "it works here, and costs least"
+            reason = reason if options.tracker == "auto" else "it was asked for"
+            return Choice(name, reason, _WARNINGS.get(name, ""))
+        refused.append(f"{name} does not work: {why_not}")
+    if options.tracker != "auto":
+        raise MigrateError(
+            f"the tracker {options.tracker} does not work here: {why_not}",
+            host=host,
+            remedy=_REMEDIES[options.tracker],
+        )
+    return _stop_and_copy(f"no dirty tracker works here ({'; '.join(refused)})")
+
+
+def page_source(
+    choice: Choice, facts: ContainerFacts, runtime: Runtime, session: Path
+) -> PageSource:
+    """What the chosen tracker reports, to be read; below `session` there is room for a round."""
+    pids = partial(cgroup_pids, facts.container.cgroup)
+    if choice.name == _PREDUMP:
+        run = PreDump(facts.container, runtime, session / "predump-work")
+        return predump.PredumpSource(session / "predump", run)
+    if choice.name == _WRITE_PROTECT:
+        return TaskSource(write_protect.WriteProtectTracker(pids))
+    return TaskSource(StopAndCopyTracker(pids))
+
+
+def _stop_and_copy(reason: str) -> Choice:
+    warning = f"{reason}: the container stands still while all of its memory is copied"
+    return Choice(NONE, reason, warning)
+
+
+def _why_not(name: str, facts: ContainerFacts) -> str | None:
+    if name == _WRITE_PROTECT:
+        return write_protect.supported()
+    needed, free = facts.memory_bytes + config.SESSION_RESERVE_BYTES, free_memory_bytes()
+    if needed > free:
+        return f"a round may take {needed >> 20} MiB of memory, {free >> 20} are free"
+    return predump.supported()

@@ -1,0 +1,68 @@
+"""Which tracker is chosen. What the kernel can is played; the trackers' own tests ask it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from criu_glue.trackers import predump, write_protect
+from migrate import config, tracking
+from migrate.errors import MigrateError
+from migrate.options import Options
+
+MEMORY_BYTES = 1 << 30
+ROOM_BYTES = MEMORY_BYTES + config.SESSION_RESERVE_BYTES
+FACTS = cast("Any", SimpleNamespace(memory_bytes=MEMORY_BYTES))
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What it lacks for each tracker (None: nothing), and the memory that is free."""
+    lacks: dict[str, Any] = {"write-protect": None, "predump": None, "free": ROOM_BYTES}
+    monkeypatch.setattr(write_protect, "supported", lambda: lacks["write-protect"])
+    monkeypatch.setattr(predump, "supported", lambda: lacks["predump"])
+    monkeypatch.setattr(tracking, "free_memory_bytes", lambda: lacks["free"])
+    return lacks
+
+
+def choose(tracker: Any) -> tracking.Choice:
+    return tracking.choose(Options("web", "B", tracker=tracker), FACTS, "A")
+
+
+def test_write_protection_comes_first(kernel: dict[str, Any]) -> None:
+    assert (choose("auto").name, choose("auto").warning) == ("write-protect", "")
+    kernel["write-protect"] = "too old"
+    choice = choose("auto")
+    assert choice.name == "predump"
+    assert "killed in that moment" in choice.warning
+    assert choice.reason == "write-protect does not work: too old"
+
+
+@pytest.mark.parametrize("name", ["write-protect", "predump"])
+def test_what_is_asked_for_is_taken_or_refused(kernel: dict[str, Any], name: str) -> None:
+    assert (choose(name).name, choose(name).reason) == (name, "it was asked for")
+    kernel[name] = "it can't"
+    with pytest.raises(MigrateError, match="it can't") as refused:
+        choose(name)
+    assert (refused.value.host, "--tracker auto" in refused.value.remedy) == ("A", True)
+
+
+def test_a_first_round_needs_room(kernel: dict[str, Any]) -> None:
+    kernel["free"] = ROOM_BYTES - 1
+    with pytest.raises(MigrateError, match="1280 MiB of memory"):
+        choose("predump")
+    kernel["write-protect"] = "too old"
+    choice = choose("auto")
+    assert choice.name == "none"
+    assert "too old" in choice.warning
+    assert "1280 MiB" in choice.warning
+    assert "stands still" in choice.warning
+
+
+def test_none_asks_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tracker in (write_protect, predump):
+        monkeypatch.setattr(tracker, "supported", lambda: pytest.fail("asked"))
+    assert choose("none").name == "none"
+    assert "no tracker is wanted" in choose("none").warning
