@@ -5,8 +5,8 @@
                     keeps what the round sends
     none            all memory is copied while the container stands still
 
-The kernel is tried, not asked for its version. The first that works is taken, unless the user names
-one; decision 0020 says what was measured.
+The kernel is tried, not asked for its version. Without the user's word it is the first or none: a
+CRIU that is killed in a round of predump may take the container along (decision 0022).
 """
 
 from __future__ import annotations
@@ -61,22 +61,24 @@ def choose(options: Options, facts: ContainerFacts, host: str) -> Choice:
     when the one that was named does not."""
     if options.tracker == NONE:
         return _stop_and_copy("no tracker is wanted")
-    wanted = (_WRITE_PROTECT, _PREDUMP) if options.tracker == "auto" else (options.tracker,)
-    refused: list[str] = []
-    for name in wanted:
-        why_not = _why_not(name, facts)
-        if why_not is None:
-            reason = "; ".join(refused) if refused else "it works here, and costs least"
-            reason = reason if options.tracker == "auto" else "it was asked for"
-            return Choice(name, reason, _WARNINGS.get(name, ""))
-        refused.append(f"{name} does not work: {why_not}")
-    if options.tracker != "auto":
+    if options.tracker == "auto":
+        return _best(facts)
+    why_not = _why_not(options.tracker, facts)
+    if why_not is not None:
         raise MigrateError(
             f"the tracker {options.tracker} does not work here: {why_not}",
             host=host,
             remedy=_REMEDIES[options.tracker],
         )
-    return _stop_and_copy(f"no dirty tracker works here ({'; '.join(refused)})")
+    return Choice(options.tracker, "it was asked for", _WARNINGS.get(options.tracker, ""))
+
+
+def _best(facts: ContainerFacts) -> Choice:
+    why_not = _why_not(_WRITE_PROTECT, facts)
+    if why_not is None:
+        return Choice(_WRITE_PROTECT, "it works here, and costs least")
+    other = f"; --tracker {_PREDUMP} does" if _why_not(_PREDUMP, facts) is None else ""
+    return _stop_and_copy(f"{_WRITE_PROTECT} does not work here ({why_not}{other})")
 
 
 def page_source(

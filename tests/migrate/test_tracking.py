@@ -31,13 +31,21 @@ def choose(tracker: Any) -> tracking.Choice:
     return tracking.choose(Options("web", "B", tracker=tracker), FACTS, "A")
 
 
-def test_write_protection_comes_first(kernel: dict[str, Any]) -> None:
+def test_write_protection_is_taken_where_it_works(kernel: dict[str, Any]) -> None:
     assert (choose("auto").name, choose("auto").warning) == ("write-protect", "")
+    kernel["predump"] = "too new"
+    assert choose("auto").name == "write-protect"
+
+
+def test_what_may_harm_is_named_and_not_taken(kernel: dict[str, Any]) -> None:
     kernel["write-protect"] = "too old"
     choice = choose("auto")
-    assert choice.name == "predump"
-    assert "killed in that moment" in choice.warning
-    assert choice.reason == "write-protect does not work: too old"
+    assert choice.name == "none"
+    assert "too old; --tracker predump does" in choice.warning
+    assert "stands still" in choice.warning
+    assert "killed in that moment" in choose("predump").warning
+    kernel["predump"] = "too new"
+    assert "--tracker" not in choose("auto").warning
 
 
 @pytest.mark.parametrize("name", ["write-protect", "predump"])
@@ -54,11 +62,7 @@ def test_a_first_round_needs_room(kernel: dict[str, Any]) -> None:
     with pytest.raises(MigrateError, match="1280 MiB of memory"):
         choose("predump")
     kernel["write-protect"] = "too old"
-    choice = choose("auto")
-    assert choice.name == "none"
-    assert "too old" in choice.warning
-    assert "1280 MiB" in choice.warning
-    assert "stands still" in choice.warning
+    assert "--tracker" not in choose("auto").warning
 
 
 def test_none_asks_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
