@@ -184,7 +184,7 @@ async def dump(name: str, order: str, number: int) -> dict[str, object]:
     error = undo = ""
     times: dict[str, int] = {}
     try:
-        await freezing.prepare(f"killed-{number}", HostPaths())
+        await freezing.prepare(f"killed-{number}", HostPaths(), parent=None)
         times |= await freezing.freeze()
         await freezing.start_dump()
         times["gate"] = time.monotonic_ns() // 1000

@@ -19,6 +19,7 @@ from migrate.core import messages as m
 from migrate.errors import MigrateError
 from migrate.network_identity import validate
 from migrate.policy import Policy, Receive
+from migrate.runtimes.runc import Runc
 from tests.migrate.core.test_messages import FROM_SOURCE, FROM_TARGET, OPEN, VERSIONS
 
 MAX_BYTES = 16 << 10
@@ -50,7 +51,7 @@ def _session(request: m.OpenSession) -> None:
         validate(request.network)
     with suppress(MigrateError):
         rules = Policy(receive=Receive(bind_mounts=("/srv",)))
-        refusals = preflight._of_configuration(request, rules)
+        refusals = preflight._of_configuration(request, Runc(), rules)
         # What is taken is what the runtime gets: it must be one that was understood.
         if not refusals:
             json.loads(container_config(request.config_json, Path("/run/netns/x")))
