@@ -37,6 +37,7 @@ from typing import Final
 
 from criu_glue.lazy_pages_socket import listen
 from criu_glue.no_core import forbid_cores
+from criu_glue.oom import choose_another
 from criu_glue.pager_journal import Journal
 from criu_glue.pager_keeper import keep
 from criu_glue.pager_pair import Pair, descriptors
@@ -66,8 +67,7 @@ def _leave_everything_else() -> None:
     with contextlib.suppress(PermissionError):
         os.setsid()
     ctypes.CDLL(None).unshare(_CLONE_NEWNET)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("-1000")
+    choose_another()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.chdir("/")

@@ -30,6 +30,7 @@ import psutil
 from criu_glue.errors import CriuGlueError
 from criu_glue.hooks import abort_from_outside, criu_pid, has_criu_died
 from criu_glue.no_core import forbid_cores
+from criu_glue.oom import choose_another
 from migrate import cgroup, custody, tcp_repair
 from migrate.core.table import Verdict
 from migrate.errors import JournalError
@@ -65,9 +66,7 @@ def main() -> int:
         # The coordinator died before it had told us anything: before it froze anything.
         return 0
     plan = msgspec.json.decode(line, type=GuardPlan)
-    # The kernel takes another process when memory runs out, where the system allows that.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("-1000")
+    choose_another()
     if _serve(plan):
         return 0
     while True:

@@ -22,11 +22,11 @@ import os
 import select
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from criu_glue.oom import choose_another
 from migrate.brakes import BrakePlan, brake_of, put_back
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ def main() -> int:
     except OSError:
         with contextlib.suppress(OSError):
             os.nice(_NICE)
-    # The kernel may look for somebody to kill.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("-1000")
+    choose_another()
     keeper = Keeper()
     try:
         # The container has ended, or the coordinator was killed with an answer unread.

@@ -197,6 +197,19 @@ def assert_undone(under: Threatened) -> None:
     under.guest.verify()
 
 
+def assert_survives_a_failed_restore(under: Threatened) -> None:
+    """After all tasks were restored, just before the hold (FI_POST_RESTORE)."""
+    lab = under.lab
+    lab.kill_agent("B")
+    lab.start_agent("B", env={"CRIU_FAULT": "6"})
+    told = explained(migrate(lab.host("A"), under.name, "B", "--json"))
+    assert (told.host, told.phase, told.container) == ("B", "restore", "runs on A")
+    assert_undone(under)
+    lab.kill_agent("B")
+    lab.start_agent("B", env=Brake.env)
+    assert_moves(under)
+
+
 def assert_gave_back(under: Threatened) -> None:
     """It runs on A as before, whatever the target has not given up yet.
 

@@ -8,11 +8,9 @@ import pytest
 
 from bench.containers import ContainerSpec, pid, state
 from bench.lab.lab import Lab
-from tests.lab.brake import Brake
 from tests.lab.inside import inside
 from tests.lab.invariants import (
-    assert_moves,
-    assert_undone,
+    assert_survives_a_failed_restore,
     explained,
     failure_lab,
     threatened,
@@ -80,16 +78,8 @@ def test_every_task_of_a_tree_is_in_its_cgroup(lab: Lab) -> None:
 
 
 def test_the_restore_fails(lab: Lab) -> None:
-    """After all tasks were restored, just before the hold (FI_POST_RESTORE)."""
     with threatened(lab, "cr-fails", runtime="crun") as under:
-        lab.kill_agent("B")
-        lab.start_agent("B", env={"CRIU_FAULT": "6"})
-        told = explained(migrate(lab.host("A"), under.name, "B", "--json"))
-        assert (told.host, told.phase, told.container) == ("B", "restore", "runs on A")
-        assert_undone(under)
-        lab.kill_agent("B")
-        lab.start_agent("B", env=Brake.env)
-        assert_moves(under)
+        assert_survives_a_failed_restore(under)
 
 
 def test_what_is_refused(lab: Lab) -> None:

@@ -23,6 +23,7 @@ from tests.lab.invariants import (
     assert_gave_back,
     assert_moves,
     assert_runs_once,
+    assert_survives_a_failed_restore,
     assert_undone,
     attempt,
     explained,
@@ -196,16 +197,8 @@ def test_the_dump_fails(lab: Lab, fault: str) -> None:
 
 
 def test_the_restore_fails(lab: Lab) -> None:
-    """After all tasks were restored, just before the hold (FI_POST_RESTORE)."""
     with threatened(lab, "f-restore") as under:
-        lab.kill_agent("B")
-        lab.start_agent("B", env={"CRIU_FAULT": "6"})
-        told = explained(migrate(lab.host("A"), under.name, "B", "--json"))
-        assert (told.host, told.phase, told.container) == ("B", "restore", "runs on A")
-        assert_undone(under)
-        lab.kill_agent("B")
-        lab.start_agent("B", env=Brake.env)
-        assert_moves(under)
+        assert_survives_a_failed_restore(under)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -41,6 +41,7 @@ from migrate.core.throttling import (
     quota_cpus,
     react,
 )
+from tests.migrate.core.test_convergence import Round
 
 MIB = 1 << 20
 ROUNDS_MAX = 100
@@ -55,17 +56,6 @@ STALLED = Decision(
     rate_bytes_s=50 * MIB,
     dirty_rate_bytes_s=50 * MIB,
 )
-
-
-@dataclass(frozen=True)
-class Round:
-    """What a sender would report."""
-
-    pages: int
-    duration_ms: float
-    zero_pages: int = 0
-    unchanged_pages: int = 0
-    vanished_pages: int = 0
 
 
 # --- one step ---
