@@ -30,6 +30,7 @@ from transport.core.transcript import Carried
 from transport.door import Door, Guest
 from transport.errors import (
     FrameError,
+    PeerNotTrustedError,
     StreamBrokenError,
     StreamBusyError,
     StreamRefusedError,
@@ -246,7 +247,13 @@ class DataListener:
         if connection.revoked or connection.guest.was_turned_away:
             # Said before there was something to cut.
             connection.cut()
-        tls.shake_hands(stream, deadline_s=self._handshake_deadline_s)
+        try:
+            tls.shake_hands(stream, deadline_s=self._handshake_deadline_s)
+        except PeerNotTrustedError:
+            # A client of TLS 1.3 has ended the handshake before it is judged here: tell it why.
+            with contextlib.suppress(StreamBrokenError):
+                send_answer(stream, Status.DISTRUSTED, 0)
+            raise
         connection.peer = peer = peer_of(stream)
         hello = self._greeting(stream)
         try:

@@ -32,6 +32,7 @@ from transport.core.frames import (
 from transport.core.transcript import NOTHING, extended
 from transport.errors import (
     AbortedError,
+    PeerNotTrustedError,
     StreamBrokenError,
     StreamBusyError,
     StreamRefusedError,
@@ -321,6 +322,8 @@ def _pauses_s() -> Iterator[float]:
 def _refusal(status: Status, index: int) -> TransportError:
     if status == Status.BUSY:
         return StreamBusyError(f"the target has no room for stream {index} now")
+    if status == Status.DISTRUSTED:
+        return PeerNotTrustedError("the target does not accept this host's certificate")
     if status == Status.SINK_FULL:
         return TargetFullError("the target has no room left for what the container has in memory")
     if status in (Status.SINK_FAILED, Status.BAD_FRAME):

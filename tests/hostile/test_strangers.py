@@ -19,8 +19,10 @@ from tests.identities import Fleet
 from tests.migrate.test_front import SOURCE, TARGET
 from tests.transport.transfer_parts import DEADLINE_S, RawClient, wait_until
 from transport import certificates
-from transport.core.frames import Status
+from transport.core.frames import Answer, Status, encode_answer
 from transport.identity import HostIdentity, IdentityPaths, private_pem, read_identity
+
+DISTRUSTED = encode_answer(Answer(Status.DISTRUSTED, 0))
 
 
 def caller(ca: Path, leaf: Path | None) -> ssl.SSLContext:
@@ -117,7 +119,9 @@ async def test_whoever_is_not_of_the_fleet(
         context = make(scene, tmp_path)
         for port in scene.ports:
             count = len(scene.lines())
-            assert knock(port, context) == b""
+            # Whose handshake is fine learns by an answer that it is over, at the data port.
+            told = make is revoked and port == scene.ports[1]
+            assert knock(port, context) == (DISTRUSTED if told else b"")
             wait_until(lambda count=count: len(scene.lines()) > count, "it is logged")
             (line,) = scene.lines()[count:]
             assert "refused" in line

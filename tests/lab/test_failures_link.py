@@ -24,6 +24,7 @@ from tests.lab.invariants import (
     wait_round,
 )
 from tests.lab.migrating import migrate
+from tests.lab.waiting import wait_until
 from transport.identity import IdentityPaths
 
 IMPATIENT = ("--link-patience", "2")
@@ -104,6 +105,12 @@ def put_files(host: Host, files: dict[str, str]) -> None:
         host.run(["mv", f"{TLS}/{file}.new", f"{TLS}/{file}"])
 
 
+def wait_known(host: Host) -> None:
+    """Until the agent there has given its front the identities that are revoked now."""
+    lists = (f"{TLS}/crl.pem", "/run/migrate/front/tls/crl.pem")
+    wait_until("the front has it", lambda: len({host.read_text(path) for path in lists}) == 1)
+
+
 def test_a_source_of_another_fleet_is_refused(lab: Lab, tmp_path: Path) -> None:
     source = lab.host("A")
     with threatened(lab, "l-fleet") as under:
@@ -121,7 +128,8 @@ def test_a_revoked_source_is_refused(lab: Lab, tmp_path: Path) -> None:
     with threatened(lab, "l-revoked") as under:
         with dressed(source, fleet) as worn, dressed(target, fleet):
             source.run(["migrate", under.name, "--to", "B", "--dry-run"])
-            target.write_text(f"{TLS}/crl.pem", fleet.revoke(worn).decode(), 0o600)
+            put_files(target, {"crl.pem": fleet.revoke(worn).decode()})
+            wait_known(target)
             told = explained(migrate(source, under.name, "B", "--json"))
         assert (told.host, told.container) == ("B", "runs on A")
         assert "does not accept this host's certificate" in told.error

@@ -18,6 +18,7 @@ import pytest
 from tests.identities import Fleet
 from tests.transport.transfer_parts import (
     DEADLINE_S,
+    SOURCE_NAME,
     TARGET_NAME,
     CuttingProxy,
     Memory,
@@ -32,6 +33,7 @@ from transport.core.frames import PAGE_BYTES
 from transport.errors import (
     AbortedError,
     FrameError,
+    PeerNotTrustedError,
     SourceFailedError,
     StreamBrokenError,
     StreamRefusedError,
@@ -470,6 +472,23 @@ def test_another_host_with_the_right_ticket_is_refused(
         sender.connect()
     wait_until(lambda: len(log.complaints) == 1, "it is logged")
     assert log.complaints[0][1]["peer"] == "thief.test"
+
+
+def test_a_source_whose_identity_is_taken_back_between_rounds_hears_why(
+    tmp_path: Path, log: Recorder
+) -> None:
+    """At once, and not after all the patience that is kept for a broken link."""
+    fleet, memory = Fleet(tmp_path / "fleet"), Memory(600)
+    here, there = (HostIdentity.load(fleet.host(name)) for name in (SOURCE_NAME, TARGET_NAME))
+    with Target(there.server_context(), tmp_path, log) as target:
+        opening = partial(connect, target.port, here.client_context())
+        with PageSender(opening, ticket=target.ticket, read=memory.read, streams=2) as sender:
+            sender.send_round(1, [(TASK, memory.runs)])
+            there.take_revocations(fleet.revoke(here.paths))
+            memory.rewrite(*range(600))
+            with pytest.raises(PeerNotTrustedError, match="does not accept this host's"):
+                sender.send_round(2, [(TASK, memory.runs)])
+    assert any("revoked" in complaint[1]["reason"] for complaint in log.complaints)
 
 
 def test_revoking_ends_a_session_and_no_other(

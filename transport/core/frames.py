@@ -128,6 +128,8 @@ class Status(enum.IntEnum):
     SINK_FAILED = 6
     SINK_FULL = 7
     """There is no room for what was sent."""
+    DISTRUSTED = 8
+    """The caller's identity is not one that the server speaks to; it was revoked, for example."""
 
 
 @dataclass(frozen=True, slots=True)
