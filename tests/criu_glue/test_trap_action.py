@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -32,7 +33,7 @@ def action(values: tuple[int, ...]) -> bytes:
     return b"".join(varint(at << 3) + varint(value) for at, value in enumerate(values, start=1))
 
 
-def image(actions: list[tuple[int, ...]]) -> bytes:
+def image(actions: Sequence[tuple[int, ...]]) -> bytes:
     task = b"\x08\x01" + b"".join(message(15, action(one)) for one in actions)
     entry = BEFORE + message(3, task) + BEHIND
     return MAGIC + struct.pack("<I", len(entry)) + entry

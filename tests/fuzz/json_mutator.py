@@ -10,7 +10,7 @@ from typing import Any
 
 import atheris
 
-HOSTILE = (
+HOSTILE: tuple[Any, ...] = (
     None, True, -1, 0, 1, 1 << 53, (1 << 63) - 1, 1 << 63, 1 << 64, 1e308, -0.0, "", ".", "..",
     "../../etc/passwd", "/etc/passwd", "a/b", "a\0b", "\n", "name\n", "x" * 300, "\ud800", "é", "*",
     "-rf", "$(id)", "a" * 64, "0" * 64, [], {}, [[]], "default", "10.0.0.1/24", "fe80::1%eth0",

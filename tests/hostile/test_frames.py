@@ -97,7 +97,7 @@ def tree(place: Path) -> dict[str, tuple[int, ...]]:
     """All files there, and what changes when they are written to. Some are as long as memory is.
 
     The front's own notes of what came are left out."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in place.rglob("*"):
         if "kept" in path.parts:
             continue

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -71,7 +72,7 @@ def without_one(scene: Scene, base: Path) -> ssl.SSLContext:
 
 
 def leaf_of(
-    identity: certificates.x509.Certificate,
+    identity: x509.Certificate,
     identity_key: Ed25519PrivateKey,
     at: datetime.datetime,
     path: Path,
@@ -115,6 +116,9 @@ def knock(port: int, context: ssl.SSLContext) -> bytes:
 async def test_whoever_is_not_of_the_fleet(
     scene: Scene, tmp_path: Path, make: Callable[[Scene, Path], ssl.SSLContext], why: str
 ) -> None:
+    def logged_after(count: int) -> Callable[[], bool]:
+        return lambda: len(scene.lines()) > count
+
     def attack() -> None:
         context = make(scene, tmp_path)
         for port in scene.ports:
@@ -122,7 +126,7 @@ async def test_whoever_is_not_of_the_fleet(
             # Whose handshake is fine learns by an answer that it is over, at the data port.
             told = make is revoked and port == scene.ports[1]
             assert knock(port, context) == (DISTRUSTED if told else b"")
-            wait_until(lambda count=count: len(scene.lines()) > count, "it is logged")
+            wait_until(logged_after(count), "it is logged")
             (line,) = scene.lines()[count:]
             assert "refused" in line
             assert ADDRESS in line

@@ -6,7 +6,7 @@ What lasts longer than a migration waits for is in test_failures_link.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -140,7 +140,7 @@ def test_a_link_of_one_megabit(lab: Lab) -> None:
     [{"loss": 0.02}, {"reorder": 0.05}, {"delay_ms": 500.0}],
     ids=["loss", "reorder", "delay"],
 )
-def test_a_bad_link(lab: Lab, fault: dict[str, float]) -> None:
+def test_a_bad_link(lab: Lab, fault: dict[str, Any]) -> None:
     (kind,) = fault
     with threatened(lab, f"k-{kind[:5]}", memory_mib=4) as under:
         lab.set_fault("A", **fault)

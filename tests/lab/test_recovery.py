@@ -294,11 +294,11 @@ def test_held_on_both_hosts_until_the_link_is_back(stage: Stage) -> None:
         stage.scene.set_link(up=True)
         told(here, "recover")
         stage.settle(on=there)
-        seen = probe.stop()
+        heard = probe.stop()
         # After so long a silence TCP may wait longer before it sends again than the client does for
         # its last answers.
-        assert (seen.resets, seen.out_of_order, seen.error) == (0, 0, ""), seen
-        assert not seen.violations
+        assert (heard.resets, heard.out_of_order, heard.error) == (0, 0, ""), heard
+        assert not heard.violations
 
 
 def test_force_is_refused_while_the_peer_can_be_asked(stage: Stage) -> None:

@@ -9,7 +9,7 @@ from bench.lab import paths
 
 def test_setup_finds_everything_there_without_a_network_also_twice_at_once() -> None:
     """Without a network device neither apt nor pip could get anything."""
-    command = ["unshare", "--net", paths.PROJECT / "scripts" / "setup"]
+    command = ["unshare", "--net", str(paths.PROJECT / "scripts" / "setup")]
     runs = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)

@@ -12,6 +12,8 @@ import pytest
 from bench import soak_run
 from bench.containers import ContainerSpec
 from bench.lab.host import Host
+from bench.lab.lab import Lab
+from bench.probe_process import run_module
 from bench.soak_result import Move
 from bench.soak_samples import Sample
 from bench.soak_trend import LIMITS
@@ -64,7 +66,7 @@ def test_memory_that_changed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     measure = soak_run.measure
     spec = ContainerSpec("soak", "memory", args=("0",), memory_mib=16)
 
-    def spoil(lab: soak_run.Lab) -> dict[str, Sample]:
+    def spoil(lab: Lab) -> dict[str, Sample]:
         ask(lab.client, spec, "CORRUPT")
         return measure(lab)
 
@@ -76,4 +78,4 @@ def test_memory_that_changed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(client: Host, spec: ContainerSpec, line: str) -> str:
-    return soak_run.run_module(client, "bench.workloads.ask", spec.ip, str(spec.port), line)
+    return run_module(client, "bench.workloads.ask", spec.ip, str(spec.port), line)

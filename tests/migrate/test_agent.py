@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -36,7 +37,7 @@ class Site:
         self.fleet = Fleet(base)
         self.paths = config.HostPaths(base / "run", base / "state", base / "etc")
         self.fleet.host(HERE, at=self.paths.tls.directory)
-        self.log: list[dict[str, object]] = []
+        self.log: list[MutableMapping[str, Any]] = []
         self._client = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S))
 
     async def start(self) -> None:

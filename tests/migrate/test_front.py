@@ -8,10 +8,12 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -105,7 +107,7 @@ class Rig:
         context = self.identity.client_context()
         at = port or self.front.data_port
 
-        def open_stream(_: int) -> tls.ssl.SSLSocket:
+        def open_stream(_: int) -> ssl.SSLSocket:
             return tls.connect("127.0.0.1", at, context, server_name=TARGET)
 
         return PageSender(open_stream, ticket=TICKET, read=read or memory.read, streams=2)
@@ -301,7 +303,7 @@ async def test_nobody_but_the_front_is_heard(served: Served, tmp_path: Path) -> 
         assert answer.status == 403
 
 
-REFUSED = (
+REFUSED: tuple[tuple[Any, ...], ...] = (
     ("POST", "/v1/sessions", b"{", 409),
     ("POST", "/v1/sessions", b"[" * 100_000, 409),
     ("POST", "/v1/sessions", bytes(m.MAX_MESSAGE_BYTES + 1), 413),

@@ -103,6 +103,14 @@ def test_whoever_keeps_a_file_open_is_noticed(lent: LentDirectory, place: Path) 
     os.close(directory)
 
 
+def twice(name: str, other: str) -> Callable[[int], None]:
+    def plant(at: int) -> None:
+        write(name)(at)
+        os.link(name, other, src_dir_fd=at, dst_dir_fd=at)
+
+    return plant
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -110,7 +118,7 @@ def test_whoever_keeps_a_file_open_is_noticed(lent: LentDirectory, place: Path) 
         lambda at: os.mkfifo("a.img", dir_fd=at),
         lambda at: os.mkdir("a.img", dir_fd=at),
         write("c.img"),
-        lambda at: (write("a.img")(at), os.link("a.img", "b.img", src_dir_fd=at, dst_dir_fd=at)),
+        twice("a.img", "b.img"),
     ],
     ids=["symlink", "fifo", "directory", "another name", "two names"],
 )

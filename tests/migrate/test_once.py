@@ -51,7 +51,8 @@ def test_there_is_no_way_back_but_to_hosts_of_no_fleet(paths: config.HostPaths) 
 
 
 def test_what_can_not_be_removed_there_stays_here(paths: config.HostPaths) -> None:
-    directory, told = _leave(paths), []
+    told: list[str] = []
+    directory = _leave(paths)
     once.sweep(paths, Asking(), told.append)
     assert directory.exists()
     (line,) = told
@@ -59,7 +60,8 @@ def test_what_can_not_be_removed_there_stays_here(paths: config.HostPaths) -> No
 
 
 def test_what_is_under_way_is_left_alone(paths: config.HostPaths) -> None:
-    directory, told = _leave(paths), []
+    told: list[str] = []
+    directory = _leave(paths)
     with once._locked(directory):
         once.sweep(paths, Asking(), told.append)
     assert told == []

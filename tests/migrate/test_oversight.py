@@ -214,7 +214,15 @@ async def test_cancel_on_the_target(stage: Stage) -> None:
 
 def coordinator(stage: Stage, *states: str) -> subprocess.Popen[str]:
     path = stage.paths.claim(MIGRATION, "source")
-    command = [sys.executable, "-c", COORDINATOR, path, stage.paths.journal, MIGRATION, *states]
+    command = [
+        sys.executable,
+        "-c",
+        COORDINATOR,
+        str(path),
+        str(stage.paths.journal),
+        MIGRATION,
+        *states,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     wait_until("it has its claim", lambda: claimant(path) is not None, deadline_s=DEADLINE_S)
     assert process.stdout is not None

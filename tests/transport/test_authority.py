@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -171,7 +172,11 @@ def test_an_answer_is_installed_only_whole(fleet: Fleet, tmp_path: Path) -> None
     signer, paths = fleet.authority, IdentityPaths(tmp_path / "host")
     pem = signer.issue(enrolment.request(paths, "alpha"), "alpha", Role.HOST)
     other = Authority.temporary()
-    parts = {"ca": signer.certificate_pem, "crl": signer.crl_pem, "certificate": pem}
+    parts: dict[str, Any] = {
+        "ca": signer.certificate_pem,
+        "crl": signer.crl_pem,
+        "certificate": pem,
+    }
     key = Ed25519PrivateKey.generate()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "alpha")])
     csr = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -92,7 +93,7 @@ def test_a_fault_can_change() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"delay_ms": -1}, {"loss": 1.1}, {"reorder": -0.1}])
-def test_faults_that_can_not_be_are_refused(wrong: dict[str, float]) -> None:
+def test_faults_that_can_not_be_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(LabError):
         Fault(**wrong)
 

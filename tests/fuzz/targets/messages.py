@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -64,7 +65,11 @@ def seeds() -> Iterator[bytes]:
         yield b"\0" + m.encode(message)
     for answer, _ in FROM_TARGET:
         yield b"\1" + m.encode(answer)
-    names = {"hostname": "sheep", "network_namespace": "/run/netns/x", "cgroup": "/dolly/sheep"}
+    names: dict[str, Any] = {
+        "hostname": "sheep",
+        "network_namespace": "/run/netns/x",
+        "cgroup": "/dolly/sheep",
+    }
     spec = oci_spec(["/bin/true"], **names, annotations={"org.opencontainers.image": "x"})
     mounts = spec["mounts"]
     for source in ("/srv/data", "/srv/../etc", "/srv/a\0b", "/srv/\ud800", "/srv/" + "x" * 300):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 from hypothesis import given, settings
@@ -242,7 +242,7 @@ def test_wrong_questions_are_errors() -> None:
 
 # --- whole migrations of simulated containers ---
 
-Writes = Callable[[float, float], float] if TYPE_CHECKING else object
+Writes: TypeAlias = "Callable[[float, float], float]"
 """(start of the interval in ms, its length) -> distinct bytes that are written in it."""
 
 

@@ -178,7 +178,7 @@ def test_search_finds_what_is_unsafe(flaw: str) -> None:
         search_until_found()
 
 
-STUCK = {
+STUCK: dict[str, Callable[[Protocol], object]] = {
     "does not commit to the only copy": _source("lost", "target_held", "lost", "hold"),
     "does not take the container back": _source("in_doubt", "target_aborted", "in_doubt", "hold"),
     "does not ask again": lambda protocol: (

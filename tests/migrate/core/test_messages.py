@@ -100,7 +100,7 @@ CONFINEMENT = Confinements(
     ),
     {1: 0, 7: 0},
 )
-FROM_SOURCE = [
+FROM_SOURCE: list[tuple[m.SourceMessage, bytes]] = [
     (OPEN, OPEN_BYTES),
     (
         m.Prepare(("/dev/null", "pipe:[5]", "pipe:[6]")),
@@ -133,7 +133,7 @@ FROM_SOURCE = [
         b'{"type":"recover","migration_id":"m1","owner":"source"}',
     ),
 ]
-FROM_TARGET = [
+FROM_TARGET: list[tuple[m.TargetMessage, bytes]] = [
     (
         m.SessionOpened("m1", "ab" * 32, 7338, "beta", VERSIONS, 1 << 33),
         b'{"type":"session_opened","session_id":"m1","ticket":"'
@@ -192,8 +192,8 @@ def test_bytes_of_the_target(message: m.TargetMessage, data: bytes) -> None:
 
 
 def test_every_message_has_golden_bytes() -> None:
-    assert {type(message) for message, _ in FROM_SOURCE} == set(m.SourceMessage.__args__)  # type: ignore[attr-defined]
-    assert {type(message) for message, _ in FROM_TARGET} == set(m.TargetMessage.__args__)  # type: ignore[attr-defined]
+    assert {type(message) for message, _ in FROM_SOURCE} == set(m.SourceMessage.__args__)
+    assert {type(message) for message, _ in FROM_TARGET} == set(m.TargetMessage.__args__)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def sealed(content: bytes) -> bytes:
 
 
 def pages_frame(
-    runs: list[tuple[int, int, int]],
+    runs: Sequence[tuple[int, int, int]],
     body: bytes,
     *,
     codec: Codec = Codec.RAW,

@@ -12,10 +12,13 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import paramiko
+from paramiko import common
 
 
 @dataclass
@@ -74,18 +77,18 @@ class _Session(paramiko.ServerInterface):
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
         self._server.attempts.append(f"key {username}")
         if key not in self._wants.keys:
-            return paramiko.AUTH_FAILED
+            return common.AUTH_FAILED
         self._has_key = True
-        return paramiko.AUTH_PARTIALLY_SUCCESSFUL if self._wants.after_key else 0
+        return common.AUTH_PARTIALLY_SUCCESSFUL if self._wants.after_key else 0
 
     def check_auth_password(self, username: str, password: str) -> int:
         self._server.attempts.append(f"password {username}")
         is_right = bool(self._wants.password) and password == self._wants.password
         missing = self._wants.after_key and not self._has_key
-        return paramiko.AUTH_SUCCESSFUL if is_right and not missing else paramiko.AUTH_FAILED
+        return common.AUTH_SUCCESSFUL if is_right and not missing else common.AUTH_FAILED
 
     def check_channel_request(self, kind: str, chanid: int) -> int:
-        return paramiko.OPEN_SUCCEEDED
+        return common.OPEN_SUCCEEDED
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
         threading.Thread(target=_execute, args=(channel, command), daemon=True).start()
@@ -95,11 +98,11 @@ class _Session(paramiko.ServerInterface):
         self, chanid: int, origin: tuple[str, int], destination: tuple[str, int]
     ) -> int:
         if not self._wants.tunnels:
-            return paramiko.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
+            return common.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
         transport = threading.current_thread()
         assert isinstance(transport, paramiko.Transport)
         threading.Thread(target=_tunnel, args=(transport, destination), daemon=True).start()
-        return paramiko.OPEN_SUCCEEDED
+        return common.OPEN_SUCCEEDED
 
 
 def _execute(channel: paramiko.Channel, command: bytes) -> None:
@@ -139,7 +142,7 @@ def _execute(channel: paramiko.Channel, command: bytes) -> None:
             channel.close()
 
 
-def _pump(source, sink) -> None:
+def _pump(source: IO[bytes], sink: Callable[[bytes], object]) -> None:
     try:
         while piece := source.read(65536):
             sink(piece)
@@ -149,6 +152,7 @@ def _pump(source, sink) -> None:
 
 def _tunnel(transport: paramiko.Transport, destination: tuple[str, int]) -> None:
     channel = transport.accept(10)
+    assert channel is not None
     with socket.create_connection(destination) as plain:
         back = threading.Thread(target=_back, args=(plain, channel), daemon=True)
         back.start()
