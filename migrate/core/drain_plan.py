@@ -1,0 +1,439 @@
+"""Which container of a host that is being emptied moves next, and where to. Pure: no clock.
+
+    planner = Planner(hosts, containers, Limits(…))
+    while not planner.is_over:
+        for move in planner.next_moves(now_s):    begin it
+        …                                         wait for the end of one
+        planner.ended(name, Outcome.ARRIVED)      or what became of it; then again
+
+It is asked again after every result, so nothing is decided before it has to be. Each move takes
+its room on the target from its beginning on, so no host is ever promised more than it has. The
+order: priority, then the shortest interruption. With a deadline that this order would miss, those
+that take long begin first if more of them are through then. A target is the one with most room of
+those that suit. A container that fails is tried elsewhere, `TRIES_MAX` times in all, and then stays
+where it runs; a target that is lost gets nothing more.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from migrate.core.drain_facts import (
+    MOVE_S,
+    RATE_BYTES_S,
+    HostState,
+    Move,
+    Resident,
+    move_downtime_ms,
+    move_seconds,
+    why_not,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+TRIES_MAX: Final = 3
+# Targets that a reason for staying names.
+NAMED_MAX: Final = 8
+
+
+class Outcome(StrEnum):
+    """How a move ended. UNDONE: failed or refused, it runs where it ran. TARGET_LOST: the same, by
+    no fault of its own. HELD: nobody knows yet where it will run; it is not touched again."""
+
+    ARRIVED = "arrived"
+    UNDONE = "undone"
+    TARGET_LOST = "target_lost"
+    HELD = "held"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Moves at once, from one host and to one host. deadline_s: by the clock of `now_s`, when all
+    moves have to be over; none begins that would take longer."""
+
+    per_source: int = 1
+    per_target: int = 1
+    deadline_s: float = float("inf")
+
+
+@dataclass(slots=True)
+class _Room:
+    """What a host has left. stamp: of its entry in the heap that counts."""
+
+    facts: HostState
+    free_bytes: int
+    free_cpus: float
+    slots: int
+    spread: set[str]
+    closed: str
+    stamp: int = 0
+
+
+@dataclass(slots=True)
+class _Group:
+    """waiting: members that have not begun; all of them have room on `target`, if there is one."""
+
+    members: list[Resident]
+    waiting: set[str]
+    target: str = ""
+
+
+@dataclass(slots=True)
+class _Source:
+    slots: int
+    queue: list[Resident] = field(default_factory=list)
+
+
+class Planner:
+    """See the module."""
+
+    def __init__(
+        self,
+        hosts: Iterable[HostState],
+        containers: Sequence[Resident],
+        limits: Limits,
+        *,
+        now_s: float = 0.0,
+        refused: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        """`containers`: of the hosts that are to be emptied, their names unique. `refused`: pairs
+        of a container and a target that are known not to suit."""
+        self._limits = limits
+        self._rooms = {one.name: self._room(one) for one in hosts}
+        self._heap: list[tuple[int, str, int]] = []
+        for room in self._rooms.values():
+            self._touch(room)
+        self._containers = {one.name: one for one in containers}
+        self._refused = set(refused)
+        self._tries: dict[str, int] = {}
+        self._last_why: dict[str, str] = {}
+        self._groups: dict[str, _Group] = {}
+        self._sources: dict[str, _Source] = {}
+        self._moved_bytes, self._moved_s = 0, 0.0
+        self.under_way: dict[str, Move] = {}
+        self.stays: dict[str, str] = {}
+        """Containers that will not move any more, and why."""
+        for one in containers:
+            self._take_in(one)
+        self._costs = {one.name: move_downtime_ms(one) for one in self._waiting()}
+        for source in self._sources.values():
+            self._sort(source, now_s)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is under way and nothing will begin."""
+        return not self.under_way and not any(one.queue for one in self._sources.values())
+
+    def next_moves(self, now_s: float) -> list[Move]:
+        """The moves that begin now; with the last one ended and none to begin, the rest stays."""
+        begun = []
+        for source in self._sources.values():
+            index = 0
+            while source.slots and index < len(source.queue):
+                move = self._begin(source.queue[index], now_s)
+                if move is None:
+                    index += 1
+                    continue
+                del source.queue[index]
+                source.slots -= 1
+                begun.append(move)
+        if not begun and not self.under_way:
+            for one in sorted(self._waiting(), key=lambda one: one.wishes.order):
+                if one.name not in self.stays:
+                    self._stay(one, self._why(one, now_s))
+        return begun
+
+    def ended(self, name: str, outcome: Outcome, *, why: str = "", seconds: float = 0.0) -> None:
+        """What became of a move. `why`: in words, if it did not arrive; `seconds`: it took."""
+        move, container = self.under_way.pop(name), self._containers[name]
+        source = self._sources[move.source]
+        source.slots += 1
+        if move.target:
+            self._rooms[move.target].slots += 1
+            self._touch(self._rooms[move.target])
+        if outcome is Outcome.ARRIVED:
+            if move.target:
+                self._moved_bytes += container.memory_bytes
+                self._moved_s += max(seconds - MOVE_S, 0.0)
+            return
+        if outcome is Outcome.HELD:
+            # Its room on the target stays taken: it may run there yet.
+            self._stay(container, why)
+            return
+        if move.target:
+            self._give_back(self._rooms[move.target], container)
+            self._refused.add((name, move.target))
+        self._last_why[name] = why
+        self._tries[name] = self._tries.get(name, 0) + (outcome is Outcome.UNDONE)
+        if self._tries[name] >= TRIES_MAX:
+            self._stay(container, why)
+            return
+        source.queue.append(container)
+        if container.wishes.group:
+            group = self._groups[container.wishes.group]
+            self._unpin(group)
+            group.waiting.add(name)
+
+    def lose(self, host: str, why: str) -> None:
+        """A target takes nothing from now on; moves under way to it end by themselves."""
+        room = self._rooms[host]
+        room.closed = why
+        room.stamp += 1
+        for group in self._groups.values():
+            if group.target == host:
+                self._unpin(group)
+
+    def see(self, facts: HostState) -> None:
+        """A target as it is now. What it has free counts only if nothing is under way to it:
+        otherwise some of that is promised."""
+        room = self._rooms[facts.name]
+        if facts.closed and not room.closed:
+            self.lose(facts.name, facts.closed)
+        elif room.slots == self._limits.per_target and not self._is_pinned(facts.name):
+            room.free_bytes, room.free_cpus = facts.free_bytes, facts.free_cpus
+            room.spread |= facts.spread
+            self._touch(room)
+
+    def stop(self, why: str) -> None:
+        """Nothing begins from now on."""
+        for one in self._waiting():
+            self._stay(one, why)
+
+    # ---- what waits ----
+
+    def _take_in(self, container: Resident) -> None:
+        policy = container.wishes.policy
+        source = self._sources.setdefault(container.host, _Source(self._limits.per_source))
+        if policy == "leave":
+            self.stays[container.name] = "its policy is to leave it"
+        elif container.blocked:
+            self.stays[container.name] = container.blocked
+        else:
+            source.queue.append(container)
+            if container.wishes.group:
+                group = self._groups.setdefault(container.wishes.group, _Group([], set()))
+                group.members.append(container)
+                group.waiting.add(container.name)
+
+    def _waiting(self) -> list[Resident]:
+        return [one for source in self._sources.values() for one in source.queue]
+
+    def _sort(self, source: _Source, now_s: float) -> None:
+        def cheapest(one: Resident) -> tuple[float, float, str]:
+            return -one.wishes.priority, self._costs[one.name], one.name
+
+        def longest(one: Resident) -> tuple[float, float, str]:
+            return -one.wishes.priority, -self._seconds(one), one.name
+
+        source.queue.sort(key=cheapest)
+        late = self._late(source.queue, now_s)
+        if late:
+            other = sorted(source.queue, key=longest)
+            if self._late(other, now_s) < late:
+                source.queue = other
+
+    def _late(self, queue: Sequence[Resident], now_s: float) -> int:
+        """How many would not be through by the deadline, in that order."""
+        if self._limits.deadline_s == float("inf"):
+            return 0
+        ends, late = [now_s] * self._limits.per_source, 0
+        for one in queue:
+            end_s = ends[0] + self._seconds(one)
+            if end_s > self._limits.deadline_s:
+                late += 1
+            else:
+                heapq.heapreplace(ends, end_s)
+        return late
+
+    def _seconds(self, container: Resident) -> float:
+        measured = self._moved_bytes and self._moved_s
+        return move_seconds(
+            container, self._moved_bytes / self._moved_s if measured else RATE_BYTES_S
+        )
+
+    def _stay(self, container: Resident, why: str) -> None:
+        """It does not move; nor do those of its group that were to follow it."""
+        self.stays[container.name] = why
+        source = self._sources[container.host]
+        source.queue = [one for one in source.queue if one.name != container.name]
+        if not container.wishes.group:
+            return
+        group = self._groups[container.wishes.group]
+        self._unpin(group)
+        group.waiting.discard(container.name)
+        for one in group.members:
+            if one.name in group.waiting and one.wishes.order > container.wishes.order:
+                self._stay(one, f"{container.name}, which its group begins with, stays")
+
+    # ---- beginning ----
+
+    def _begin(self, container: Resident, now_s: float) -> Move | None:
+        seconds = self._seconds(container)
+        if now_s + seconds > self._limits.deadline_s or not self._is_its_turn(container):
+            return None
+        target = ""
+        if container.wishes.policy != "stop":
+            room = self._choose(container)
+            if room is None:
+                return None
+            target = room.facts.name
+            room.slots -= 1
+            self._touch(room)
+        if container.wishes.group:
+            self._groups[container.wishes.group].waiting.discard(container.name)
+        cost = self._costs[container.name]
+        wishes = container.wishes
+        move = Move(container.name, container.host, target, wishes.policy, seconds, cost)
+        self.under_way[container.name] = move
+        return move
+
+    def _is_its_turn(self, container: Resident) -> bool:
+        if not container.wishes.group:
+            return True
+        group = self._groups[container.wishes.group]
+        return not any(
+            one.wishes.order < container.wishes.order
+            and (one.name in group.waiting or one.name in self.under_way)
+            for one in group.members
+        )
+
+    def _choose(self, container: Resident) -> _Room | None:
+        """The target, with the room for it taken; None if there is none now."""
+        group = self._groups.get(container.wishes.group) if container.wishes.group else None
+        if group is not None and group.target:
+            room = self._rooms[group.target]
+            return room if room.slots else None
+        together = [container]
+        if group is not None:
+            together = [
+                one
+                for one in group.members
+                if one.name in group.waiting and one.wishes.policy != "stop"
+            ]
+        found = self._freest(together)
+        if found is not None:
+            for one in together:
+                self._take(found, one)
+            if group is not None:
+                group.target = found.facts.name
+        return found
+
+    def _freest(self, together: Sequence[Resident]) -> _Room | None:
+        """The target with most memory free of those that suit all of these at once."""
+        needed_bytes = sum(one.needed_bytes for one in together)
+        unsuited, found = [], None
+        while self._heap and found is None:
+            entry = heapq.heappop(self._heap)
+            room = self._rooms[entry[1]]
+            if entry[2] != room.stamp:
+                continue
+            unsuited.append(entry)
+            if room.free_bytes < needed_bytes:
+                break
+            if not self._why_not(together, room):
+                found = room
+        for entry in unsuited:
+            heapq.heappush(self._heap, entry)
+        return found
+
+    def _why_not(self, together: Sequence[Resident], room: _Room) -> str:
+        """Why these can't go there now, all of them."""
+        if room.closed:
+            return room.closed
+        if room.free_bytes < sum(one.needed_bytes for one in together):
+            return "has too little memory"
+        if room.free_cpus < sum(one.cpus for one in together):
+            return "has too few processors"
+        spread = set(room.spread)
+        for one in together:
+            if (one.name, room.facts.name) in self._refused:
+                return self._last_why.get(one.name, "refused it")
+            if why := why_not(one, room.facts):
+                return why
+            if one.wishes.spread in spread:
+                return "has one of its anti-affinity"
+            spread |= {one.wishes.spread} - {""}
+        return ""
+
+    def _why(self, container: Resident, now_s: float) -> str:
+        """Why it does not begin, though nothing is under way."""
+        if now_s + self._seconds(container) > self._limits.deadline_s:
+            return f"the deadline: it would take about {self._seconds(container):.0f} s"
+        reasons = [
+            f"{name}: {self._why_not([container], room) or 'has no room for its group'}"
+            for name, room in self._rooms.items()
+            if name != container.host
+        ]
+        more = f"; and {len(reasons) - NAMED_MAX} more" if len(reasons) > NAMED_MAX else ""
+        return f"no host can take it ({'; '.join(reasons[:NAMED_MAX])}{more})"
+
+    # ---- room ----
+
+    def _room(self, facts: HostState) -> _Room:
+        return _Room(
+            facts,
+            facts.free_bytes,
+            facts.free_cpus,
+            self._limits.per_target,
+            set(facts.spread),
+            facts.closed,
+        )
+
+    def _take(self, room: _Room, container: Resident) -> None:
+        room.free_bytes -= container.needed_bytes
+        room.free_cpus -= container.cpus
+        room.spread |= {container.wishes.spread} - {""}
+        self._touch(room)
+
+    def _give_back(self, room: _Room, container: Resident) -> None:
+        room.free_bytes += container.needed_bytes
+        room.free_cpus += container.cpus
+        room.spread.discard(container.wishes.spread)
+        self._touch(room)
+
+    def _unpin(self, group: _Group) -> None:
+        """The room of those that have not begun is given back."""
+        if group.target:
+            for name in group.waiting:
+                if self._containers[name].wishes.policy != "stop":
+                    self._give_back(self._rooms[group.target], self._containers[name])
+            group.target = ""
+
+    def _is_pinned(self, host: str) -> bool:
+        return any(group.target == host and group.waiting for group in self._groups.values())
+
+    def _touch(self, room: _Room) -> None:
+        """Its entry in the heap is as it is now."""
+        room.stamp += 1
+        if room.slots > 0 and not room.closed:
+            heapq.heappush(self._heap, (-room.free_bytes, room.facts.name, room.stamp))
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A move with its place in time, in seconds from the beginning."""
+
+    move: Move
+    begin_s: float
+    end_s: float
+
+
+def forecast(planner: Planner) -> list[Planned]:
+    """All moves if each arrives and takes as long as predicted, in the order of their beginnings;
+    `planner.stays` is what is left then. The planner is used up."""
+    plan: list[Planned] = []
+    ends: list[tuple[float, str]] = []
+    now_s = 0.0
+    while True:
+        for move in planner.next_moves(now_s):
+            plan.append(Planned(move, now_s, now_s + move.seconds))
+            heapq.heappush(ends, (now_s + move.seconds, move.container))
+        if not ends:
+            return plan
+        now_s = ends[0][0]
+        while ends and ends[0][0] <= now_s:
+            planner.ended(heapq.heappop(ends)[1], Outcome.ARRIVED)
