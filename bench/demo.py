@@ -206,7 +206,9 @@ def main() -> int:
     )
     parser.add_argument("--restore", choices=["lazy", "eager"], default="lazy")
     parser.add_argument(
-        "--tracker", choices=["auto", "write-protect", "predump", "none"], default="auto"
+        "--tracker",
+        choices=["auto", "write-protect", "soft-dirty", "predump", "none"],
+        default="auto",
     )
     parser.add_argument("--vm", action="store_true", help="between virtual machines: slow")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")

@@ -93,10 +93,10 @@ class Task:
             return TaskGoneError(f"task {self.pid} has exited")
         return CriuGlueError(f"/proc/{self.pid}: {error.strerror}")
 
-    def open(self, name: str) -> int:
-        """A descriptor of a file below /proc/PID, for reading."""
+    def open(self, name: str, access: int = os.O_RDONLY) -> int:
+        """A descriptor of a file below /proc/PID, for reading if nothing else is said."""
         try:
-            return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
+            return os.open(name, access | os.O_CLOEXEC, dir_fd=self._fd)
         except OSError as error:
             raise self._translated(error) from error
 
@@ -107,6 +107,16 @@ class Task:
                 return file.readall()
         except OSError as error:
             raise self._translated(error) from error
+
+    def write(self, name: str, order: bytes) -> None:
+        """Write a few bytes, at once, to a file below /proc/PID."""
+        fd = self.open(name, os.O_WRONLY)
+        try:
+            os.write(fd, order)
+        except OSError as error:
+            raise self._translated(error) from error
+        finally:
+            os.close(fd)
 
     def open_and_read_at(self, name: str, offset: int, size_bytes: int) -> bytes:
         """Up to `size_bytes` of a file at an offset, nothing where it can't be read; of `mem`, the

@@ -5,7 +5,9 @@ freezer. And how that is put back, by whoever is left to do it.
               everybody, so what was in it, and each value of ours, is written down first
     pulses    elsewhere: cgroup.freeze, 1 and 0 in turn, by a process that must not stop in between
 
-A brake knows neither migrations nor why it is pulled; `throttle_keeper.py` holds it.
+The freezer is also what has the tasks stand still while a dirty tracker looks at them, with or
+without a brake that is pulled. A brake knows neither migrations nor why it is pulled;
+`throttle_keeper.py` holds it.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ class BrakePlan(msgspec.Struct, frozen=True):
 
     cpu_max: what its file held before, "" where pulses are used. words: how hard it was pulled, the
     last one now: contents of cpu.max, or shares of time that are left. All are kept, so that a
-    limit that somebody else has set is not taken for one of ours.
+    limit that somebody else has set is not taken for one of ours; none: it was not pulled yet.
+    stills: whether the dirty tracker has the container stand still for moments, by the freezer.
     """
 
     cgroup: str
     cpu_max: str = ""
     words: tuple[str, ...] = ()
+    stills: bool = False
 
     @property
     def name(self) -> str:
@@ -44,9 +48,11 @@ class BrakePlan(msgspec.Struct, frozen=True):
     @property
     def remedy(self) -> str:
         """What a person can do when it could not be put back."""
-        if self.cpu_max:
-            return f"echo {self.cpu_max} > {self.cgroup}/cpu.max"
-        return f"echo 0 > {self.cgroup}/cgroup.freeze"
+        thaw = f"echo 0 > {self.cgroup}/cgroup.freeze"
+        if not self.cpu_max:
+            return thaw
+        unlimit = f"echo {self.cpu_max} > {self.cgroup}/cpu.max"
+        return f"{unlimit}; {thaw}" if self.stills else unlimit
 
 
 class Brake(Protocol):
@@ -150,11 +156,10 @@ def put_back(plan: BrakePlan) -> None:
     A limit that is none of ours was set by somebody else meanwhile, and stays. Raises OSError.
     """
     try:
-        if not plan.cpu_max:
+        if plan.stills or not plan.cpu_max:
             cgroup.thaw(Path(plan.cgroup))
-            return
         file = Path(plan.cgroup) / "cpu.max"
-        if file.read_text().strip() in plan.words:
+        if plan.cpu_max and file.read_text().strip() in plan.words:
             file.write_text(plan.cpu_max)
     except OSError as error:
         if error.errno not in _GONE:

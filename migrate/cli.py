@@ -145,7 +145,7 @@ def recover(migration_id: str | None, owner: Owner | None, asking: Asking) -> No
 )
 @click.option(
     "--tracker",
-    type=click.Choice(["auto", "write-protect", "predump", "none"]),
+    type=click.Choice(["auto", "write-protect", "soft-dirty", "predump", "none"]),
     default="auto",
     show_default=True,
     help="How written pages are found; none stops the container for the whole copy.",

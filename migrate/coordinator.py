@@ -357,6 +357,7 @@ class Coordinator:
         self._throttle = Throttle(
             self._facts.container.cgroup, self._session, self._note_brake, self._warn
         )
+        self._builder.stills_ms = self._throttle.stills_ms
         self._copying = Copying(
             self._facts,
             self.options,

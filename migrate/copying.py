@@ -96,8 +96,11 @@ class Copying:
         choice = await asyncio.to_thread(tracking.choose, self._options, self.facts, self._host)
         if choice.warning:
             self.warn(choice.warning)
+        if choice.stills:
+            await self._throttle.may_still()
+        stilled = self._throttle.stilled
         pages = await asyncio.to_thread(
-            tracking.page_source, choice, self.facts, runtime, self._session
+            tracking.page_source, choice, self.facts, runtime, self._session, stilled
         )
         make_sender = partial(self._make_sender, opened)
         self._memory = MemorySource(pages, make_sender, self._throttle.paused)

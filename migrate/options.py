@@ -17,7 +17,7 @@ class Options:
     container: str
     target: str
     port: int = config.CONTROL_PORT
-    tracker: Literal["auto", "write-protect", "predump", "none"] = "auto"
+    tracker: Literal["auto", "write-protect", "soft-dirty", "predump", "none"] = "auto"
     restore: Literal["lazy", "eager"] = "lazy"
     max_downtime_ms: float = config.DOWNTIME_MS_MAX_DEFAULT
     rounds_max: int = config.ROUNDS_MAX_DEFAULT

@@ -101,6 +101,7 @@ class Report(msgspec.Struct, frozen=True):
     outcome: "done" (runs on the target), "aborted" (runs on the source, as before) or "in_doubt".
     downtime_ms: from unplugged on the source to running on the target. bytes_sent: written to the
     data streams, rounds and image files. fill_ms, faults: of the pager, after the downtime.
+    stills_ms: how long the container stood still for its tracker in each round before the freeze.
     """
 
     migration_id: str
@@ -128,6 +129,7 @@ class Report(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()
     throttle: ThrottleReport | None = None
     tracker_reason: str = ""
+    stills_ms: tuple[float, ...] = ()
     format: Literal[1] = 1
 
 
@@ -163,6 +165,7 @@ class ReportBuilder:
         self._versions: dict[str, HostVersions] = {}
         self._throttle: ThrottleReport | None = None
         self._warnings: list[str] = []
+        self.stills_ms: list[float] = []
 
     def add_round(self, stats: RoundStats) -> None:
         """A round, or the final delta, is acknowledged."""
@@ -244,6 +247,7 @@ class ReportBuilder:
             warnings=tuple(self._warnings),
             throttle=self._throttle,
             tracker_reason=self.tracker_reason,
+            stills_ms=tuple(round(ms, 3) for ms in self.stills_ms),
         )
 
 
@@ -310,6 +314,9 @@ def _summary(report: Report) -> list[tuple[str, str]]:
     if report.throttle is not None:
         slowed = report.throttle
         rows.append(("throttled", f"to {slowed.cpu_percent:g} % of its CPU, by {slowed.by}"))
+    if report.stills_ms:
+        times, longest_ms = len(report.stills_ms), max(report.stills_ms)
+        rows.append(("stilled", f"{times} times while it was copied, {longest_ms:.0f} ms at most"))
     if report.freeze_reason:
         rows.append(("frozen", report.freeze_reason))
     rows += [("warning", text) for text in report.warnings]

@@ -2,9 +2,11 @@
 
     slow     the plan goes to the journal, then a keeper (`throttle_keeper.py`) pulls the brake
     paused   the container runs freely: who stops its tasks must not meet a pulse
+    stilled  within `paused`: it stands still, for a dirty tracker that needs that (`may_still`)
     lift     as it was before; ahead of the freeze, and in a rollback
 
-Two processes hold a brake, this one and the keeper; either lets go of it when the other is gone.
+Two processes hold a brake, this one and the keeper; either lets go of it when the other is gone. So
+it is with a container that stands still.
 """
 
 from __future__ import annotations
@@ -64,19 +66,20 @@ class Throttle:
         self._keeper: _Keeper | None = None
         self._pulled: BrakePlan | None = None
         self._is_over = False
+        self.stills_ms: list[float] = []
+        """How long the container has stood still, each time; the report has it."""
 
     async def slow(self, share: float) -> str:
         """Leave the container so much of its processor time; the name of what does it. Raises
         MigrateError: then it runs freely."""
         plan = await asyncio.to_thread(self._plan_for, share)
-        # Before the act: whoever comes after a crash must know what to put back.
-        await self._note(plan)
-        self._plan = plan
-        started = await asyncio.to_thread(self._start)
-        if started is not None:
-            self._watches.append(asyncio.create_task(self._watch(started)))
-        await asyncio.to_thread(self._pull, plan)
+        await self._hold(plan)
         return plan.name
+
+    async def may_still(self) -> None:
+        """From now on `stilled` may be entered: who lets go of it is there. Raises MigrateError."""
+        plan = await asyncio.to_thread(self._first_plan)
+        await self._hold(msgspec.structs.replace(plan, stills=True))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -95,6 +98,22 @@ class Throttle:
                 if is_held and keeper is not None and keeper.ask(b"go on") != DONE:
                     self._let_go()
 
+    @contextlib.contextmanager
+    def stilled(self) -> Iterator[None]:
+        """Within it the container stands still, every task of it. As `paused`, within which it has
+        to be. Raises MigrateError, also when the container may have run meanwhile."""
+        started_s = time.monotonic()
+        with self._lock:
+            keeper = self._keeper
+            self._ask_still(keeper, b"still")
+        try:
+            yield
+        finally:
+            with self._lock:
+                # If it was lifted meanwhile, or its keeper was killed, the container has run.
+                self._ask_still(keeper if keeper is self._keeper else None, b"run")
+            self.stills_ms.append((time.monotonic() - started_s) * 1000)
+
     async def lift(self) -> None:
         """Have the container run as before, for good. Idempotent. Raises MigrateError."""
         await asyncio.to_thread(self._lift)
@@ -104,11 +123,33 @@ class Throttle:
         await self.lift()
         await asyncio.gather(*self._watches)
 
+    async def _hold(self, plan: BrakePlan) -> None:
+        # Before the act: whoever comes after a crash must know what to put back.
+        await self._note(plan)
+        self._plan = plan
+        started = await asyncio.to_thread(self._start)
+        if started is not None:
+            self._watches.append(asyncio.create_task(self._watch(started)))
+        await asyncio.to_thread(self._pull, plan)
+
+    def _ask_still(self, keeper: _Keeper | None, word: bytes) -> None:
+        answer = "nobody would let go of it" if keeper is None else keeper.ask(word)
+        if answer != DONE:
+            self._let_go()
+            raise MigrateError(
+                f"the container does not stand still while its tasks are looked at: {answer}",
+                remedy="try again; --tracker none does without",
+            )
+
+    def _first_plan(self) -> BrakePlan:
+        return BrakePlan(str(self._cgroup), _cpu_max(self._cgroup))
+
     def _plan_for(self, share: float) -> BrakePlan:
         """The plan, with what is to be done now as its last word."""
         if self._plan is None:
-            before = _cpu_max(self._cgroup)
-            self._plan = BrakePlan(str(self._cgroup), before)
+            self._plan = self._first_plan()
+        if not self._plan.words:
+            before = self._plan.cpu_max
             used = (_used_s(self._cgroup) - self._used_s) / (time.monotonic() - self._made_s)
             allowed = quota_cpus(before) if before else None
             self._cpus = used if allowed is None else min(used, allowed)
@@ -126,18 +167,18 @@ class Throttle:
     def _pull(self, plan: BrakePlan) -> None:
         with self._lock:
             if self._keeper is None:
-                raise MigrateError("the container can't be slowed: nobody holds its brake")
+                raise MigrateError("the container can't be held back: nobody holds its brake")
             self._pulled = plan
             answer = self._keeper.ask(msgspec.json.encode(plan))
             if answer != DONE:
                 self._let_go()
-                raise MigrateError(f"the container can't be slowed by {plan.name}: {answer}")
+                raise MigrateError(f"the container can't be held back by {plan.name}: {answer}")
 
     async def _watch(self, keeper: _Keeper) -> None:
         """Let go of what a keeper has left that was killed."""
         await keeper.process.wait()
         if await asyncio.to_thread(self._lost, keeper):
-            self._warn("what slowed the container has ended: it runs freely again")
+            self._warn("what holds the container back has ended: it runs freely")
 
     def _lost(self, keeper: _Keeper) -> bool:
         with self._lock:

@@ -1,11 +1,14 @@
-"""Holds the brake of a container, and lets go of it whenever its coordinator has gone.
+"""Holds the brake of a container, or the whole container for moments, and lets go of it whenever
+its coordinator has gone.
 
 A process of its own (`python3 -m migrate.throttle_keeper SESSION`; the argument only says whose it
 is). It says "done" when it has begun; then it reads lines and answers each with that, or with what
 failed:
 
-    {a BrakePlan}   slow the container as the last word of the plan says (`brakes.py`)
+    {a BrakePlan}   slow the container as its last word says, if it has one (`brakes.py`)
     pause           let it run: the dirty tracker is about to look into its tasks
+    still           within a pause: freeze it
+    run             thaw it
     go on           as before the pause
     (end)           put everything back, and end
 
@@ -22,17 +25,21 @@ import os
 import select
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from criu_glue.oom import choose_another
+from migrate import cgroup as freezer
 from migrate.brakes import BrakePlan, brake_of, put_back
 
 if TYPE_CHECKING:
     from migrate.brakes import Brake
 
 DONE: Final = "done"
+STILL_DEADLINE_S: Final = 3.0
+"""Tasks are frozen in a millisecond, but for one that waits for a disk or a file server."""
 LINE_BYTES_MAX: Final = 64 * 1024
 """A plan is a path and some numbers."""
 _NICE: Final = -20
@@ -64,10 +71,10 @@ class Keeper:
 
     def _answer(self, line: bytes) -> str:
         try:
-            if line == b"pause\n":
-                self._held.pause()
-            elif line == b"go on\n":
-                self._held.go_on()
+            if line in (b"still\n", b"run\n"):
+                self._still(is_wanted=line == b"still\n")
+            elif line in (b"pause\n", b"go on\n"):
+                self._pause(is_wanted=line == b"pause\n")
             else:
                 self._pull(msgspec.json.decode(line, type=BrakePlan))
         except OSError as error:
@@ -75,15 +82,28 @@ class Keeper:
         return DONE
 
     def _pull(self, plan: BrakePlan) -> None:
+        self._plan = plan
+        if not plan.words:
+            return
         if self._brake is None:
             self._brake = brake_of(plan)
-        self._plan = plan
         self._brake.pull(plan.words[-1])
 
-    @property
-    def _held(self) -> Brake:
-        assert self._brake is not None
-        return self._brake
+    def _pause(self, *, is_wanted: bool) -> None:
+        if self._brake is None:
+            return
+        if is_wanted:
+            self._brake.pause()
+        else:
+            self._brake.go_on()
+
+    def _still(self, *, is_wanted: bool) -> None:
+        assert self._plan is not None
+        cgroup = Path(self._plan.cgroup)
+        if is_wanted:
+            freezer.freeze(cgroup, STILL_DEADLINE_S)
+        else:
+            freezer.thaw(cgroup)
 
 
 def main() -> int:

@@ -1,12 +1,14 @@
 """Which dirty tracker a migration uses, and why.
 
     write-protect   userfaultfd and PAGEMAP_SCAN, Linux >= 6.7: no stop, no memory of this host
-    predump         CRIU's own, by soft-dirty bits: the tasks stop in each round, and this host
-                    keeps what the round sends
+    soft-dirty      the kernel's bits, CONFIG_MEM_SOFT_DIRTY: the container stands still in each
+                    round while its page tables are read
+    predump         CRIU's own rounds, by the same bits: the tasks stop in each, and this host keeps
+                    what the round sends
     none            all memory is copied while the container stands still
 
-The kernel is tried, not asked for its version. Without the user's word it is the first or none: a
-CRIU that is killed in a round of predump may take the container along (decision 0022).
+The kernel is tried, not asked for its version. Without the user's word it is the first that works,
+predump aside: a CRIU that is killed in a round of it may take the container along (decision 0022).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from criu_glue.mappings import cgroup_pids
 from criu_glue.page_sources import TaskSource
-from criu_glue.trackers import predump, write_protect
+from criu_glue.trackers import predump, soft_dirty, write_protect
 from criu_glue.trackers.stop_and_copy import StopAndCopyTracker
 from migrate import config
 from migrate.errors import MigrateError
@@ -25,6 +27,8 @@ from migrate.facts import free_memory_bytes
 from migrate.pre_dumping import PreDump
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from criu_glue.page_sources import PageSource
@@ -34,10 +38,12 @@ if TYPE_CHECKING:
 
 NONE: Final = StopAndCopyTracker.name
 _WRITE_PROTECT: Final = write_protect.WriteProtectTracker.name
+_SOFT_DIRTY: Final = soft_dirty.SoftDirtyTracker.name
 _PREDUMP: Final = predump.PredumpSource.name
 
 _REMEDIES: Final = {
     _WRITE_PROTECT: "a kernel of 6.7 or newer, or --tracker auto",
+    _SOFT_DIRTY: "a kernel with CONFIG_MEM_SOFT_DIRTY, or --tracker auto",
     _PREDUMP: "a kernel with CONFIG_MEM_SOFT_DIRTY and enough free memory, or --tracker auto",
 }
 
@@ -54,6 +60,11 @@ class Choice:
     name: str
     reason: str
     warning: str = ""
+
+    @property
+    def stills(self) -> bool:
+        """Whether it has the container stand still by somebody else."""
+        return self.name == _SOFT_DIRTY
 
 
 def choose(options: Options, facts: ContainerFacts, host: str) -> Choice:
@@ -77,18 +88,28 @@ def _best(facts: ContainerFacts) -> Choice:
     why_not = _why_not(_WRITE_PROTECT, facts)
     if why_not is None:
         return Choice(_WRITE_PROTECT, "it works here, and costs least")
-    other = f"; --tracker {_PREDUMP} does" if _why_not(_PREDUMP, facts) is None else ""
-    return _stop_and_copy(f"{_WRITE_PROTECT} does not work here ({why_not}{other})")
+    reason = f"{_WRITE_PROTECT} does not work here ({why_not})"
+    why_not = _why_not(_SOFT_DIRTY, facts)
+    if why_not is None:
+        return Choice(_SOFT_DIRTY, reason)
+    return _stop_and_copy(f"{reason}, nor does {_SOFT_DIRTY} ({why_not})")
 
 
 def page_source(
-    choice: Choice, facts: ContainerFacts, runtime: Runtime, session: Path
+    choice: Choice,
+    facts: ContainerFacts,
+    runtime: Runtime,
+    session: Path,
+    stilled: Callable[[], AbstractContextManager[None]],
 ) -> PageSource:
-    """What the chosen tracker reports, to be read; below `session` there is room for a round."""
+    """What the chosen tracker reports, to be read; below `session` there is room for a round, and
+    within `stilled` the container stands still."""
     pids = partial(cgroup_pids, facts.container.cgroup)
     if choice.name == _PREDUMP:
         run = PreDump(facts.container, runtime, session / "predump-work")
         return predump.PredumpSource(session / "predump", run)
+    if choice.name == _SOFT_DIRTY:
+        return TaskSource(soft_dirty.SoftDirtyTracker(pids, stilled))
     if choice.name == _WRITE_PROTECT:
         return TaskSource(write_protect.WriteProtectTracker(pids))
     return TaskSource(StopAndCopyTracker(pids))
@@ -102,7 +123,8 @@ def _stop_and_copy(reason: str) -> Choice:
 def _why_not(name: str, facts: ContainerFacts) -> str | None:
     if name == _WRITE_PROTECT:
         return write_protect.supported()
-    needed, free = facts.memory_bytes + config.SESSION_RESERVE_BYTES, free_memory_bytes()
-    if needed > free:
-        return f"a round may take {needed >> 20} MiB of memory, {free >> 20} are free"
-    return predump.supported()
+    if name == _PREDUMP:
+        needed, free = facts.memory_bytes + config.SESSION_RESERVE_BYTES, free_memory_bytes()
+        if needed > free:
+            return f"a round may take {needed >> 20} MiB of memory, {free >> 20} are free"
+    return soft_dirty.supported()

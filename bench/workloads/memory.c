@@ -48,6 +48,8 @@ enum {
 /* A writer that was stopped (frozen, verifying) does not make up for more than this. */
 static const double CREDIT_MAX_S = 0.25;
 static const double RATE_MIB_S_MAX = 1 << 20;
+/* A page. */
+static const double HOT_MIB_MIN = 1.0 / PAGES_PER_MIB;
 static const uint64_t KIND_SALT = 0x9e3779b97f4a7c15ULL;
 
 static struct {
@@ -350,7 +352,7 @@ int main(int argc, char **argv)
 
 	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
 		if (option == 'h')
-			hot_mib = number_argument("--hot-mib", optarg, 1, MIB_MAX);
+			hot_mib = number_argument("--hot-mib", optarg, HOT_MIB_MIN, MIB_MAX);
 		else if (option == 't')
 			memory.text_percent = (unsigned)number_argument("--text", optarg, 0, 100);
 		else if (option == 'z')
@@ -368,7 +370,7 @@ int main(int argc, char **argv)
 	int port = (int)number_argument("PORT", argv[optind], 1, 65535);
 	memory.pages = (size_t)number_argument("MIB", argv[optind + 1], 1, MIB_MAX) * PAGES_PER_MIB;
 	atomic_store(&rate_mib_s, number_argument("RATE", argv[optind + 2], 0, RATE_MIB_S_MAX));
-	memory.hot_pages = (size_t)hot_mib * PAGES_PER_MIB;
+	memory.hot_pages = hot_mib * PAGES_PER_MIB;
 	if (memory.hot_pages > memory.pages)
 		memory.hot_pages = memory.pages;
 

@@ -19,23 +19,19 @@ no parent for it, and writes all of it.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import shutil
-import struct
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from criu_glue.core.image_names import task_of_pagemap
 from criu_glue.errors import TrackerError
 from criu_glue.image_pages import ImagePages
 from criu_glue.images import image_files, leave_to_store
-from criu_glue.kernel import PAGE_BYTES
 from criu_glue.page_sources import FinalDelta
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     import numpy as np
     import numpy.typing as npt
@@ -44,9 +40,6 @@ if TYPE_CHECKING:
 
 _INVENTORY: Final = "inventory.img"
 _SHARED_MEMORY: Final = "pagemap-shmem-"
-# Documentation/admin-guide/mm/soft-dirty.rst, pagemap.rst.
-_CLEAR_SOFT_DIRTY: Final = b"4"
-_SOFT_DIRTY: Final = 1 << 55
 
 
 class PredumpSource:
@@ -131,31 +124,3 @@ def _reduce(directory: Path) -> None:
 def _is_needed(name: str) -> bool:
     is_pagemap = task_of_pagemap(name) is not None or name.startswith(_SHARED_MEMORY)
     return is_pagemap or name == _INVENTORY
-
-
-def supported() -> str | None:
-    """None if this kernel notes soft-dirty pages, else the reason.
-
-    Proved by a round trip with a page of our own: a kernel without them takes the order to clear
-    them and does nothing.
-    """
-    with mmap.mmap(-1, PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
-        try:
-            page[0] = 1
-            Path("/proc/self/clear_refs").write_bytes(_CLEAR_SOFT_DIRTY)
-            was_clear = not _is_soft_dirty(page)
-            page[0] = 2
-            is_dirty = _is_soft_dirty(page)
-        except OSError as error:
-            return f"soft-dirty bits can't be read: {error}"
-    if not is_dirty:
-        return "this kernel does not note soft-dirty pages (CONFIG_MEM_SOFT_DIRTY)"
-    return None if was_clear else "this kernel does not clear soft-dirty bits"
-
-
-def _is_soft_dirty(page: mmap.mmap) -> bool:
-    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
-        pagemap.seek(address // PAGE_BYTES * 8)
-        (entry,) = struct.unpack("<Q", pagemap.read(8))
-    return bool(entry & _SOFT_DIRTY)

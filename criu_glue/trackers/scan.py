@@ -94,7 +94,7 @@ class PageScanner:
         self._flush()
         regions = np.concatenate(self._blocks) if self._blocks else self._vector[:0].copy()
         self._blocks.clear()
-        return _merged(regions)
+        return merged(regions)
 
     def _flush(self) -> None:
         if self._used:
@@ -102,7 +102,8 @@ class PageScanner:
             self._used = 0
 
 
-def _merged(regions: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def merged(regions: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The runs of ascending regions [start, end, …], adjacent ones joined."""
     if not len(regions):
         return np.empty((0, 2), dtype=np.uint64)
     starts, ends = regions[:, 0], regions[:, 1]

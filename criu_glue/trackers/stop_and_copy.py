@@ -2,7 +2,8 @@
 
 Every collect reports every page present. Only one collect makes sense, the last one, in the
 freeze: whatever is copied while the container runs may have changed by then, unseen. The downtime
-is that of all the memory, so whoever falls back to this has to say so loudly. Needs PAGEMAP_SCAN.
+is that of all the memory, so whoever falls back to this has to say so loudly. It works on every
+kernel.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from criu_glue.errors import LimitExceededError, TaskGoneError
 from criu_glue.mappings import TASKS_MAX, Task, private_anonymous
 from criu_glue.trackers.base import TaskPages
-from criu_glue.trackers.scan import PageScanner
+from criu_glue.trackers.page_entries import present_runs, read_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,6 @@ class StopAndCopyTracker:
 
     def __init__(self, pids: Callable[[], list[int]]) -> None:
         self._pids = pids
-        self._scanner = PageScanner()
 
     def collect(self, *, last: bool = False) -> list[TaskPages]:
         """All pages present, whether or not it is the last time."""
@@ -42,7 +42,7 @@ class StopAndCopyTracker:
             try:
                 result.append(self._collect_task(task))
             except TaskGoneError:
-                self._scanner.take()
+                continue
             finally:
                 task.close()
         return result
@@ -52,12 +52,10 @@ class StopAndCopyTracker:
 
     def _collect_task(self, task: Task) -> TaskPages:
         thread = task.living_thread()
+        ranges = private_anonymous(task.read(f"task/{thread}/maps"))
         pagemap_fd = task.open(f"task/{thread}/pagemap")
         try:
-            for start, end in private_anonymous(task.read(f"task/{thread}/maps")):
-                self._scanner.walk(
-                    pagemap_fd, start, end, written=False, tracked=False, protect=False
-                )
+            runs = present_runs(read_pieces(pagemap_fd, ranges))
         finally:
             os.close(pagemap_fd)
-        return TaskPages(task=task.vpid(), pid=task.pid, runs=self._scanner.take())
+        return TaskPages(task=task.vpid(), pid=task.pid, runs=runs)

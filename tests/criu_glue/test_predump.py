@@ -15,7 +15,7 @@ from criu_glue.core.pagemap import PAGE_BYTES, PE_LAZY, PE_PARENT, PE_PRESENT
 from criu_glue.errors import TrackerError
 from criu_glue.image_pages import ImagePages
 from criu_glue.images import ImagesError, image_files, store_ranges
-from criu_glue.trackers.predump import PredumpSource, supported
+from criu_glue.trackers.predump import PredumpSource
 from tests.criu_glue.checkpoint_images import pagemap_image
 
 DUMPED = PE_LAZY | PE_PRESENT
@@ -169,11 +169,3 @@ def test_the_final_dump_leaves_its_pages_to_the_store(work: Path) -> None:
         [0x20_0000, 600],
     ]
     source.close()
-
-
-def test_a_kernel_is_asked_by_what_it_does() -> None:
-    """Whichever it is: kernels that note soft-dirty pages say so in every mapping that is new
-    (proc_pid_smaps(5): `sd` of VmFlags)."""
-    with Path("/proc/self/smaps").open() as smaps:
-        notes = any(line.startswith("VmFlags:") and " sd" in line for line in smaps)
-    assert (supported() is None) == notes

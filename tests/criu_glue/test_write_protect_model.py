@@ -3,11 +3,14 @@ is kept up to date from nothing but the tracker's reports equals the memory at t
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -19,6 +22,8 @@ from hypothesis.stateful import (
 )
 
 from criu_glue.memory import TaskMemory
+from criu_glue.trackers import soft_dirty
+from criu_glue.trackers.soft_dirty import SoftDirtyTracker
 from criu_glue.trackers.write_protect import WriteProtectTracker
 from tests.criu_glue.puppets import (
     ARENA,
@@ -72,6 +77,7 @@ class Programs(RuleBasedStateMachine):
     """Commands to some puppets, rounds of copying between them, the comparison at the end."""
 
     program: Path
+    tracks_by_bits = False
 
     @initialize()
     def start(self) -> None:
@@ -81,7 +87,21 @@ class Programs(RuleBasedStateMachine):
         self.models: dict[int, Model] = {self.puppets[0].pid: Model()}
         self.copies: dict[int, dict[int, bytes]] = {}
         self.numbers = iter(range(1, 1 << 40, 1 << 16))
-        self.tracker = WriteProtectTracker(lambda: [puppet.pid for puppet in self.puppets])
+        self.tracker = (
+            SoftDirtyTracker(self.pids, self.still)
+            if self.tracks_by_bits
+            else WriteProtectTracker(self.pids)
+        )
+
+    def pids(self) -> list[int]:
+        return [puppet.pid for puppet in self.puppets]
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """They do nothing without a command."""
+        for puppet in self.puppets:
+            puppet.settle()
+        yield
 
     def pick(self, index: int) -> tuple[Puppet, Model]:
         puppet = self.puppets[index % len(self.puppets)]
@@ -220,7 +240,8 @@ class Programs(RuleBasedStateMachine):
         for puppet in self.puppets:
             puppet.settle()
         self.copy(last=True)
-        assert self.tracker.untracked == {}
+        if isinstance(self.tracker, WriteProtectTracker):
+            assert self.tracker.untracked == {}
         for puppet in self.puppets:
             copied = self.copies[puppet.pid]
             present = present_pages(puppet.pid)
@@ -234,8 +255,22 @@ class Programs(RuleBasedStateMachine):
                 assert (words[0], words[511]) == wanted, f"page {page} holds another number"
 
 
-def test_a_copy_kept_by_the_tracker_equals_the_memory(programs: Path) -> None:
-    machine = type("Programs", (Programs,), {"program": programs / "puppet"})
+@pytest.mark.parametrize(
+    "by_bits",
+    [
+        pytest.param(False, id="write-protect"),
+        pytest.param(
+            True,
+            id="soft-dirty",
+            marks=pytest.mark.skipif(
+                soft_dirty.supported() is not None, reason=str(soft_dirty.supported())
+            ),
+        ),
+    ],
+)
+def test_a_copy_kept_by_the_tracker_equals_the_memory(programs: Path, by_bits: bool) -> None:
+    attributes = {"program": programs / "puppet", "tracks_by_bits": by_bits}
+    machine = type("Programs", (Programs,), attributes)
     run_state_machine_as_test(
         machine,
         settings=settings(

@@ -99,6 +99,7 @@ def moved() -> Report:
     builder.add_fill(FillDone(650.0, 42, 1 << 30))
     builder.warn("no swap")
     builder.warn("no swap")
+    builder.stills_ms = [7.25, 12.0004]
     clock.now_ms += 4321.0
     return builder.build("done")
 
@@ -130,6 +131,7 @@ def test_the_report_of_a_move() -> None:
     assert report.clock is not None
     assert (report.clock.offset_ms, report.clock.error_ms) == (-2.5, 0.2)
     assert report.warnings == ("no swap",)
+    assert report.stills_ms == (7.25, 12.0)
     assert report.versions["alpha"].criu == "4.2.1"
 
 
@@ -208,6 +210,7 @@ def test_the_table_of_a_move() -> None:
         "memory     1024.0 MiB, 1.9 MiB sent in 2 rounds (5 pages unchanged, 7 zero)"
     )
     assert lines[6] == "fill       0.7 s, 42 pages asked for"
+    assert lines[7] == "stilled    2 times while it was copied, 12 ms at most"
     assert lines[-1] == "warning    no swap"
 
 

@@ -193,6 +193,65 @@ async def test_a_container_that_has_ended_can_not_be_slowed(tmp_path: Path) -> N
         cgroup.mkdir()
 
 
+# ---- standing still ----
+
+
+async def test_it_stands_still_for_a_moment_whatever_slows_it(scene: Scene) -> None:
+    await scene.throttle.may_still()
+    assert [(plan.stills, plan.words) for plan, _ in scene.noted] == [(True, ())]
+    scene.assert_runs()
+    (keeper,) = scene.keepers
+    for _ in range(2):
+        with scene.throttle.paused():
+            with scene.throttle.stilled():
+                assert "frozen 1" in (scene.cgroup / "cgroup.events").read_text()
+            scene.assert_runs()
+        await scene.throttle.slow(1 - MOST)
+        scene.wait_pulses()
+    assert scene.keepers == [keeper]
+    assert scene.noted[-1][0].stills
+    assert len(scene.throttle.stills_ms) == 2
+    await scene.throttle.close()
+    scene.assert_runs()
+    with pytest.raises(MigrateError, match="nobody would let go"), scene.throttle.stilled():
+        pass
+
+
+async def test_a_keeper_that_is_killed_meanwhile_makes_the_stillness_fail(scene: Scene) -> None:
+    """It was let go before the end: what was seen in it may be wrong."""
+    await scene.throttle.may_still()
+    (keeper,) = scene.keepers
+
+    async def look() -> None:
+        with scene.throttle.stilled():
+            keeper.kill()
+            await asyncio.wait_for(scene.warned.wait(), DEADLINE_S)
+            scene.assert_runs()
+
+    with pytest.raises(MigrateError, match="stand still"):
+        await look()
+    scene.assert_runs()
+    await scene.throttle.close()
+    assert scene.keepers == []
+
+
+async def test_without_a_keeper_it_does_not_stand_still(scene: Scene) -> None:
+    with pytest.raises(MigrateError, match="nobody would let go"), scene.throttle.stilled():
+        pass
+    scene.assert_runs()
+
+
+async def test_a_container_that_has_ended_can_not_stand_still(tmp_path: Path) -> None:
+    with cgroup_of_its_own() as cgroup:
+        scene = Scene(cgroup, tmp_path / "session")
+        await scene.throttle.may_still()
+        cgroup.rmdir()
+        with pytest.raises(MigrateError, match="No such file"), scene.throttle.stilled():
+            pass
+        await scene.throttle.close()
+        cgroup.mkdir()
+
+
 COORDINATOR = """
 import asyncio, sys
 from pathlib import Path
@@ -202,20 +261,26 @@ async def main():
     async def note(plan):
         pass
     throttle = Throttle(Path(sys.argv[1]), Path(sys.argv[2]), note, print)
-    await throttle.slow(0.02)
-    print("slowed", flush=True)
+    if sys.argv[3] == "slow":
+        await throttle.slow(0.02)
+    else:
+        await throttle.may_still()
+        stilled = throttle.stilled()
+        stilled.__enter__()
+    print("held", flush=True)
     await asyncio.Event().wait()
 
 asyncio.run(main())
 """
 
 
-def test_a_coordinator_that_is_killed_leaves_nothing_frozen(scene: Scene) -> None:
-    command = [sys.executable, "-c", COORDINATOR, str(scene.cgroup), str(scene.session)]
+@pytest.mark.parametrize("act", ["slow", "still"])
+def test_a_coordinator_that_is_killed_leaves_nothing_frozen(scene: Scene, act: str) -> None:
+    command = [sys.executable, "-c", COORDINATOR, str(scene.cgroup), str(scene.session), act]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as coordinator:
         assert coordinator.stdout is not None
-        assert coordinator.stdout.readline() == b"slowed\n"
-        scene.wait_pulses()
+        assert coordinator.stdout.readline() == b"held\n"
+        wait_until("it is frozen", lambda: scene.is_frozen)
         coordinator.kill()
     wait_until("its keeper has ended", lambda: users_of(scene.session) == [])
     scene.assert_runs()
@@ -276,7 +341,20 @@ def test_what_cannot_be_put_back_is_an_error(limited: Scene) -> None:
     assert plan.remedy == f"echo {UNLIMITED} > {limited.cgroup}/cpu.max"
 
 
+async def test_a_limit_and_standing_still_are_put_back_together(limited: Scene) -> None:
+    await limited.throttle.may_still()
+    await limited.throttle.slow(0.5)
+    plan = limited.noted[-1][0]
+    assert (plan.stills, limited.limit != UNLIMITED) == (True, True)
+    await limited.throttle.close()
+    (limited.cgroup / "cpu.max").write_text(plan.words[-1])
+    (limited.cgroup / "cgroup.freeze").write_text("1")
+    put_back(plan)
+    assert (limited.limit, limited.is_frozen) == (UNLIMITED, False)
+    assert plan.remedy.endswith("cgroup.freeze")
+
+
 def test_a_plan_survives_the_journal() -> None:
-    plan = BrakePlan("/sys/fs/cgroup/web", UNLIMITED, ("1000 100000",))
+    plan = BrakePlan("/sys/fs/cgroup/web", UNLIMITED, ("1000 100000",), stills=True)
     assert msgspec.convert(msgspec.to_builtins(plan), BrakePlan) == plan
     assert os.fspath(plan.cgroup) in plan.remedy
