@@ -18,7 +18,7 @@ from migrate.errors import MigrateError
 if TYPE_CHECKING:
     from pathlib import Path
 
-Kind: TypeAlias = Literal["coordinator", "agent", "recovery"]
+Kind: TypeAlias = Literal["coordinator", "agent", "recovery", "drain"]
 _TEXT_BYTES_MAX = 64
 
 

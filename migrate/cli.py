@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from migrate.recovery import Owner
     from transport.ssh.asking import Asking
 
-_ELSEWHERE: Final = ("ca", "hosts", "identity", "once", "operator", "policy", "service", "verify")
-"""Commands that a module of `migrate/commands` has, each of its own name."""
+_ELSEWHERE: Final = {
+    **{name: name for name in ("ca", "hosts", "identity", "once", "operator", "policy")},
+    **{name: name for name in ("service", "verify")},
+    **dict.fromkeys(("cordon", "drain-node", "uncordon", "undrain"), "drain"),
+}
+"""Commands that a module of `migrate/commands` has."""
 
 
 class _Commands(click.Group):
@@ -44,7 +48,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _ELSEWHERE:
             return super().get_command(ctx, cmd_name)
-        found: click.Command = getattr(import_module(f"migrate.commands.{cmd_name}"), cmd_name)
+        module = import_module(f"migrate.commands.{_ELSEWHERE[cmd_name]}")
+        found: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return found
 
     def resolve_command(
@@ -72,12 +77,16 @@ def cli() -> None:
 @click.argument("migration_id", required=False)
 @click.option("--json", "as_json", is_flag=True, help="A JSON array of objects.")
 def status(migration_id: str | None, as_json: bool) -> None:
-    """Show the migrations of this host: those under way and the latest that ended."""
-    from migrate import standing
+    """Show the migrations of this host, those under way and the latest that ended; its drain."""
+    from migrate import drain_report, drain_state, standing
 
     found = standing.status(config.HostPaths(), migration_id)
+    drained = drain_state.read(config.HostPaths())
+    has_drain = migration_id is None and drained.phase != "none"
+    if has_drain and not as_json:
+        click.echo("\n".join(drain_report.lines(drained)))
     if as_json:
-        click.echo(msgspec.json.encode(found).decode())
+        click.echo(msgspec.json.encode([*found, drained] if has_drain else found).decode())
     elif found:
         click.echo("\n".join(standing.status_lines(found)))
     else:
@@ -96,12 +105,19 @@ def show_log(migration_id: str) -> None:
 @cli.command()
 @click.argument("migration_id")
 def cancel(migration_id: str) -> None:
-    """End a migration that is not committed; its container stays where it is."""
-    from migrate import oversight
+    """End a migration that is not committed; its container stays where it is. By the id of this
+    host's drain, or "drain": it begins no more moves, and those under way end."""
+    from migrate import drain_state, oversight
+    from migrate.errors import UsageError
     from migrate.logs import log_to_stderr
 
     log_to_stderr(logging.WARNING)
     paths = config.HostPaths()
+    if migration_id == "drain" or migration_id == drain_state.read(paths).drain_id:
+        if not drain_state.stop(paths):
+            raise UsageError("no drain is under way here", remedy="migrate status")
+        click.echo("no more moves begin; those under way end: migrate status")
+        return
     click.echo(asyncio.run(oversight.cancel(paths, known.drivers(), migration_id)))
 
 
@@ -206,6 +222,7 @@ def recover(migration_id: str | None, owner: Owner | None, asking: Asking) -> No
 @click.option(
     "--report", "report_path", type=click.Path(path_type=Path), help="Write the report here."
 )
+@click.option("--id", "migration_id", hidden=True, help="Of a move that a drain has begun.")
 @over_ssh
 def container(
     name: str,
@@ -214,6 +231,7 @@ def container(
     only_check: bool,
     as_json: bool,
     report_path: Path | None,
+    migration_id: str | None,
     asking: Asking,
     **asked: Any,
 ) -> None:
@@ -228,7 +246,7 @@ def container(
         move_once(validate_name(name), target, asked, driver, asking, telling)
     else:
         host, port = _host_and_port(target)
-        move(validate_name(name), host, port, asked, driver, telling)
+        move(validate_name(name), host, port, asked, driver, telling, migration_id)
 
 
 def _host_and_port(target: str) -> tuple[str, int]:

@@ -160,6 +160,26 @@ class HostPaths:
         return self.run / "front"
 
     @property
+    def cordon(self) -> Path:
+        """A file that is there while this host takes nothing: see `cordon.py`."""
+        return self.state / "cordon.json"
+
+    @property
+    def drain(self) -> Path:
+        """What is kept of a drain of this host, and of the moves that it began."""
+        return self.state / "drain"
+
+    @property
+    def drain_hooks(self) -> Path:
+        """Programs that are asked before and after each move of a drain."""
+        return self.config / "drain.d"
+
+    @property
+    def drain_claim(self) -> Path:
+        """What is locked by the process that drains this host."""
+        return self.run / "claims" / "drain"
+
+    @property
     def agent_claim(self) -> Path:
         """What is locked by the agent of this host as long as it runs."""
         return self.run / "claims" / "agent"

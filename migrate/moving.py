@@ -49,12 +49,14 @@ def move(
     asked: Mapping[str, Any],
     runtime: Runtime,
     telling: Telling,
+    migration_id: MigrationId | None = None,
 ) -> None:
-    """Move a container to a host of the fleet. asked: of `Options`, by its names. Raises
-    MigrateError."""
+    """Move a container to a host of the fleet. asked: of `Options`, by its names. migration_id: if
+    whoever asks has chosen one. Raises MigrateError."""
     log_to_stderr(logging.WARNING)
     options = Options(name, host, port, **asked)
-    _move(options, runtime, config.HostPaths(), new_migration_id(), telling)
+    migration_id = migration_id or new_migration_id()
+    _move(options, runtime, config.HostPaths(), migration_id, telling)
 
 
 def move_once(

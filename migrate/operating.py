@@ -1,13 +1,15 @@
-"""An operator's word to an agent about a migration that it received and that is in doubt.
+"""Words to an agent that are about no session.
 
-    POST /v1/operator     Recover -> Standing
+    POST /v1/operator     Recover -> Standing, Drain -> Drained
+    POST /v1/host         Describe -> Description, GiveBack -> GivingBack
 
-Spoken on the agent's own host with the host's identity, or from anywhere with an operator's.
+The first are an operator's: spoken on the agent's own host with the host's identity, or from
+anywhere with an operator's. The second are one host's to another.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import aiohttp
 
@@ -32,9 +34,28 @@ async def tell_agent(
 
     Raises Unreachable, ProtocolError, MigrateError where the agent knows of no such migration.
     """
+    answer = await say_word(message, identity, "operator", host=host, address=address, port=port)
+    if not isinstance(answer, messages.Standing):
+        raise ProtocolError(f"the agent answered {type(answer).__name__}", host=host)
+    return answer
+
+
+async def say_word(
+    message: messages.SourceMessage,
+    identity: TlsIdentity,
+    route: Literal["operator", "host"],
+    *,
+    host: str,
+    address: str,
+    port: int = config.CONTROL_PORT,
+) -> messages.TargetMessage:
+    """What the agent of `host`, which listens at `address`, answers. Raises Unreachable,
+    ProtocolError, MigrateError where it refuses the word."""
     connector = aiohttp.TCPConnector(ssl=identity.client_context())
-    timeout = aiohttp.ClientTimeout(total=2 * config.WORD_DEADLINE_S)
-    url = f"https://{address}:{port}/v1/operator"
+    timeout = aiohttp.ClientTimeout(
+        total=2 * config.WORD_DEADLINE_S, sock_connect=config.WORD_CONNECT_DEADLINE_S
+    )
+    url = f"https://{address}:{port}/v1/{route}"
     try:
         async with (
             aiohttp.ClientSession(connector=connector, timeout=timeout) as http,
@@ -45,10 +66,7 @@ async def tell_agent(
                 raise MigrateError(body.decode(errors="replace")[:200], host=host)
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
         raise unreachable(host, port, error) from error
-    answer = messages.decode_from_target(body)
-    if not isinstance(answer, messages.Standing):
-        raise ProtocolError(f"the agent answered {type(answer).__name__}", host=host)
-    return answer
+    return messages.decode_from_target(body)
 
 
 async def recover_at(

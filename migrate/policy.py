@@ -11,6 +11,7 @@
     seccomp_off = false                 # whether a container may come without a filter
     kernel_files = false                # whether parts of /proc and /sys may be writable
     privileged = false                  # everything from `devices` on, whatever it is
+    labels = ["ssd", "zone=a"]          # what a container's annotation migrate.requires asks for
 
     [receive.quotas]                    # of everything that is being received at a time
     sessions = 16
@@ -55,6 +56,7 @@ Glob: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-zA-Z0-9*?\[\]!_.-]{1,253}\Z
 HostPath: TypeAlias = Annotated[str, Meta(pattern=r"\A/[^\0\n]*\Z", max_length=4095)]
 Capability: TypeAlias = Annotated[str, Meta(pattern=r"\ACAP_[A-Z0-9_]{1,60}\Z")]
 Word: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_.-]{0,63}\Z")]
+Label: TypeAlias = Annotated[str, Meta(pattern=r"\A[a-zA-Z0-9][a-zA-Z0-9_.=-]{0,63}\Z")]
 Mib: TypeAlias = Annotated[int, Meta(ge=0, le=MIB_MAX)]
 Globs: TypeAlias = Annotated[tuple[Glob, ...], Meta(max_length=LIST_MAX)]
 Paths: TypeAlias = Annotated[tuple[HostPath, ...], Meta(max_length=LIST_MAX)]
@@ -92,6 +94,7 @@ class Receive(Section, frozen=True, rename={"hosts": "from"}):
     seccomp_off: bool = False
     kernel_files: bool = False
     privileged: bool = False
+    labels: Annotated[tuple[Label, ...], Meta(max_length=LIST_MAX)] = ()
     quotas: Quotas = Quotas()
 
 

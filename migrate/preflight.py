@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from migrate import blockers, facts, network, policy, policy_checks
+from migrate import blockers, cordon, facts, network, policy, policy_checks
 from migrate.container_checks import is_below, judge_container, judge_spec
 from migrate.errors import PreflightRefused, runs_on
 from migrate.host_checks import (
@@ -208,6 +208,7 @@ def _look_at_target(
     refusals += judge_cpu(cpu_failure(request.cpuinfo))
     disk_bytes = shutil.disk_usage(existing(paths.containers)).free
     refusals += judge_room(request, facts.free_memory_bytes(), disk_bytes)
+    refusals += cordon.refusals(paths, request.migration_id)
     refusals += _taken(request.container, runtime, paths)
     refusals += _of_configuration(request, runtime, rules)
     bridges = {port.bridge for port in request.network.ports if port.bridge is not None}

@@ -7,6 +7,8 @@ caller (`front_link.py`).
     POST /v1/sessions                 OpenSession -> SessionOpened | Refused
     POST /v1/migrations/ID/ROLE       Ask | Commit | Abort -> State      (`peer.py`)
     POST /v1/operator                 Recover -> Standing       (an operator, or this host itself)
+                                      Drain -> Drained          (the same)
+    POST /v1/host                     Describe -> Description, GiveBack -> GivingBack  (hosts)
     PUT  /v1/crl                      the authority's list of revoked identities (anybody's)
     GET  /v1/sessions/ID/control      WebSocket: the messages of core/messages.py; with ?heard=N it
                                       goes on where the former connection broke
@@ -35,6 +37,7 @@ from aiohttp import web
 
 from migrate import config, policy_checks, preflight
 from migrate.agent.custodian import Custodian
+from migrate.agent.drains import Drains
 from migrate.agent.front_keeper import Front
 from migrate.agent.front_link import PEER_HEADER, Caller
 from migrate.agent.sessions import Sessions
@@ -92,6 +95,7 @@ class Agent:
         self._sessions = Sessions(paths, runtimes, self._journal, self._host)
         self._front = Front(paths, address, port, data_port, self._sessions.sink_of)
         self._sessions.data = self._front
+        self._drains = Drains(paths, runtimes, self._journal, self._policy)
         self._words = Words(self._sessions, self._journal, self._custodian, paths)
 
     def application(self) -> web.Application:
@@ -102,6 +106,7 @@ class Agent:
         app.router.add_post("/v1/sessions", self._open)
         app.router.add_post("/v1/migrations/{id}/{role:source|target}", self._word)
         app.router.add_post("/v1/operator", self._operate)
+        app.router.add_post("/v1/host", self._host_word)
         app.router.add_put("/v1/crl", self._revocations)
         app.router.add_get("/v1/sessions/{id}/control", self._control)
         app.router.add_get("/v1/sessions/{id}/rootfs", self._rootfs)
@@ -271,6 +276,8 @@ class Agent:
             raise _forbidden(request, "only an operator or this host itself may say that")
         try:
             word = messages.decode_from_source(await _body(request))
+            if isinstance(word, messages.Drain):
+                return _answer(await self._drains.asked(word))
             if not isinstance(word, messages.Recover):
                 raise ProtocolError("that is no word of an operator")
             standing = await self._words.operate(word)
@@ -279,6 +286,16 @@ class Agent:
         if standing is None:
             raise web.HTTPNotFound(text="this agent has no such migration in its hands")
         return _answer(standing)
+
+    async def _host_word(self, request: web.Request) -> web.Response:
+        """About this host or what it has received, from another one."""
+        caller = _host(request)
+        try:
+            word = messages.decode_from_source(await _body(request))
+            return _answer(await self._drains.told(word, caller))
+        except MigrateError as error:
+            log.warning("word refused", **_who(request), why=str(error))
+            raise web.HTTPConflict(text=error.message) from error
 
     async def _revocations(self, request: web.Request) -> web.Response:
         """The authority's list of revoked identities, whoever brings it: it proves itself."""
@@ -374,7 +391,7 @@ def _few(refusals: list[Refusal]) -> tuple[messages.Refusal, ...]:
 
 
 def _answer(
-    message: messages.SessionOpened | messages.Refused | messages.State | messages.Standing,
+    message: messages.TargetMessage,
 ) -> web.Response:
     status = 409 if isinstance(message, messages.Refused) else 200
     return web.Response(

@@ -58,6 +58,7 @@ class Gateway:
         app.router.add_post(SESSIONS_PATH, self._say)
         app.router.add_post(f"/v1/migrations/{_ID}/{{role:source|target}}", self._say)
         app.router.add_post("/v1/operator", self._say)
+        app.router.add_post("/v1/host", self._say)
         app.router.add_put("/v1/crl", self._revocations)
         app.router.add_get(f"/v1/sessions/{_ID}/control", self._control)
         app.router.add_get(f"/v1/sessions/{_ID}/rootfs", self._rootfs)

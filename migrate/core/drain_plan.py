@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 TRIES_MAX: Final = 3
 # Targets that a reason for staying names.
 NAMED_MAX: Final = 8
+LEFT: Final = "its policy is to leave it"
 
 
 class Outcome(StrEnum):
@@ -209,7 +210,7 @@ class Planner:
         policy = container.wishes.policy
         source = self._sources.setdefault(container.host, _Source(self._limits.per_source))
         if policy == "leave":
-            self.stays[container.name] = "its policy is to leave it"
+            self.stays[container.name] = LEFT
         elif container.blocked:
             self.stays[container.name] = container.blocked
         else:

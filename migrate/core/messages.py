@@ -54,6 +54,9 @@ MAX_BYTES: Final = 1 << 50
 """1 PiB: no memory or file system is larger, and sums of a thousand of them fit 64 bits."""
 MAX_US: Final = 1 << 60
 MAX_PATIENCE_S: Final = 3600
+MAX_RESIDENTS: Final = 2048
+"""Containers of one host."""
+MAX_TARGETS: Final = 1024
 MAX_HEARD: Final = 1 << 32
 """Messages of one session and end; nobody gets near it."""
 
@@ -79,6 +82,8 @@ Task: TypeAlias = Annotated[int, Meta(ge=1, le=1 << 22)]
 ManifestBytes: TypeAlias = Annotated[bytes, Meta(min_length=1, max_length=MAX_MANIFEST_BYTES)]
 Signature: TypeAlias = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Certificate: TypeAlias = Annotated[bytes, Meta(min_length=1, max_length=8192)]
+MoveState: TypeAlias = Literal["moving", "arrived", "undone", "held"]
+"""How far a move is: undone, it runs where it ran; held, nobody knows yet where it will."""
 Marks: TypeAlias = Annotated[dict[Code, Micros], Meta(max_length=MAX_MARKS)]
 """Name of an instant -> microseconds of the sender's monotonic clock."""
 
@@ -240,6 +245,98 @@ class Standing(Message, frozen=True, tag="standing"):
     stopped: Text = ""
 
 
+# --- about whole hosts: drains ---
+
+
+class Describe(Message, frozen=True, tag="describe"):
+    """Asks a host what it could take, before anything is planned."""
+
+
+class Description(Message, frozen=True, tag="description"):
+    """Answers Describe. free_memory_bytes: after what the host keeps for itself. bridges, labels
+    (its policy's), spread: the words of anti-affinity of its containers. closed: why it takes
+    nothing at all, empty for a host that does."""
+
+    host: HostName
+    free_memory_bytes: Bytes
+    free_cpus: Annotated[float, Meta(ge=-65536, le=65536)]
+    versions: Versions
+    runtimes: Annotated[tuple[Code, ...], Meta(max_length=16)] = ()
+    bridges: Annotated[tuple[Label, ...], Meta(max_length=1024)] = ()
+    labels: Annotated[tuple[Label, ...], Meta(max_length=256)] = ()
+    spread: Annotated[tuple[Label, ...], Meta(max_length=MAX_RESIDENTS)] = ()
+    closed: Text = ""
+
+
+class GiveBack(Message, frozen=True, tag="give_back"):
+    """Asks for a container that the asking host has sent, by a migration of this id; asked again it
+    begins nothing and is answered how far that one is."""
+
+    migration_id: MigrationId
+    container: ContainerName
+
+
+class GivingBack(Message, frozen=True, tag="giving_back"):
+    """Answers GiveBack. why: of one that has not arrived."""
+
+    migration_id: MigrationId
+    state: MoveState
+    why: Text = ""
+    downtime_ms: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+
+
+class Drain(Message, frozen=True, tag="drain"):
+    """Asks an agent about emptying its host, which only an operator and the host itself may.
+
+    act: start and home (an undrain) begin, resume goes on as asked before; show only asks, stop
+    begins no more moves. to: hosts. parallel: moves at once, from a host and to a host.
+    """
+
+    act: Literal["start", "resume", "home", "show", "stop", "cordon", "uncordon"]
+    to: Annotated[tuple[HostName, ...], Meta(max_length=MAX_TARGETS)] = ()
+    parallel: Annotated[int, Meta(ge=1, le=64)] = 1
+    deadline_s: Annotated[float, Meta(ge=1, le=1e7)] | None = None
+    shared: Annotated[tuple[Text, ...], Meta(max_length=256)] = ()
+    move_back: bool = False
+    dry_run: bool = False
+
+
+class DrainMove(Part, frozen=True):
+    """One container of a drain. target: where it goes, or went. state: waiting; moving; arrived;
+    stopped, as its policy says; left, as its policy says; stays: it could not move, and runs where
+    it ran; held: nobody knows yet where it will run; home: an undrain brought it back. why: of one
+    that stays, is held, or has arrived and failed its check."""
+
+    container: ContainerName
+    runtime: Code
+    memory_bytes: Bytes
+    state: Literal["waiting", "moving", "arrived", "stopped", "left", "stays", "held", "home"]
+    target: Annotated[str, Meta(max_length=253)] = ""
+    migration_id: Annotated[str, Meta(max_length=64)] = ""
+    why: Text = ""
+    begin_s: float = 0.0
+    seconds: float = 0.0
+    downtime_ms: float | None = None
+    predicted_s: float = 0.0
+    predicted_downtime_ms: float | None = None
+
+
+class Drained(Message, frozen=True, tag="drained"):
+    """Answers Drain, and is what a drain keeps on its disk. exit_code: of one that has ended, as
+    `errors.py` has them. is_driven: whether a process is at it."""
+
+    host: HostName
+    drain_id: Annotated[str, Meta(max_length=64)] = ""
+    asked: Drain = Drain("show")
+    phase: Literal["none", "planning", "moving", "ended"] = "none"
+    began_wall_s: float = 0.0
+    exit_code: Annotated[int, Meta(ge=0, le=3)] = 0
+    why: Text = ""
+    cordoned: bool = False
+    is_driven: bool = False
+    moves: Annotated[tuple[DrainMove, ...], Meta(max_length=MAX_RESIDENTS)] = ()
+
+
 # --- target to source ---
 
 
@@ -321,7 +418,18 @@ class Pong(Message, frozen=True, tag="pong"):
 
 
 SourceMessage: TypeAlias = (
-    OpenSession | Prepare | Restore | Commit | Abort | Ping | Ask | State | Recover
+    OpenSession
+    | Prepare
+    | Restore
+    | Commit
+    | Abort
+    | Ping
+    | Ask
+    | State
+    | Recover
+    | Describe
+    | GiveBack
+    | Drain
 )
 TargetMessage: TypeAlias = (
     SessionOpened
@@ -338,6 +446,9 @@ TargetMessage: TypeAlias = (
     | Ask
     | State
     | Standing
+    | Description
+    | GivingBack
+    | Drained
 )
 
 

@@ -114,6 +114,9 @@ class Runtime(Protocol):
     def inspect(self, name: str) -> Container:
         """The container `name`. Raises ContainerNotFoundError."""
 
+    def names(self) -> list[str]:
+        """The containers that it knows, in whatever state, by name."""
+
     def exists(self, name: str) -> bool:
         """Whether the name is taken, be it by a restore that never ended."""
 

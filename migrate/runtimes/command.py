@@ -138,6 +138,10 @@ class OciCommand(ABC):
             descriptors=self._descriptors_in(kept),
         )
 
+    def names(self) -> list[str]:
+        """The directories that have a state file."""
+        return sorted(one.parent.name for one in self._root.glob(f"*/{self.state_name}"))
+
     def exists(self, name: str) -> bool:
         """Whether the runtime's directory of that name exists: no other container can take it."""
         return (self._root / validate_name(name)).exists()

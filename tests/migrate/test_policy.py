@@ -24,6 +24,7 @@ capabilities = ["CAP_NET_ADMIN"]
 seccomp_off = true
 kernel_files = true
 privileged = true
+labels = ["ssd", "zone=a"]
 
 [receive.quotas]
 sessions = 3

@@ -132,6 +132,16 @@ FROM_SOURCE: list[tuple[m.SourceMessage, bytes]] = [
         m.Recover("m1", "source"),
         b'{"type":"recover","migration_id":"m1","owner":"source"}',
     ),
+    (m.Describe(), b'{"type":"describe"}'),
+    (
+        m.GiveBack("m1", "sheep"),
+        b'{"type":"give_back","migration_id":"m1","container":"sheep"}',
+    ),
+    (
+        m.Drain("start", ("beta",), 3, 60.0),
+        b'{"type":"drain","act":"start","to":["beta"],"parallel":3,"deadline_s":60.0,"shared":[],'
+        b'"move_back":false,"dry_run":false}',
+    ),
 ]
 FROM_TARGET: list[tuple[m.TargetMessage, bytes]] = [
     (
@@ -174,6 +184,30 @@ FROM_TARGET: list[tuple[m.TargetMessage, bytes]] = [
         m.Standing("m1", "in_doubt", "alpha is silent"),
         b'{"type":"standing","migration_id":"m1","state":"in_doubt","peer":"alpha is silent",'
         b'"stopped":""}',
+    ),
+    (
+        m.Description("beta", 1 << 33, 2.0, VERSIONS, ("runc",), ("br0",), ("ssd",), ("db",)),
+        b'{"type":"description","host":"beta","free_memory_bytes":8589934592,"free_cpus":2.0,'
+        b'"versions":{"kernel":"6.12.0","criu":"4.2.1","runtime":"runc 1.1.15",'
+        b'"architecture":"x86_64"},"runtimes":["runc"],"bridges":["br0"],"labels":["ssd"],'
+        b'"spread":["db"],"closed":""}',
+    ),
+    (
+        m.GivingBack("m1", "undone", "it is gone"),
+        b'{"type":"giving_back","migration_id":"m1","state":"undone","why":"it is gone",'
+        b'"downtime_ms":null}',
+    ),
+    (
+        m.Drained(
+            "alpha", "drain-1", phase="moving", moves=(m.DrainMove("c", "runc", 4096, "waiting"),)
+        ),
+        b'{"type":"drained","host":"alpha","drain_id":"drain-1","asked":{"type":"drain",'
+        b'"act":"show","to":[],"parallel":1,"deadline_s":null,"shared":[],"move_back":false,'
+        b'"dry_run":false},"phase":"moving","began_wall_s":0.0,"exit_code":0,"why":"",'
+        b'"cordoned":false,"is_driven":false,"moves":[{"container":"c","runtime":"runc",'
+        b'"memory_bytes":4096,"state":"waiting","target":"","migration_id":"","why":"",'
+        b'"begin_s":0.0,"seconds":0.0,"downtime_ms":null,"predicted_s":0.0,'
+        b'"predicted_downtime_ms":null}]}',
     ),
 ]
 

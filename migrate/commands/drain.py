@@ -1,0 +1,198 @@
+"""`migrate drain-node`, `undrain`, `cordon`, `uncordon`: a host is emptied, and filled again.
+
+Asked on the host itself by root, or from anywhere by an operator (`--as`). The host's agent does
+it; what is here asks, watches, and tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+import msgspec
+
+from migrate import config, drain_unit
+from migrate import cordon as cordons
+from migrate.commands.ca import at_fleet, operator_paths
+from migrate.core import messages
+from migrate.drain_report import lines, progress
+from migrate.errors import EXIT_REFUSED, MigrateError, ProtocolError, Unreachable, UsageError
+from migrate.identity import identity_errors, own_identity
+from migrate.operating import say_word
+from transport.identity import HostIdentity
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transport.identity import TlsIdentity
+
+_POLL_S: Final = 0.5
+# An agent that begins anew meanwhile is waited for: the drain goes on without it.
+_AGENT_PATIENCE_S: Final = 60.0
+_Command = TypeVar("_Command", bound="Callable[..., None]")
+
+
+class Asked:
+    """A host that is asked about its drains."""
+
+    def __init__(self, host: str, identity: TlsIdentity, address: str) -> None:
+        self.host = host
+        self._identity = identity
+        self._address = address
+
+    def say(self, word: messages.Drain) -> messages.Drained:
+        """Raises MigrateError."""
+        answer = asyncio.run(
+            say_word(word, self._identity, "operator", host=self.host, address=self._address)
+        )
+        if not isinstance(answer, messages.Drained):
+            raise ProtocolError(f"the agent answered {type(answer).__name__}", host=self.host)
+        return answer
+
+
+def _of_host(command: _Command) -> _Command:
+    """Give `command` the host that it asks, as `asked`."""
+
+    @click.argument("host", required=False)
+    @click.option("--as", "name", help="An operator's name (migrate ca operator).")
+    @at_fleet
+    @functools.wraps(command)
+    def wrapped(*, host: str | None, name: str | None, fleet: Path, **others: Any) -> None:
+        here = socket.gethostname()
+        if name is not None:
+            with identity_errors():
+                identity = HostIdentity.load(operator_paths(fleet, name))
+            asked = Asked(host or here, identity, host or here)
+        elif host in (None, here):
+            asked = Asked(here, own_identity(config.HostPaths()), "127.0.0.1")
+        else:
+            raise UsageError(
+                f"{host} is another host", remedy="run it there, or say who you are: --as NAME"
+            )
+        command(asked=asked, **others)
+
+    return wrapped  # type: ignore[return-value]
+
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="Its state as JSON lines.")
+_parallel = click.option(
+    "--max-parallel",
+    "parallel",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Moves at once, from a host and to a host.",
+)
+_detach = click.option("--detach", is_flag=True, help="Don't wait for its end.")
+
+
+@click.command("drain-node")
+@click.option("--to", "to", metavar="HOST,HOST", help="Where the containers may go.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, and move nothing.")
+@_parallel
+@click.option("--deadline", "deadline_s", type=click.FloatRange(1), metavar="SECONDS")
+@click.option("--shared", multiple=True, metavar="PATH", help="As for a migration.")
+@click.option("--move-back", is_flag=True, help="Bring back what fails its check.")
+@click.option("--resume", is_flag=True, help="Go on with the last drain, as it was asked for.")
+@click.option("--install-unit", is_flag=True, help="Do this at each shutdown, by systemd.")
+@_detach
+@_as_json
+@_of_host
+def drain_node(
+    asked: Asked, to: str | None, resume: bool, install_unit: bool, **options: Any
+) -> None:
+    """Empty HOST, or this host: cordon it, and move away all that may move.
+
+    Ending this command does not end the drain: migrate cancel drain, on the host.
+    """
+    if not to and not resume:
+        raise click.UsageError("say where the containers may go: --to HOST,HOST")
+    detach, as_json = options.pop("detach"), options.pop("as_json")
+    word = messages.Drain(
+        "resume" if resume else "start",
+        tuple(filter(None, (to or "").split(","))),
+        **options,
+    )
+    if install_unit:
+        click.echo(drain_unit.install(word))
+        return
+    _watch(asked, word, detach=detach, as_json=as_json)
+
+
+@click.command("undrain")
+@_parallel
+@_detach
+@_as_json
+@_of_host
+def undrain(asked: Asked, parallel: int, detach: bool, as_json: bool) -> None:
+    """Uncordon HOST, or this host, and bring home what its drains have moved away."""
+    _watch(asked, messages.Drain("home", parallel=parallel), detach=detach, as_json=as_json)
+
+
+@click.command("cordon")
+@_of_host
+def cordon(asked: Asked) -> None:
+    """HOST, or this host, takes no containers from now on, over a reboot too."""
+    _set_cordon(asked, is_on=True)
+
+
+@click.command("uncordon")
+@_of_host
+def uncordon(asked: Asked) -> None:
+    """HOST, or this host, takes containers again."""
+    _set_cordon(asked, is_on=False)
+
+
+def _set_cordon(asked: Asked, *, is_on: bool) -> None:
+    try:
+        asked.say(messages.Drain("cordon" if is_on else "uncordon"))
+    except Unreachable:
+        # Root on the host itself needs no agent for that.
+        if asked.host != socket.gethostname():
+            raise
+        paths = config.HostPaths()
+        cordons.put(paths, cordons.Cordon()) if is_on else cordons.lift(paths)
+    click.echo(f"{asked.host} {'is cordoned' if is_on else 'takes containers'}")
+
+
+def _watch(asked: Asked, word: messages.Drain, *, detach: bool, as_json: bool) -> None:
+    """Ask, tell what happens, and exit as the drain ends."""
+    try:
+        state = asked.say(word)
+    except Unreachable as error:
+        error.remedy = f"start `migrate agent` on {asked.host}"
+        raise
+    drain_id, show = state.drain_id, messages.Drain("show", dry_run=word.dry_run)
+    told: dict[str, str] = {}
+    limit_s = time.monotonic() + _AGENT_PATIENCE_S
+    while True:
+        for line in progress(state, told):
+            click.echo(msgspec.json.encode(line).decode() if as_json else line.text)
+        if state.drain_id != drain_id:
+            raise MigrateError(f"another drain of {asked.host} has begun: {state.drain_id}")
+        if state.phase == "ended" or detach:
+            break
+        if not state.is_driven:
+            raise MigrateError(
+                f"{drain_id} was interrupted; its moves go on by themselves",
+                host=asked.host,
+                remedy="migrate drain-node --resume",
+            )
+        time.sleep(_POLL_S)
+        try:
+            state = asked.say(show)
+            limit_s = time.monotonic() + _AGENT_PATIENCE_S
+        except Unreachable:
+            if time.monotonic() > limit_s:
+                raise
+    click.echo(msgspec.json.encode(state).decode() if as_json else "\n".join(lines(state)))
+    if state.phase == "ended" and state.exit_code:
+        if state.exit_code == EXIT_REFUSED:
+            click.echo(state.why, err=True)
+        sys.exit(state.exit_code)

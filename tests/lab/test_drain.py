@@ -1,0 +1,171 @@
+"""A host is emptied and filled again: four hosts, containers with clients that must not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bench.containers import ContainerSpec, bundle_path, create, start
+from tests.lab.migrating import expel, migrate, resident, running_on
+from tests.lab.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from bench.lab.host import Host
+    from bench.lab.lab import Lab
+    from tests.lab.migrating import Resident
+
+pytestmark = pytest.mark.lab
+DRAIN_S = 240.0
+
+
+@pytest.fixture
+def four(new_lab: Callable[..., Lab]) -> Lab:
+    lab = new_lab(["A", "B", "C", "D"])
+    lab.start_agents()
+    return lab
+
+
+def spec(number: int, workload: str = "memory", **others: Any) -> ContainerSpec:
+    others = {"args": ("1",), **others} if workload == "memory" else others
+    return ContainerSpec(
+        f"d{number}",
+        workload,
+        address=f"10.77.0.{60 + number}/24",
+        address6=None,
+        **others,
+    )
+
+
+@contextlib.contextmanager
+def unclad(lab: Lab, container: ContainerSpec, **annotations: str) -> Iterator[None]:
+    """A container on A without a client, with annotations."""
+    host = lab.host("A")
+    try:
+        create(host, container)
+        path = host.path(f"{bundle_path(container.name)}/config.json")
+        config = json.loads(path.read_text())
+        config["annotations"] |= {f"migrate.{key}": text for key, text in annotations.items()}
+        path.write_text(json.dumps(config))
+        start(host, container.name)
+        yield
+    finally:
+        expel(lab, container.name)
+
+
+def drained(host: Host, *arguments: str, code: int = 0) -> dict[str, Any]:
+    """A command of drains on `host`, run to its end; what it says at last."""
+    done = host.run(["migrate", *arguments, "--json"], check=False, timeout_s=DRAIN_S)
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    state: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return state
+
+
+def moves(state: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    return {one["container"]: (one["state"], one["target"]) for one in state["moves"]}
+
+
+def assert_unharmed(guests: list[Resident]) -> None:
+    for guest in guests:
+        guest.verify()
+        assert guest.probe is not None
+        assert guest.probe.alive(), f"the connection to {guest.name} broke"
+        seen = guest.stop_probe()
+        assert seen.clean, seen
+
+
+def test_a_host_is_emptied_and_filled_again(four: Lab) -> None:
+    """The plan first; then three containers with clients, one that must stay and one that can't
+    move: the host is cordoned, takes nothing, and undrain brings home what left."""
+    host = four.host("A")
+    with contextlib.ExitStack() as stack:
+        guests = [stack.enter_context(resident(four, spec(number))) for number in range(3)]
+        stack.enter_context(unclad(four, spec(3), policy="leave"))
+        stack.enter_context(unclad(four, spec(4, "blocker", args=("io_uring",))))
+        plan = drained(host, "drain-node", "--to", "B,C,D", "--dry-run", code=1)
+        assert {name: state for name, (state, _) in moves(plan).items()} == {
+            **dict.fromkeys(("d0", "d1", "d2"), "waiting"),
+            "d3": "left",
+            "d4": "stays",
+        }
+        assert running_on(four, "d0") == ["A"]
+        assert not plan["cordoned"]
+
+        emptied = drained(host, "drain-node", "--to", "B,C,D", "--max-parallel", "2", code=1)
+        where = moves(emptied)
+        assert [state for state, _ in where.values()].count("arrived") == 3
+        for name in ("d0", "d1", "d2"):
+            assert running_on(four, name) == [where[name][1]]
+        assert where["d3"][0] == "left"
+        (blocked,) = (one for one in emptied["moves"] if one["container"] == "d4")
+        assert blocked["state"] == "stays"
+        assert "io_uring" in blocked["why"]
+        assert running_on(four, "d4") == ["A"]
+        assert emptied["cordoned"]
+
+        there = four.host(where["d0"][1])
+        refused = migrate(there, "d0", "A")
+        assert refused.code == 2
+        assert "[cordoned]" in refused.stderr
+        assert "undrain" in refused.stderr
+        shown = host.run(["migrate", "status"]).stdout
+        assert emptied["drain_id"] in shown
+
+        home = drained(host, "undrain", "--max-parallel", "2")
+        assert [state for state, _ in moves(home).values()].count("home") == 3
+        assert all(running_on(four, guest.name) == ["A"] for guest in guests)
+        assert not home["cordoned"]
+        assert_unharmed(guests)
+
+
+def test_a_target_dies_and_the_command_too_and_all_still_run(four: Lab) -> None:
+    """The command is killed, the drain goes on; a target is lost in the middle, and gets nothing
+    more; a program of the operator says no to one container; no order of a stranger is heard."""
+    host = four.host("A")
+    hook = '#!/bin/sh\n[ "$1 $2" != "before d2" ] || { echo not now; exit 1; }\n'
+    with contextlib.ExitStack() as stack:
+        guests = [stack.enter_context(resident(four, spec(number))) for number in range(3)]
+        host.write_text("/etc/migrate/drain.d/check", hook, 0o755)
+        process = host.popen(["migrate", "drain-node", "--to", "B,C", "--max-parallel", "1"])
+
+        def state() -> dict[str, Any]:
+            found: dict[str, Any] = json.loads(host.read_text("/var/lib/migrate/drain/state.json"))
+            return found
+
+        path = host.path("/var/lib/migrate/drain/state.json")
+        wait_until(
+            "a container moves",
+            lambda: path.exists() and any(one["state"] == "moving" for one in state()["moves"]),
+            deadline_s=60,
+        )
+        process.kill()
+        process.wait()
+        (first,) = {one["target"] for one in state()["moves"] if one["state"] == "moving"}
+        four.kill_agent(first)
+        wait_until("the drain ends", lambda: state()["phase"] == "ended", deadline_s=DRAIN_S)
+        ended, other = state(), ({"B", "C"} - {first}).pop()
+        where = moves(ended)
+        assert where["d2"][0] == "stays"
+        assert "not now" in next(one["why"] for one in ended["moves"] if one["container"] == "d2")
+        assert ended["exit_code"] == 1
+        four.start_agent(first)
+        for name in ("d0", "d1"):
+            assert where[name][0] == "arrived"
+            assert running_on(four, name) == [where[name][1]]
+        assert other in {target for _, target in where.values()}
+
+        stranger = four.host("D").run(["migrate", "cordon", "A"], check=False)
+        assert stranger.returncode == 2
+        late = drained(host, "drain-node", "--to", "B,C", "--deadline", "1", code=1)
+        assert "the deadline" in next(
+            one["why"] for one in late["moves"] if one["container"] == "d2"
+        )
+        four.host("B").run(["migrate", "cordon"])
+        four.host("C").run(["migrate", "cordon"])
+        full = drained(host, "drain-node", "--to", "B,C", code=2)
+        assert "cordoned" in full["why"]
+        assert_unharmed(guests)
