@@ -12,7 +12,7 @@ import contextlib
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -30,6 +30,9 @@ from migrate.core.confinement import (
 )
 from migrate.errors import MigrateError
 from migrate.processes import module_command
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # CRIU restores in the container's cgroup, where whoever it starts begins.
 _MOVE = 'echo $$ > "$0"; exec "$@"'
@@ -63,6 +66,15 @@ def read(directory: Path) -> Confinements:
         return _read(directory)
     except (CriuGlueError, OSError, LookupError, ValueError) as error:
         raise ConfinementError(f"what confines the tasks can't be read: {error}") from error
+
+
+def labels(pids: Iterable[int]) -> tuple[str, ...]:
+    """Those that a security module has given the processes that live, each once."""
+    found: dict[str, None] = {}
+    for pid in pids if _has_labels() else ():
+        with contextlib.suppress(TaskGoneError), contextlib.closing(Task(pid)) as task:
+            found[_label(task, pid)] = None
+    return tuple(found)
 
 
 def differences(expected: Confinements, directory: Path) -> list[str]:

@@ -19,7 +19,7 @@ import psutil
 
 from criu_glue.errors import TaskGoneError
 from criu_glue.mappings import cgroup_pids, vpid
-from migrate import cgroup
+from migrate import cgroup, confinement
 from migrate.core import messages
 from migrate.errors import MigrateError
 from migrate.network import NetworkHandle
@@ -47,6 +47,7 @@ class ContainerFacts:
     rootfs_bytes: int
     versions: messages.Versions
     cpuinfo: bytes
+    labels: tuple[str, ...]
 
     @property
     def network_handle(self) -> NetworkHandle:
@@ -84,6 +85,7 @@ class ContainerFacts:
             cpuinfo=self.cpuinfo,
             dry_run=dry_run,
             patience_s=patience_s,
+            labels=self.labels,
         )
 
 
@@ -112,6 +114,7 @@ def container_facts(
         rootfs_bytes=tree_bytes(container.rootfs),
         versions=host_versions(runtime),
         cpuinfo=cpuinfo_dump(),
+        labels=confinement.labels(pids)[: messages.MAX_LABELS],
     )
 
 

@@ -11,6 +11,7 @@ Here it is put together with what it decides about.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -56,13 +57,15 @@ JOURNAL_BYTES_MAX = 4 << 20
 # Of directories and locks in /run; what is large there lies on a tmpfs of each session.
 RUN_BYTES_MAX = 256 << 10
 FILES_MAX = 16
-# Of the kernel's lists of controllers and profiles.
-KERNEL_LIST_BYTES_MAX = 64 << 10
+# Of the kernel's lists of controllers and profiles: snaps alone can be hundreds of these.
+KERNEL_LIST_BYTES_MAX = 1 << 20
 # cgroup v2 controllers by the names of the limits in linux.resources.
 _CONTROLLERS = {"memory": "memory", "cpu": "cpu", "pids": "pids", "hugepageLimits": "hugetlb"}
 _CONTROLLERS_HERE = Path("/sys/fs/cgroup/cgroup.controllers")
 _USER_NAMESPACES_MAX = Path("/proc/sys/user/max_user_namespaces")
 _APPARMOR_PROFILES = Path("/sys/kernel/security/apparmor/profiles")
+# A task's label in /proc/PID/attr/current, and a line of the list of profiles: NAME (MODE).
+_APPARMOR_LABEL = re.compile(r"(.+) \((\w+)\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +347,37 @@ def judge_resources(spec: dict[str, Any], controllers: Iterable[str]) -> list[Re
     ]
 
 
+def judge_profiles(profile: str, labels: Iterable[str], loaded: str) -> list[Refusal]:
+    """Whether what holds the container is here: the AppArmor profile of its configuration ("" for
+    none), and those that its tasks run in, in the same modes. `loaded`: the kernel's list. Pure.
+
+    Labels of other modules are compared when the copy has them (core/confinement.py), and so are
+    stacks of profiles, and those of a namespace of AppArmor's own.
+    """
+    modes = dict(_profiles(loaded.splitlines()))
+    wanted = dict.fromkeys([profile] if profile not in ("", "unconfined") else [], "")
+    wanted |= _profiles(labels)
+    refusals = []
+    for name, mode in wanted.items():
+        here = modes.get(name)
+        if here is None:
+            what = f"the container's AppArmor profile {name} is not loaded on this host"
+            remedy = "load the same profile here (apparmor_parser -r)"
+        elif mode not in ("", here):
+            what = f"the container's AppArmor profile {name} is in mode {mode}, here in mode {here}"
+            remedy = "load it here in the same mode (apparmor_parser -r; -C for complain)"
+        else:
+            continue
+        refusals.append(Refusal("apparmor", what, remedy))
+    return refusals
+
+
+def _profiles(lines: Iterable[str]) -> dict[str, str]:
+    """Name -> mode, of single profiles."""
+    found = (match for line in lines if (match := _APPARMOR_LABEL.fullmatch(line)) is not None)
+    return {one[1]: one[2] for one in found if not one[1].startswith(":") and "//&" not in one[1]}
+
+
 def _of_configuration(request: OpenSession, runtime: Runtime, rules: Policy) -> list[Refusal]:
     try:
         spec = json.loads(request.config_json)
@@ -353,7 +387,8 @@ def _of_configuration(request: OpenSession, runtime: Runtime, rules: Policy) -> 
         refusals += judge_resources(spec, _read(_CONTROLLERS_HERE).split())
         refusals += judge_user_namespace(spec, _read(_USER_NAMESPACES_MAX).strip())
         refusals += _of_cgroup(spec, request.container, runtime)
-        refusals += _of_profile(str(spec.get("process", {}).get("apparmorProfile") or ""))
+        profile = str(spec.get("process", {}).get("apparmorProfile") or "")
+        refusals += judge_profiles(profile, request.labels, _read(_APPARMOR_PROFILES))
         shared = rules.receive.bind_mounts
         binds = (one.source for one in mounts if one.is_bind)
         here = frozenset(source for source in binds if _is_here(source, shared))
@@ -378,19 +413,6 @@ def _of_cgroup(spec: dict[str, Any], name: str, runtime: Runtime) -> list[Refusa
     return [
         Refusal(
             "cgroup-taken", f"the cgroup {path} exists here already", "remove it if it is empty"
-        )
-    ]
-
-
-def _of_profile(profile: str) -> list[Refusal]:
-    known = _read(_APPARMOR_PROFILES)
-    if profile in ("", "unconfined") or f"{profile} (" in known:
-        return []
-    return [
-        Refusal(
-            "apparmor",
-            f"the container's AppArmor profile {profile} is not loaded on this host",
-            "load the same profile here (apparmor_parser -r)",
         )
     ]
 

@@ -48,6 +48,8 @@ MAX_FILES: Final = 4 * MAX_TASKS + 256
 """Image files of one restore: about four per task and a few for the whole."""
 MAX_MANIFEST_BYTES: Final = 1440 << 10
 """Room for MAX_FILES names and hashes; as base64 it still fits a message."""
+MAX_LABELS: Final = 16
+"""Of a security module, on the tasks of one container. Most have one."""
 MAX_MARKS: Final = 64
 MAX_REFUSALS: Final = 64
 MAX_BYTES: Final = 1 << 50
@@ -140,7 +142,8 @@ class OpenSession(Message, frozen=True, tag="open_session"):
     attempt: the strictly growing number of this attempt (the journal's). tasks: pids in the
     container's own pid namespace. memory_bytes: present memory, and shared_bytes of it is shared
     (dumped and restored eagerly). cpuinfo: the image that `criu cpuinfo dump` writes. patience_s:
-    how long the source tries to reconnect a broken link.
+    how long the source tries to reconnect a broken link. labels: those that a security module has
+    given the tasks, each once.
     """
 
     migration_id: MigrationId
@@ -160,6 +163,7 @@ class OpenSession(Message, frozen=True, tag="open_session"):
     cpuinfo: Annotated[bytes, Meta(max_length=MAX_CPUINFO_BYTES)]
     dry_run: bool = False
     patience_s: Annotated[float, Meta(ge=0, le=MAX_PATIENCE_S)] = 0.0
+    labels: Annotated[tuple[Text, ...], Meta(max_length=MAX_LABELS)] = ()
     protocol: Literal[1] = PROTOCOL
 
 

@@ -15,6 +15,7 @@ from migrate.preflight import (
     SOURCE_MEMORY_RESERVE_BYTES,
     judge_cpu,
     judge_mounts,
+    judge_profiles,
     judge_resources,
     judge_room,
     judge_source_memory,
@@ -121,6 +122,31 @@ def test_a_host_that_makes_no_user_namespaces() -> None:
     assert judge_user_namespace(spec, "15000") == []
     assert judge_user_namespace({}, "0") == []
     assert judge_resources({"linux": {"resources": None}}, []) == []
+
+
+LOADED = "docker-default (enforce)\nweb (complain)\n:lxd-1:web2 (enforce)\n"
+
+
+@pytest.mark.parametrize(
+    ("profile", "labels", "said"),
+    [
+        ("", (), ""),
+        ("unconfined", ("unconfined",), ""),
+        ("docker-default", ("docker-default (enforce)",), ""),
+        # By its whole name.
+        ("default", (), "default is not loaded"),
+        ("web", ("web (complain)",), ""),
+        ("web", ("web (enforce)",), "web is in mode enforce, here in mode complain"),
+        # What a program got by its path is in no configuration.
+        ("", ("/usr/sbin/named (enforce)", "unconfined"), "/usr/sbin/named is not loaded"),
+        # Compared when the copy has them.
+        ("", ("web//&other (enforce)", ":lxd-1:web2 (enforce)"), ""),
+        ("", ("system_u:system_r:container_t:s0:c1,c2",), ""),
+    ],
+)
+def test_profiles(profile: str, labels: tuple[str, ...], said: str) -> None:
+    told = judge_profiles(profile, labels, LOADED)
+    assert [(one.code, said in one.message) for one in told] == [("apparmor", True)] * bool(said)
 
 
 def test_the_source_needs_memory_for_what_tasks_share() -> None:

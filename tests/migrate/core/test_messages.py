@@ -60,6 +60,7 @@ OPEN = m.OpenSession(
     versions=VERSIONS,
     cpuinfo=b"\x01\x02",
     patience_s=30.0,
+    labels=("web (enforce)",),
 )
 OPEN_BYTES = (
     b'{"type":"open_session","migration_id":"m1","container":"sheep","runtime":"runc","attempt":7,'
@@ -73,7 +74,7 @@ OPEN_BYTES = (
     b'"neighbours":[{"device":"eth0","address":"10.0.0.1","mac":"02:00:00:00:00:01","state":2}],'
     b'"ports":[{"interface":"eth0","host_end":"v-sheep","bridge":"br0"}],"sysctls":{}},"versions":'
     b'{"kernel":"6.12.0","criu":"4.2.1","runtime":"runc 1.1.15","architecture":"x86_64"},"cpuinfo":'
-    b'"AQI=","dry_run":false,"patience_s":30.0,"protocol":1}'
+    b'"AQI=","dry_run":false,"patience_s":30.0,"labels":["web (enforce)"],"protocol":1}'
 )
 
 CONFINEMENT = Confinements(
