@@ -34,11 +34,14 @@ if TYPE_CHECKING:
 UNIT: Final = "migrate-agent.service"
 UNIT_PATH: Final = Path("/etc/systemd/system") / UNIT
 LOG_PATH: Final = Path("/var/log/migrate-agent.log")
-# It reads its modules and its journal, and goes on with former sessions.
-START_DEADLINE_S: Final = 30.0
+# It reads its modules, and compiles them the first time: half a minute of an emulated processor,
+# which it may have to share. It reads its journal, and goes on with former sessions.
+START_DEADLINE_S: Final = 180.0
 # config.STOP_DEADLINE_S for the sessions that are undone, and as much for the rest.
 STOP_DEADLINE_S: Final = 60.0
 _SYSTEMCTL_DEADLINE_S: Final = 90.0
+CHANGE_DEADLINE_S: Final = 3 * _SYSTEMCTL_DEADLINE_S + STOP_DEADLINE_S + START_DEADLINE_S
+"""Of `start` and `remove`, for who waits for either over SSH."""
 _POLL_S: Final = 0.05
 _VERSIONS: Final = "versions"
 

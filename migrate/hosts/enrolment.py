@@ -22,7 +22,7 @@ from migrate.hosts import book, bundle, wheels
 from migrate.hosts.book import HostRecord
 from migrate.hosts.remote import PROGRAM_ROOT, HostFacts, RemoteHost
 from migrate.identity import identity_errors
-from migrate.service import ServiceState, Started
+from migrate.service import CHANGE_DEADLINE_S, ServiceState, Started
 from transport.errors import TransportError
 from transport.identity import Role
 
@@ -97,7 +97,7 @@ def add(
                 host, PROGRAM_ROOT, name, authority, all_addresses, new_fleet=wishes.new_fleet
             )
             tell(f"{name}: enrolled")
-        started = host.migrate(["service", "start"], Started)
+        started = host.migrate(["service", "start"], Started, deadline_s=CHANGE_DEADLINE_S)
         tell(_told(name, started, version))
     record = HostRecord(name, destination, all_addresses, config.CONTROL_PORT, time.time())
     book.put(fleet, record)
@@ -129,7 +129,7 @@ def remove(
     book.drop(fleet, record.name)
     try:
         with RemoteHost.reach(record.destination, asking) as host:
-            host.migrate(["service", "remove"], ServiceState)
+            host.migrate(["service", "remove"], ServiceState, deadline_s=CHANGE_DEADLINE_S)
         tell(f"{record.name}: its agent is stopped, its identity deleted")
     except MigrateError as error:
         tell(f"{record.name}: not reached ({error.message}); nobody accepts its identity any more")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from migrate.errors import UsageError
-from migrate.hosts import bundle, enrolment
-from migrate.hosts.remote import HostFacts
+from migrate.hosts import book, bundle, enrolment
+from migrate.hosts.remote import HostFacts, RemoteHost
+from migrate.service import START_DEADLINE_S, STOP_DEADLINE_S, IdentityState, ServiceState
+from transport.authority import Authority
 
 FINE = HostFacts(
     hostname="db7",
@@ -119,3 +123,32 @@ def test_wheels_that_nobody_has(tmp_path: Path) -> None:
     facts = msgspec.structs.replace(FINE, distributions=_without("numpy"))
     with pytest.raises(UsageError, match=r"Python's numpy>=2\.2; pip got no wheels"):
         _provide(Host(FINE), facts, enrolment.Wishes(wheels=tmp_path))
+
+
+class Slow(Host):
+    """Its agent takes as long to stop and to start as its service may wait for it."""
+
+    destination = "root@db7"
+
+    def __enter__(self) -> Slow:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        pass
+
+    def migrate(self, arguments: list[str], answer: type, deadline_s: float = 60.0) -> ServiceState:
+        if arguments != ["service", "state"]:
+            assert deadline_s > STOP_DEADLINE_S + START_DEADLINE_S
+        return ServiceState("db7", "1", 0, "", False, (), IdentityState(), time.time())
+
+
+def test_an_agent_may_take_its_time_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RemoteHost, "reach", lambda *_: Slow(FINE))
+    book.put(tmp_path, book.HostRecord("db7", "root@db7"))
+    authority = Authority.temporary()
+    told: list[str] = []
+    asking: Any = None
+    assert enrolment.remove("db7", tmp_path, authority, asking, told.append) == []
+    assert "db7: its agent is stopped, its identity deleted" in told
