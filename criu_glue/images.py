@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from criu_glue.core import timers
+from criu_glue.core import renaming, timers
 from criu_glue.core.image_names import is_image_name, task_of_pagemap
 from criu_glue.core.pagemap import (
     PAGE_BYTES,
@@ -41,6 +41,9 @@ from criu_glue.errors import CriuGlueError, LimitExceededError
 from criu_glue.page_store import open_directory, pages_file_name
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from criu_glue.core.renaming import IP
     from criu_glue.page_store import PageStore
 
 PARENT_LINK: Final = "parent"
@@ -156,6 +159,18 @@ def rearm_timers(directory: Path) -> None:
     armed = timers.rearm_timers(data, str(path))
     if armed != data:
         _replace(path, armed)
+
+
+def rename(directory: Path, hostname: str, addresses: Mapping[IP, IP]) -> None:
+    """Make these images those of a copy with another host name and other addresses
+    (core/renaming.py), on the target, before the restore. Idempotent. Raises ImagesError,
+    ImageFormatError."""
+    path = directory / "files.img"
+    data = _read(path, FILES_BYTES_MAX)
+    _replace(path, renaming.rename_addresses(data, addresses, str(path)))
+    for path in directory.glob("utsns-*.img"):
+        named = _read(path, renaming.UTSNS_BYTES_MAX)
+        _replace(path, renaming.rename_host(named, hostname, str(path)))
 
 
 def _rewrite(pagemap: Pagemap, mappings: Mappings) -> Pagemap:

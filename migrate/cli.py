@@ -21,6 +21,7 @@ import msgspec
 
 from criu_glue.no_core import forbid_cores
 from migrate import config
+from migrate.commands.copied_how import copied_how, host_and_port
 from migrate.commands.over_ssh import over_ssh
 from migrate.errors import EXIT_FAILED, MigrateError
 from migrate.host_checks import raise_descriptor_limit
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from transport.ssh.asking import Asking
 
 _ELSEWHERE: Final = {
-    **{name: name for name in ("ca", "hosts", "identity", "once", "operator", "policy")},
-    **{name: name for name in ("service", "verify")},
+    **{name: name for name in ("ca", "clone", "hosts", "identity", "once", "operator")},
+    **{name: name for name in ("policy", "service", "verify")},
     **dict.fromkeys(("cordon", "drain-node", "uncordon", "undrain"), "drain"),
 }
 """Commands that a module of `migrate/commands` has."""
@@ -152,71 +153,7 @@ def recover(migration_id: str | None, owner: Owner | None, asking: Asking) -> No
     help="The host to move to, NAME or NAME:PORT; USER@HOST[:PORT] for one that is in no fleet,"
     " by SSH.",
 )
-@click.option(
-    "--runtime",
-    type=click.Choice(["auto", *known.NAMES]),
-    default="auto",
-    show_default=True,
-    help="Whose container it is; auto: the one that has a container of that name.",
-)
-@click.option(
-    "--tracker",
-    type=click.Choice(["auto", "write-protect", "soft-dirty", "predump", "none"]),
-    default="auto",
-    show_default=True,
-    help="How written pages are found; none stops the container for the whole copy.",
-)
-@click.option(
-    "--restore",
-    type=click.Choice(["lazy", "eager"]),
-    default="lazy",
-    show_default=True,
-    help="lazy: memory is filled in after the container runs again.",
-)
-@click.option(
-    "--max-downtime",
-    "max_downtime_ms",
-    type=click.FloatRange(min=1),
-    default=config.DOWNTIME_MS_MAX_DEFAULT,
-    show_default=True,
-    help="Freeze when the predicted downtime is below this many milliseconds.",
-)
-@click.option(
-    "--max-rounds",
-    "rounds_max",
-    type=click.IntRange(1, 1000),
-    default=config.ROUNDS_MAX_DEFAULT,
-    show_default=True,
-    help="Freeze after this many rounds at the latest.",
-)
-@click.option(
-    "--on-stall",
-    type=click.Choice(["throttle", "freeze", "abort"]),
-    default="throttle",
-    show_default=True,
-    help="What to do when memory is written faster than it travels: slow the container step by"
-    " step, stop it for longer than --max-downtime, or leave it where it is.",
-)
-@click.option(
-    "--link-patience",
-    "link_patience_s",
-    type=click.FloatRange(0, 3600),
-    default=config.LINK_PATIENCE_S,
-    show_default=True,
-    metavar="SECONDS",
-    help="Reconnect a broken link for so long before the migration is undone.",
-)
-@click.option(
-    "--streams",
-    type=click.IntRange(1, 16),
-    help="Connections that carry memory; by default as many as there are cores, 2 to 4.",
-)
-@click.option(
-    "--shared",
-    multiple=True,
-    metavar="PATH",
-    help="A bind mount's path that is the same storage on both hosts.",
-)
+@copied_how
 @click.option("--dry-run", "only_check", is_flag=True, help="Check both hosts, then stop.")
 @click.option("--json", "as_json", is_flag=True, help="Progress and report as JSON lines.")
 @click.option(
@@ -245,15 +182,8 @@ def container(
     if "@" in target:
         move_once(validate_name(name), target, asked, driver, asking, telling)
     else:
-        host, port = _host_and_port(target)
+        host, port = host_and_port(target)
         move(validate_name(name), host, port, asked, driver, telling, migration_id)
-
-
-def _host_and_port(target: str) -> tuple[str, int]:
-    host, _, port = target.partition(":")
-    if port and not port.isdecimal():
-        raise click.BadParameter(f"{port!r} is not a port", param_hint="--to")
-    return host, int(port) if port else config.CONTROL_PORT
 
 
 @cli.command()

@@ -20,6 +20,10 @@ ROUNDS_MAX_DEFAULT = 30
 # its logs, and pages that are in the store and already filled but not yet punched out.
 SESSION_RESERVE_BYTES = 256 << 20
 
+# What of a root file system that is copied may have been written since the last pass over it: it is
+# kept in memory while it is sent, and copied while the container stands still.
+SNAPSHOT_BYTES_MAX = 256 << 20
+
 # Each deadline ends a wait for somebody else; all are far above what was ever measured, and far
 # below what a person waits before they reach for the power switch.
 CONNECT_DEADLINE_S = 10.0

@@ -18,7 +18,6 @@ import structlog
 
 from criu_glue.errors import CriuGlueError
 from migrate import config, network, peer, preflight, progress, recovery, signing
-from migrate.claim import Claim, claimant
 from migrate.conversation import Conversation
 from migrate.copying import Copying
 from migrate.core import messages, source_machine
@@ -38,24 +37,21 @@ from migrate.errors import (
     DeadlineExceeded,
     InDoubt,
     JournalError,
-    JournalUnusable,
     MigrateError,
     NotConverging,
     RollbackFailed,
     TransferFailed,
     Unreachable,
-    UsageError,
     held_on,
     runs_on,
 )
 from migrate.freezing import Freezing
-from migrate.journal import JournalWriter
-from migrate.ledger import Ledger
 from migrate.mounts import mount_tmpfs
 from migrate.report import ReportBuilder
 from migrate.standstill import Standstill
 from migrate.target_link import TargetLink
 from migrate.throttle import Throttle
+from migrate.undertaking import Undertaking
 from transport.errors import TargetFullError, TransportError
 from transport.sender import default_streams
 
@@ -117,10 +113,7 @@ class Coordinator:
         self._builder = ReportBuilder(migration_id, options.container, self._host, options.target)
         self._builder.restore = options.restore
         self._builder.runtime = runtime.name
-        self._attempt = 0
-        self._claim: Claim | None = None
-        self._journal: JournalWriter | None = None
-        self._ledger: Ledger | None = None
+        self._begun = Undertaking(migration_id, runtime, paths, self._host)
         self._commit_is_unknown = False
         self._target: Conversation | None = None
         self._facts: ContainerFacts | None = None
@@ -169,12 +162,7 @@ class Coordinator:
     async def run(self) -> Report:
         """Migrate. Raises MigrateError, which says where the container is now."""
         try:
-            try:
-                await self._open_journal()
-            except JournalError as error:
-                raise JournalUnusable(
-                    error.message, host=self._host, phase="preflight", remedy=error.remedy
-                ) from error
+            await self._begun.begin(self.options.container, self.options.target)
             state = await self.driver.run(E.STARTED)
         finally:
             await self._close()
@@ -225,17 +213,16 @@ class Coordinator:
         where nobody knows whether the commit was written, the target may be told that it was: then
         nothing is undone before the journal says that it was not, or that it is undone.
         """
-        assert self._ledger is not None
         limit_s = time.monotonic() + config.JOURNAL_PATIENCE_S
         while True:
             try:
-                await self._ledger.record(str(state), event)
+                await self._begun.ledger.record(str(state), event)
             except JournalError as error:
                 if state in (S.PRECOPY, S.FROZEN, S.COMMITTED):
                     raise
                 if not self._commit_is_unknown or await self._is_uncommitted():
                     self._warn(f"{state} is not in the journal: {error.message}")
-                    self._ledger.owe(str(state), event)
+                    self._begun.ledger.owe(str(state), event)
                     return
                 if time.monotonic() > limit_s:
                     raise
@@ -246,62 +233,13 @@ class Coordinator:
 
     async def _is_uncommitted(self) -> bool:
         """Whether the journal can be read and has no commit."""
-        assert self._journal is not None
         try:
-            verdict = await self._journal.call(
+            verdict = await self._begun.journal.call(
                 lambda journal: journal.verdict(self.migration_id, "source")
             )
         except JournalError:
             return False
         return verdict is Verdict.UNDO
-
-    async def _open_journal(self) -> None:
-        self._journal = await asyncio.to_thread(JournalWriter, self._paths.journal)
-        self._ledger = Ledger(self._journal, self.migration_id, "source")
-        await self._settle_former()
-        self._claim = Claim.take(self._paths.claim(self.migration_id, "source"), "coordinator")
-        self._attempt = await self._journal.claim_attempt()
-        await self._journal.begin(
-            self.migration_id,
-            "source",
-            attempt=self._attempt,
-            container=self.options.container,
-            runtime=self._runtime.name,
-            peer=self.options.target,
-        )
-
-    async def _settle_former(self) -> None:
-        """Recover what dead coordinators of this host have left; refuse a second migration of the
-        same container, and one of a container whose owner is not known."""
-        assert self._journal is not None
-        runtimes = {self._runtime.name: self._runtime}
-        left = await recovery.recover_orphans(
-            self._journal,
-            runtimes,
-            self._paths,
-            patience_s=config.FORMER_PATIENCE_S,
-            container=self.options.container,
-        )
-        await recovery.sweep(self._journal, self._paths)
-        for migration, error in left:
-            if migration.container == self.options.container:
-                raise error
-        for migration, _ in await self._journal.call(lambda journal: journal.unfinished()):
-            is_ours = migration.role == "source" and migration.container == self.options.container
-            driver = claimant(self._paths.claim(migration.migration_id, "source"))
-            if is_ours and driver is not None and driver.kind != "coordinator":
-                raise UsageError(
-                    f"{migration.container} is in the hands of {driver}",
-                    host=self._host,
-                    remedy=f"try again, or see: migrate status {migration.migration_id}",
-                )
-            if is_ours and driver is not None:
-                raise UsageError(
-                    f"{migration.container} is being migrated to {migration.peer} already,"
-                    f" by {driver}",
-                    host=self._host,
-                    remedy=f"wait for it, or run: migrate cancel {migration.migration_id}",
-                )
 
     # --- while the container runs ---
 
@@ -336,7 +274,7 @@ class Coordinator:
         )
         request = self._facts.open_session(
             migration_id=self.migration_id,
-            attempt=self._attempt,
+            attempt=self._begun.attempt,
             host=self._host,
             streams=self.options.streams or default_streams(),
             restore=self.options.restore,
@@ -344,8 +282,7 @@ class Coordinator:
             patience_s=self.options.link_patience_s,
         )
         opened = await link.open_session(request)
-        assert self._journal is not None
-        await self._journal.note(
+        await self._begun.journal.note(
             self.migration_id, "source", peer_host=opened.host, port=self.options.port
         )
         self._builder.add_versions(self.options.target, opened.versions)
@@ -390,8 +327,7 @@ class Coordinator:
         mount_tmpfs(self._session, self._facts.memory_bytes + config.SESSION_RESERVE_BYTES)
 
     async def _note_brake(self, plan: BrakePlan) -> None:
-        assert self._journal is not None
-        await self._journal.note(self.migration_id, "source", brake=msgspec.to_builtins(plan))
+        await self._begun.journal.note(self.migration_id, "source", brake=msgspec.to_builtins(plan))
 
     async def _copy_rootfs(self) -> None:
         assert self._copying is not None
@@ -422,11 +358,10 @@ class Coordinator:
         self._freezing = Freezing(
             container, self._runtime, self._facts.network.ports, self._session, self._host
         )
-        assert self._journal is not None
         plan = await self._freezing.prepare(
             self.migration_id, self._paths, parent=self._copying.memory.pages.parent
         )
-        await self._journal.note(
+        await self._begun.journal.note(
             self.migration_id,
             "source",
             guard=msgspec.to_builtins(plan),
@@ -445,7 +380,7 @@ class Coordinator:
         binding = Binding(
             migration_id=self.migration_id,
             container=self.options.container,
-            epoch=self._attempt,
+            epoch=self._begun.attempt,
             source=self._host,
             target=self._target.link.opened.host,
             versions=self._facts.versions,
@@ -493,7 +428,7 @@ class Coordinator:
 
     async def _send_commit(self) -> None:
         assert self._target is not None
-        await self._target.tell(messages.Commit(self.migration_id, self._attempt))
+        await self._target.tell(messages.Commit(self.migration_id, self._begun.attempt))
 
     async def _ask_target(self) -> E | None:
         """Ask, over a new control channel, or, if its session is gone, the agent itself. Asked
@@ -503,7 +438,7 @@ class Coordinator:
             # A host that is silent takes longer to find out than the state's deadline.
             return None
         async with self._asking:
-            ask = messages.Ask(self.migration_id, self._attempt)
+            ask = messages.Ask(self.migration_id, self._begun.attempt)
             try:
                 await self._target.connect()
                 await self._target.tell(ask)
@@ -555,14 +490,16 @@ class Coordinator:
             # A target that can't be told hears the broken link, and keeps nothing unless it holds a
             # copy already; then it asks.
             reason = self._error.message if self._error else "cancelled"
-            abort = messages.Abort(self.migration_id, self._attempt, reason[: messages.MAX_TEXT])
+            abort = messages.Abort(
+                self.migration_id, self._begun.attempt, reason[: messages.MAX_TEXT]
+            )
             await quietly(self._target.tell_even_if_lost(abort))
         return E.ROLLED_BACK
 
     async def _tell_state(self) -> None:
         assert self._target is not None
         state = str(self.driver.settled_state)
-        await self._target.tell(messages.State(self.migration_id, self._attempt, state))
+        await self._target.tell(messages.State(self.migration_id, self._begun.attempt, state))
 
     async def _hold(self) -> None:
         """What can't be undone or finished is left as it is; a doubt only after some time."""
@@ -633,10 +570,7 @@ class Coordinator:
             await quietly(self._throttle.close())
         if self._target is not None:
             await self._target.close()
-        if self._journal is not None:
-            await asyncio.to_thread(self._journal.close)
-        if self._claim is not None:
-            self._claim.release()
+        await self._begun.close()
 
     async def _post_heard(self, kind: E) -> None:
         await self.driver.post(kind, from_peer=True)

@@ -135,6 +135,10 @@ class Copying:
         # A break of the link is waited for within it.
         deadline_s = config.PREPARE_DEADLINE_S + self._options.link_patience_s
         await self.final_rootfs.wait_ready(deadline_s)
+        await self.last_round()
+
+    async def last_round(self) -> None:
+        """A short round that keeps the final delta small."""
         if self.has_rounds:
             self._report.add_round(await asyncio.to_thread(self.memory.round))
         await asyncio.to_thread(self.memory.sender.connect)

@@ -15,16 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
 import psutil
 
 from criu_glue.errors import TaskGoneError
 from criu_glue.mappings import cgroup_pids, vpid
 from migrate import cgroup, confinement
+from migrate.copy_identity import config_of
 from migrate.core import messages
 from migrate.errors import MigrateError
 from migrate.network import NetworkHandle
 
 if TYPE_CHECKING:
+    from migrate.copy_identity import CopyIdentity
     from migrate.network_identity import NetworkIdentity
     from migrate.runtimes.base import Container, Runtime
 
@@ -64,28 +67,33 @@ class ContainerFacts:
         restore: Literal["lazy", "eager"],
         dry_run: bool,
         patience_s: float = 0.0,
+        copy: CopyIdentity | None = None,
     ) -> messages.OpenSession:
-        """The question to the target."""
+        """The question to the target, of the container or of a copy."""
         container = self.container
+        config_json = (container.bundle / "config.json").read_text()
+        if copy is not None:
+            config_json = config_of(config_json, copy.name)
         return messages.OpenSession(
             migration_id=migration_id,
-            container=container.name,
+            container=copy.name if copy else container.name,
             runtime=container.runtime,
             attempt=attempt,
             host=host,
-            config_json=(container.bundle / "config.json").read_text(),
+            config_json=config_json,
             tasks=self.tasks,
             memory_bytes=self.memory_bytes,
             shared_bytes=self.shared_bytes,
             rootfs_bytes=self.rootfs_bytes,
             streams=streams,
             restore=restore,
-            network=self.network,
+            network=copy.network if copy else self.network,
             versions=self.versions,
             cpuinfo=self.cpuinfo,
             dry_run=dry_run,
             patience_s=patience_s,
             labels=self.labels,
+            copy_of=messages.CopyOf(container.name, copy.renamed) if copy else msgspec.UNSET,
         )
 
 

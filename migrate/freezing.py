@@ -65,6 +65,8 @@ class Freezing:
         self._to_guard: asyncio.StreamWriter | None = None
         self._from_guard: asyncio.StreamReader | None = None
         self._is_frozen = False
+        # When the container was given back (µs).
+        self.given_back_us: int | None = None
 
     async def prepare(
         self, migration_id: str, paths: HostPaths, *, parent: Path | None
@@ -167,6 +169,7 @@ class Freezing:
                 cgroup.thaw(self.container.cgroup)
                 for port in self._ports:
                     port.plug()
+                self.given_back_us = time.monotonic_ns() // 1000
                 self._is_frozen = False
         except (CriuGlueError, OSError) as error:
             raise RollbackFailed(

@@ -9,7 +9,7 @@ import signal
 import sys
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import click
 import msgspec
@@ -21,16 +21,21 @@ from migrate.dry_run import dry_run
 from migrate.logs import log_to_stderr
 from migrate.once import OneShot
 from migrate.options import Options
-from migrate.report import Report, summary_table, write_report
+from migrate.report import CloneReport, Report, summary_table, write_report
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
+
+    from rich.table import Table
 
     from migrate.core.messages import MigrationId
     from migrate.runtimes.base import Runtime
     from transport.ssh.asking import Asking
+
+
+_ReportT = TypeVar("_ReportT", Report, CloneReport)
 
 
 class Telling(NamedTuple):
@@ -95,6 +100,26 @@ def _move(
         encoded = msgspec.json.encode(forecast).decode()
         click.echo(encoded if telling.as_json else "\n".join(forecast.lines()))
         return
+    make = partial(Coordinator, options, runtime, paths, migration_id=migration_id)
+    carry_out(make, telling, summary_table)
+
+
+class _Work(Protocol[_ReportT]):
+    """A coordinator."""
+
+    report: _ReportT | None
+
+    async def run(self) -> _ReportT: ...
+
+    async def cancel(self) -> None: ...
+
+
+def carry_out(
+    make: Callable[[progress.Observer], _Work[_ReportT]],
+    telling: Telling,
+    table: Callable[[_ReportT], Table],
+) -> None:
+    """Let a coordinator do its work, shown and reported as it is wanted. Raises MigrateError."""
     console = Console(stderr=telling.as_json)
     observer: progress.JsonLines | progress.Terminal
     display: AbstractContextManager[object]
@@ -103,27 +128,27 @@ def _move(
     else:
         observer = progress.Terminal(console)
         display = observer
-    coordinator = Coordinator(options, runtime, paths, observer, migration_id)
+    work = make(observer)
     try:
         with display:
-            report = asyncio.run(_run(coordinator))
+            report = asyncio.run(_run(work))
     finally:
-        if telling.report_path is not None and coordinator.report is not None:
-            write_report(coordinator.report, telling.report_path)
+        if telling.report_path is not None and work.report is not None:
+            write_report(work.report, telling.report_path)
     if telling.as_json:
         click.echo(msgspec.json.encode(report).decode())
     else:
-        console.print(summary_table(report))
+        console.print(table(report))
 
 
-async def _run(coordinator: Coordinator) -> Report:
-    """Migrate; SIGINT and SIGTERM cancel, which the coordinator undoes first."""
+async def _run(work: _Work[_ReportT]) -> _ReportT:
+    """Do it; SIGINT and SIGTERM cancel, which the coordinator undoes first."""
     loop = asyncio.get_running_loop()
     cancelling: set[asyncio.Task[None]] = set()
 
     def cancel() -> None:
-        cancelling.add(loop.create_task(coordinator.cancel()))
+        cancelling.add(loop.create_task(work.cancel()))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, cancel)
-    return await coordinator.run()
+    return await work.run()

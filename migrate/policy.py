@@ -24,6 +24,11 @@
     containers = ["*"]
     devices = []                        # that are the same on every host
 
+    [clone]                             # besides what the tables above allow
+    from = ["*"]                        # hosts that may make copies here
+    to = ["*"]                          # hosts where copies of what runs here may be made
+    containers = ["*"]                  # that copies may be made of
+
 Without a file, or without a line of it: any host of the fleet, and nothing that is privileged. A
 key that nobody knows is refused, for it is a protection that its writer believes in. This module
 does not judge; `policy_checks.py` does.
@@ -106,11 +111,20 @@ class Send(Section, frozen=True, rename={"hosts": "to"}):
     devices: Paths = ()
 
 
+class Clone(Section, frozen=True, rename={"sources": "from", "targets": "to"}):
+    """Who may make copies, of what. What a table above refuses to move is not copied either."""
+
+    sources: Globs = ("*",)
+    targets: Globs = ("*",)
+    containers: Globs = ("*",)
+
+
 class Policy(Section, frozen=True):
     """The whole file."""
 
     receive: Receive = Receive()
     send: Send = Send()
+    clone: Clone = Clone()
 
 
 def parse(text: str) -> Policy:
@@ -137,6 +151,7 @@ def render(policy: Policy) -> str:
     lines: list[str] = []
     _table(lines, "receive", msgspec.to_builtins(policy.receive))
     _table(lines, "send", msgspec.to_builtins(policy.send))
+    _table(lines, "clone", msgspec.to_builtins(policy.clone))
     return "\n".join(lines).rstrip("\n")
 
 

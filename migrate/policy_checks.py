@@ -92,12 +92,34 @@ def judge_send(policy: Policy, container: str, target: str) -> list[Refusal]:
     return refusals
 
 
+def judge_clone(
+    policy: Policy, container: str, *, source: str = "", target: str = ""
+) -> list[Refusal]:
+    """Whether this host lets a container be copied: from it to `target`, or from `source` to it."""
+    asked = [("containers", container, policy.clone.containers)]
+    if source:
+        asked.append(("from", source, policy.clone.sources))
+    if target:
+        asked.append(("to", target, policy.clone.targets))
+    return [
+        Refusal(
+            "policy-clone",
+            f"this host's policy makes no copies with {key} = {name}",
+            _add("clone", key, name),
+        )
+        for key, name, allowed in asked
+        if not _is_named(name, allowed)
+    ]
+
+
 def judge_receive(
     policy: Policy, request: OpenSession, spec: dict[str, Any], mounts: Sequence[Mount]
 ) -> list[Refusal]:
     """Whether the container may come here, from that host, as it is configured."""
     receive = policy.receive
     refusals = []
+    if request.copy_of:
+        refusals += judge_clone(policy, request.copy_of.container, source=request.host)
     for code, name, allowed, key in (
         ("policy-source", request.host, receive.hosts, "from"),
         ("policy-container", request.container, receive.containers, "containers"),

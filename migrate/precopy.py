@@ -10,6 +10,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING
 
+from criu_glue.captured import CapturedPages
 from criu_glue.kernel import PAGE_BYTES
 from migrate.errors import TransferFailed
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
 
     from criu_glue.core.pagemap import PageRuns
     from criu_glue.page_sources import FinalDelta, PageSource
@@ -40,7 +44,8 @@ class MemorySource:
     ) -> None:
         self.pages = pages
         self._undisturbed = undisturbed
-        self.sender = make_sender(pages.read)
+        self._captured: CapturedPages | None = None
+        self.sender = make_sender(self._read)
         self.round_bytes_total = 0
         self.rounds = 0
         # A collection that nobody waits for any more must be over before the tasks are given back.
@@ -75,6 +80,19 @@ class MemorySource:
         self.round_bytes_total = PAGE_BYTES * sum(int(r[:, 1].sum()) for _, r in runs)
         return self.sender.send_round(self.rounds, runs)
 
+    def capture(self, runs: Sequence[tuple[int, PageRuns]], limit_bytes: int) -> CapturedPages:
+        """Copy these pages of frozen tasks, to be sent when they run again. Raises
+        LimitExceededError for more than `limit_bytes`."""
+        return CapturedPages.of(self.pages, runs, limit_bytes)
+
+    def send_captured(self, captured: CapturedPages) -> RoundStats:
+        """Send what was captured, which a later call of `send` must not be asked for."""
+        self._captured = captured
+        try:
+            return self.send(captured.runs)
+        finally:
+            self._captured = None
+
     def undelivered(self, needed: Mapping[int, PageRuns]) -> list[tuple[int, PageRuns]]:
         """Of the pages that the final images name, those that the target never got.
 
@@ -93,6 +111,9 @@ class MemorySource:
         with self._tracking:
             self._is_closed = True
             self.pages.close()
+
+    def _read(self, task: int, runs: PageRuns, out: memoryview) -> npt.NDArray[np.bool_]:
+        return (self._captured or self.pages).read(task, runs, out)
 
     def _deliver(self, runs: Sequence[tuple[int, PageRuns]]) -> RoundStats:
         sent = self.send(runs)

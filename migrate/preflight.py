@@ -88,8 +88,12 @@ def check_source(
     host: str,
     paths: HostPaths,
     target: str,
+    is_copied: bool = False,
 ) -> SourceCheck:
-    """Look at the container and at this host. Blocking. Raises PreflightRefused, MigrateError."""
+    """Look at the container and at this host. Blocking. Raises PreflightRefused, MigrateError.
+
+    is_copied: it is to stay, and a copy of it to run on the target.
+    """
     rules = policy.load(paths.policy)
     # First, since without descriptors nothing else can be looked at.
     refusals = descriptor_refusals(tasks=1, streams=streams)
@@ -97,6 +101,11 @@ def check_source(
         raise PreflightRefused(refusals, host=host)
     container = runtime.inspect(name)
     refusals = policy_checks.judge_send(rules, name, target)
+    if is_copied:
+        refusals += policy_checks.judge_clone(rules, name, target=target)
+    if is_copied and not runtime.can_copy:
+        text = f"copies of {runtime.name}'s containers can't be made: they would share its cgroup"
+        refusals.append(Refusal("runtime", text, "copy containers of runc"))
     refusals += [*host_refusals(lazy=restore == "lazy"), *own_space(paths), *runtime.refusals()]
     refusals += judge_container(container, shared, rules.send.devices)
     cautions = host_cautions()

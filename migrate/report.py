@@ -133,6 +133,24 @@ class Report(msgspec.Struct, frozen=True):
     format: Literal[1] = 1
 
 
+class CopyReport(msgspec.Struct, frozen=True):
+    """A copy of a container: its name, the host that it is for, and its own addresses."""
+
+    name: str
+    host: str
+    addresses: tuple[str, ...]
+
+
+class CloneReport(msgspec.Struct, frozen=True):
+    """Copies of a container that runs on. pause_ms: how long it stood still, from unplugged to
+    plugged; None if it did not. copying: all else, as of a migration whose outcome says whether the
+    copies run; it has no downtime."""
+
+    copies: tuple[CopyReport, ...]
+    pause_ms: float | None
+    copying: Report
+
+
 class ReportBuilder:
     """Collects what becomes a report. `clock_ms` is monotonic; the total counts from here on."""
 
@@ -251,7 +269,7 @@ class ReportBuilder:
         )
 
 
-def write_report(report: Report, path: Path) -> None:
+def write_report(report: Report | CloneReport, path: Path) -> None:
     """Write it as JSON, readable by its owner, whole or not at all. Raises MigrateError."""
     data = msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
     try:
@@ -289,10 +307,27 @@ def read_report(path: Path) -> Report:
 
 def summary_table(report: Report) -> Table:
     """What a person wants to see at the end, in two columns."""
+    table = _table()
+    for label, text in _summary(report):
+        table.add_row(label, text)
+    return table
+
+
+def _table() -> Table:
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, text in _summary(report):
+    return table
+
+
+def clone_table(report: CloneReport) -> Table:
+    """The same for copies."""
+    table = _table()
+    for copy in report.copies:
+        table.add_row("copy", f"{copy.name} on {copy.host} {' '.join(copy.addresses)}".rstrip())
+    if report.pause_ms is not None:
+        table.add_row("paused", f"the original stood still for {report.pause_ms:.0f} ms")
+    for label, text in _summary(report.copying):
         table.add_row(label, text)
     return table
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import shlex
 import socket
@@ -266,6 +267,25 @@ class RootfsPassRun:
         return lambda: message
 
 
+@dataclass(frozen=True, slots=True)
+class _Matter:
+    """What a pass is about: all of `root`; or only `files`, relative to it; or that there is
+    nothing which `root` has no name for."""
+
+    root: Path
+    files: Sequence[str] | None = None
+    is_names_alone: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of rsync."""
+        if self.files is not None:
+            return ("-I", "--force", "--from0", "--files-from=-")
+        if self.is_names_alone:
+            return ("--delete", "--existing", "--ignore-existing")
+        return ("--delete",)
+
+
 class RootfsSource:
     """Passes of rsync from `rootfs` into the session that `open_channel` leads to.
 
@@ -299,17 +319,24 @@ class RootfsSource:
 
     def start(self, *, gated: bool, files: Sequence[str] | None = None) -> RootfsPassRun:
         """Begin a pass; with `files` only these (relative to the root), compared by content."""
+        return self._start(_Matter(self._rootfs, files), gated=gated)
+
+    async def send_snapshot(self, copy: Path, changed: Sequence[str]) -> None:
+        """Make of the target's root what a snapshot (`rootfs_snapshot.py`) was taken of. Two
+        passes: what has changed, then the names that are gone."""
+        await self._start(_Matter(copy, changed), gated=False).wait()
+        await self._start(_Matter(copy, is_names_alone=True), gated=False).wait()
+
+    def _start(self, matter: _Matter, *, gated: bool) -> RootfsPassRun:
         self._passes += 1
         run = RootfsPassRun(self._target, gated=gated)
-        run.task = asyncio.create_task(self._pass(run, self._passes, files))
+        run.task = asyncio.create_task(self._pass(run, self._passes, matter))
         # Whoever waits for it hears how it ended; nobody may be waiting any more.
         run.task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         self._runs.append(run)
         return run
 
-    async def _pass(
-        self, run: RootfsPassRun, number: int, files: Sequence[str] | None
-    ) -> RootfsPass:
+    async def _pass(self, run: RootfsPassRun, number: int, matter: _Matter) -> RootfsPass:
         """A pass, tried again over a new channel when its channel breaks."""
         started_us = time.monotonic_ns() // 1000
         broke_s: float | None = None
@@ -324,7 +351,7 @@ class RootfsSource:
                 await asyncio.sleep(config.RECONNECT_PAUSE_S)
                 continue
             try:
-                await self._try(run, number, files, channel)
+                await self._try(run, number, matter, channel)
             except (OSError, aiohttp.ClientError) as error:
                 broke_s = time.monotonic()
                 self._check_patience(run, 0.0, error)
@@ -353,7 +380,7 @@ class RootfsSource:
         self,
         run: RootfsPassRun,
         number: int,
-        files: Sequence[str] | None,
+        matter: _Matter,
         channel: aiohttp.ClientWebSocketResponse,
     ) -> None:
         """rsync over one channel. Raises OSError or ClientError if that broke, TransferFailed."""
@@ -375,7 +402,7 @@ class RootfsSource:
                 writer.close()
 
         server = await asyncio.start_unix_server(on_connect, socket_path, limit=CHUNK_BYTES)
-        rsync = asyncio.create_task(self._rsync(socket_path, files))
+        rsync = asyncio.create_task(self._rsync(socket_path, matter))
         try:
             await asyncio.wait({rsync, carried}, return_when=asyncio.FIRST_COMPLETED)
             # One whose channel has ended ends too, unless it hangs.
@@ -400,20 +427,20 @@ class RootfsSource:
             server.close()
             socket_path.unlink(missing_ok=True)
 
-    async def _rsync(self, socket_path: Path, files: Sequence[str] | None) -> None:
+    async def _rsync(self, socket_path: Path, matter: _Matter) -> None:
         relay = Path(__file__).with_name("rsync_relay.py")
         shell = shlex.join([sys.executable, "-ISE", str(relay), str(socket_path)])
-        which = ("--delete",) if files is None else ("-I", "--from0", "--files-from=-")
-        command = ["rsync", *_FLAGS, *which, "-e", shell]
+        command = ["rsync", *_FLAGS, *matter.options, "-e", shell]
+        files = matter.files
         process = await asyncio.create_subprocess_exec(
             *command,
-            f"{self._rootfs}/",
+            f"{matter.root}/",
             "target::rootfs/",
             stdin=asyncio.subprocess.PIPE if files is not None else asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )
-        listing = None if files is None else b"\0".join(name.encode() for name in files)
+        listing = None if files is None else b"\0".join(map(os.fsencode, files))
         try:
             _, stderr = await process.communicate(listing)
         except asyncio.CancelledError:

@@ -239,6 +239,8 @@ def _explain_source(view: _View) -> _Explained:
     match view.state:
         case SourceState.DONE:
             return "", f"moved to {there}", ""
+        case SourceState.ABORTED if copy := view.migration.facts.get("copied"):
+            return "", f"copied to {there} as {copy}, it stayed on {here}", ""
         case SourceState.ABORTED:
             return "", f"undone, it stayed on {here}", ""
         case SourceState.RELEASING:

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from migrate.core.confinement import Confinements
     from migrate.core.manifest import SignedManifest
     from migrate.freezing import Freezing
+    from migrate.precopy import MemorySource
     from migrate.report import ReportBuilder
     from migrate.rootfs import RootfsPassRun
+    from migrate.runtimes.base import Container
     from transport.core.transcript import Carried
     from transport.sender import RoundStats
 
@@ -67,7 +69,7 @@ class Standstill:
         final_rootfs = self._copying.final_rootfs
         assert final_rootfs is not None
         self.marks |= await self._freezing.freeze()
-        await asyncio.to_thread(self._check_tree)
+        await asyncio.to_thread(check_tree, self._copying.facts.container)
         final_rootfs.release()
         delta = await asyncio.to_thread(memory.final_delta)
         if delta.code:
@@ -92,73 +94,88 @@ class Standstill:
         if (dumped := await asyncio.to_thread(memory.send_dumped, image_dir)) is not None:
             self._report.add_round(dumped)
         stored = await asyncio.to_thread(images.store_ranges, image_dir)
-        self._tell_written_by_criu(stored)
+        tell_written_by_criu(self._copying, stored)
         missing = memory.undelivered(stored)
         if missing:
             # Pages that CRIU knows and the tracker never reported; without this they would be zeros
             # on the target.
             self._report.add_round(await asyncio.to_thread(memory.send, missing))
         self.marks["final_acked"] = time.monotonic_ns() // 1000
-        found = await asyncio.to_thread(images.image_files, image_dir)
-        # The target's runtime has been given the descriptors before it was started.
-        files = [one for one in found if one.name != DESCRIPTORS_NAME]
-        named = [(one.name, one.path) for one in files]
-        self._report.add_images(await asyncio.to_thread(memory.sender.send_files, named))
+        self._report.add_images(await asyncio.to_thread(send_images, memory, image_dir))
         passes = [await run.wait(config.ROOTFS_FROZEN_DEADLINE_S) for run in self._passes]
         self.marks["rootfs_done"] = max(one.ended_us for one in passes)
         signed = self._seal(await asyncio.to_thread(memory.sender.carried))
-        return messages.Restore(
-            manifest=signed.manifest,
-            signature=signed.signature,
-            certificate=signed.certificate,
-            lazy_pages=sum(int(runs[:, 1].sum()) for runs in stored.values()),
-            confinement=await self._confining,
-        )
-
-    def _tell_written_by_criu(self, stored: Mapping[int, PageRuns]) -> None:
-        """CRIU 4.2 leaves no page of a task out when a stack pointer of it lies at the begin of a
-        page (`criu/mem.c: is_stack` compares the wrong bits): right, but slow."""
-        written = sorted(task for task, runs in stored.items() if not len(runs))
-        if written:
-            self._copying.warn(
-                f"CRIU wrote all memory of the tasks {written} itself while the container stood"
-                " still, which it does when a stack pointer lies at the begin of a page"
-            )
-
-    def _check_tree(self) -> None:
-        """CRIU dumps the children of the init and silently loses other tasks of the cgroup: those
-        of `runc exec`, whose parent is outside. Preflight has refused the ones that it saw."""
-        container = self._copying.facts.container
-        pids = set(cgroup_pids(container.cgroup))
-        for pid in pids - {container.pid}:
-            try:
-                status = Path(f"/proc/{pid}/status").read_text()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(status.partition("PPid:")[2].split()[0]) not in pids:
-                raise DumpFailed(
-                    f"task {pid} of {container.name} was started from outside (runc exec),"
-                    " and would be lost",
-                    remedy="wait for it, or end it, and try again",
-                )
+        return restore_request(signed, stored, await self._confining)
 
     def _recheck_mapped_files(self, *, after: RootfsPassRun) -> list[RootfsPassRun]:
         """A pass over files that are written through mappings: compared by content.
 
         It waits at its gate for the other one, which would delete its temporary files.
         """
-        container = self._copying.facts.container
-        mapped: set[str] = set()
-        for pid in cgroup_pids(container.cgroup):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                mapped |= shared_file_mappings(Path(f"/proc/{pid}/maps").read_bytes())
-        names = (name.lstrip("/") for name in sorted(mapped))
-        files = [name for name in names if (container.rootfs / name).is_file()]
+        files = mapped_files(self._copying.facts.container)
         if not files:
             return []
         recheck = self._copying.rootfs.start(gated=True, files=files)
         recheck.release_after(after)
         return [recheck]
+
+
+def check_tree(container: Container) -> None:
+    """CRIU dumps the children of the init and silently loses other tasks of the cgroup: those of
+    `runc exec`, whose parent is outside. Preflight has refused the ones that it saw."""
+    pids = set(cgroup_pids(container.cgroup))
+    for pid in pids - {container.pid}:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(status.partition("PPid:")[2].split()[0]) not in pids:
+            raise DumpFailed(
+                f"task {pid} of {container.name} was started from outside (runc exec),"
+                " and would be lost",
+                remedy="wait for it, or end it, and try again",
+            )
+
+
+def mapped_files(container: Container) -> list[str]:
+    """Files of the root, relative to it, that tasks map shared and writable."""
+    mapped: set[str] = set()
+    for pid in cgroup_pids(container.cgroup):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            mapped |= shared_file_mappings(Path(f"/proc/{pid}/maps").read_bytes())
+    names = (name.lstrip("/") for name in sorted(mapped))
+    return [name for name in names if (container.rootfs / name).is_file()]
+
+
+def tell_written_by_criu(copying: Copying, stored: Mapping[int, PageRuns]) -> None:
+    """CRIU 4.2 leaves no page of a task out when a stack pointer of it lies at the begin of a page
+    (`criu/mem.c: is_stack` compares the wrong bits): right, but slow."""
+    written = sorted(task for task, runs in stored.items() if not len(runs))
+    if written:
+        copying.warn(
+            f"CRIU wrote all memory of the tasks {written} itself while the container stood"
+            " still, which it does when a stack pointer lies at the begin of a page"
+        )
+
+
+def send_images(memory: MemorySource, image_dir: Path) -> RoundStats:
+    """Send CRIU's image files. Blocking."""
+    # The target's runtime has been given the descriptors before it was started.
+    found = [one for one in images.image_files(image_dir) if one.name != DESCRIPTORS_NAME]
+    return memory.sender.send_files([(one.name, one.path) for one in found])
+
+
+def restore_request(
+    signed: SignedManifest, stored: Mapping[int, PageRuns], confinement: Confinements
+) -> messages.Restore:
+    """The request for a restore of what the manifest names."""
+    return messages.Restore(
+        manifest=signed.manifest,
+        signature=signed.signature,
+        certificate=signed.certificate,
+        lazy_pages=sum(int(runs[:, 1].sum()) for runs in stored.values()),
+        confinement=confinement,
+    )
 
 
 def _heard_later(ended: asyncio.Task[object]) -> None:

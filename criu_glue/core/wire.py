@@ -119,6 +119,16 @@ def decode_varint(data: bytes, position: int, end: int) -> tuple[int, int]:
     raise ImageFormatError(f"a number is longer than {VARINT_BYTES_MAX} bytes")
 
 
+def encode_varint(value: int) -> bytes:
+    """One number, of 64 bits at most."""
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
 def iterate_fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """The fields of one message: (field number, wire type, value, size).
 

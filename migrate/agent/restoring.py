@@ -40,19 +40,21 @@ from migrate.processes import Outliving, waited
 from migrate.runtimes.command import DESCRIPTORS_NAME, descriptors_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from criu_glue.page_store import PageStore
     from migrate.agent.pager_process import FillResult
     from migrate.core.confinement import Confinements
-    from migrate.network_identity import Port
+    from migrate.network_identity import IP, Port
     from migrate.runtimes.base import Runtime
 
 
 log = structlog.get_logger()
 
 _CRIU_OPTIONS = ("manage-cgroups ignore", "network-lock skip", "verbosity 2")
+# The original has them still; its copy gets sockets that are not connected.
+_NO_CONNECTIONS = "tcp-close"
 
 
 class CopyRefused(RestoreFailed):
@@ -61,10 +63,19 @@ class CopyRefused(RestoreFailed):
 
 
 @dataclass(frozen=True, slots=True)
+class Renaming:
+    """What a copy's images are made to say in place of the original's."""
+
+    hostname: str
+    addresses: Mapping[IP, IP]
+
+
+@dataclass(frozen=True, slots=True)
 class RestorePlan:
     """What is restored and where: all paths are the agent's own, none came from the wire.
 
     root_group: which group of the host is root's in the container's user namespace, if it has one.
+    renaming: of a copy, whose original runs on.
     """
 
     container: str
@@ -73,6 +84,7 @@ class RestorePlan:
     lazy: bool
     ports: tuple[Port, ...]
     root_group: int | None
+    renaming: Renaming | None = None
 
     @property
     def image_dir(self) -> Path:
@@ -136,6 +148,7 @@ class Restoring:
                 (
                     *_CRIU_OPTIONS,
                     *(("lazy-pages",) if plan.lazy else ()),
+                    *(self._copy_options() if plan.renaming else ()),
                     *((OWN_NETWORK,) if self._make_network else ()),
                 ),
                 at_unlock,
@@ -171,6 +184,13 @@ class Restoring:
         if output != subprocess.DEVNULL:
             os.close(output)
         await self._until("gate", config.PREPARE_DEADLINE_S)
+
+    def _copy_options(self) -> tuple[str, ...]:
+        """A runtime's word on cgroups outweighs `manage-cgroups`, and the images have the
+        original's path (`criu/cgroup.c: rewrite_cgroup_roots`). cgroup v2's controller has no name.
+        """
+        path = self._cgroup().relative_to(cgroup.MOUNT)
+        return (_NO_CONNECTIONS, f"cgroup-root :/{path}")
 
     def _output(self, descriptors: tuple[str, str, str]) -> int:
         """What the container's output is connected to here: the runtime puts its own streams in the
@@ -209,6 +229,9 @@ class Restoring:
     def _complete_images(self, store: PageStore) -> None:
         images.attach_page_store(self.plan.image_dir, store)
         images.rearm_timers(self.plan.image_dir)
+        if self.plan.renaming is not None:
+            renaming = self.plan.renaming
+            images.rename(self.plan.image_dir, renaming.hostname, renaming.addresses)
         if self.plan.root_group is not None:
             self._let_read(self.plan.root_group)
 

@@ -27,7 +27,7 @@ from migrate.agent.arrived import Arrived
 from migrate.agent.channel import ControlChannel
 from migrate.agent.ending import end_unheard
 from migrate.agent.pager_process import PagerLost
-from migrate.agent.restoring import CopyRefused, RestorePlan, Restoring
+from migrate.agent.restoring import CopyRefused, Renaming, RestorePlan, Restoring
 from migrate.agent.ticket import Ticket
 from migrate.agent.workspace import Workspace
 from migrate.announce import Announcer
@@ -46,6 +46,7 @@ from migrate.errors import (
     is_exhausted,
 )
 from migrate.ledger import Ledger
+from migrate.network_identity import parse_ip
 from migrate.rootfs import Passes
 from migrate.runtimes.oci import has_user_namespace, host_root, mounts_of
 
@@ -346,7 +347,14 @@ class Session:
             lazy=self.request.restore == "lazy",
             ports=self._network.ports,
             root_group=host_root(self._spec, "gidMappings"),
+            renaming=self._renaming(),
         )
+
+    def _renaming(self) -> Renaming | None:
+        if not (copy_of := self.request.copy_of):
+            return None
+        addresses = {parse_ip(old): parse_ip(own) for old, own in copy_of.renamed}
+        return Renaming(self.request.network.hostname, addresses)
 
     async def _do_restore(self) -> E:
         assert isinstance(self._restoring, Restoring)

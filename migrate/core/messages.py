@@ -31,7 +31,7 @@ from msgspec import Meta
 
 from migrate.core.confinement import Confinements
 from migrate.errors import ProtocolError
-from migrate.network_identity import NetworkIdentity
+from migrate.network_identity import IpText, NetworkIdentity
 
 PROTOCOL: Final = 1
 """Both ends must speak the same one. It changes with anything that the peer could misread."""
@@ -51,6 +51,7 @@ MAX_MANIFEST_BYTES: Final = 1440 << 10
 MAX_LABELS: Final = 16
 """Of a security module, on the tasks of one container. Most have one."""
 MAX_MARKS: Final = 64
+MAX_RENAMED: Final = 16
 MAX_REFUSALS: Final = 64
 MAX_BYTES: Final = 1 << 50
 """1 PiB: no memory or file system is larger, and sums of a thousand of them fit 64 bits."""
@@ -132,6 +133,14 @@ class Versions(Part, frozen=True):
     architecture: Label
 
 
+class CopyOf(Part, frozen=True):
+    """What a container is a copy of, which runs on. renamed: (the original's address, the copy's),
+    of sockets that are bound to one."""
+
+    container: ContainerName
+    renamed: Annotated[tuple[tuple[IpText, IpText], ...], Meta(max_length=MAX_RENAMED)]
+
+
 # --- source to target ---
 
 
@@ -143,7 +152,8 @@ class OpenSession(Message, frozen=True, tag="open_session"):
     container's own pid namespace. memory_bytes: present memory, and shared_bytes of it is shared
     (dumped and restored eagerly). cpuinfo: the image that `criu cpuinfo dump` writes. patience_s:
     how long the source tries to reconnect a broken link. labels: those that a security module has
-    given the tasks, each once.
+    given the tasks, each once. copy_of: the source keeps its container; all else that is said here
+    is of the copy.
     """
 
     migration_id: MigrationId
@@ -165,6 +175,7 @@ class OpenSession(Message, frozen=True, tag="open_session"):
     patience_s: Annotated[float, Meta(ge=0, le=MAX_PATIENCE_S)] = 0.0
     labels: Annotated[tuple[Text, ...], Meta(max_length=MAX_LABELS)] = ()
     protocol: Literal[1] = PROTOCOL
+    copy_of: CopyOf | msgspec.UnsetType = msgspec.UNSET
 
 
 class Prepare(Message, frozen=True, tag="prepare"):

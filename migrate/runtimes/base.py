@@ -105,6 +105,10 @@ class Runtime(Protocol):
     def sets_limits_late(self) -> bool:
         """Whether a restored container has the limits of its cgroup only when CRIU has ended."""
 
+    @property
+    def can_copy(self) -> bool:
+        """Whether it restores into another cgroup than that of the original."""
+
     def version(self) -> str:
         """The runtime's version as it says it ("1.1.15+ds1")."""
 

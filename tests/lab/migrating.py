@@ -278,9 +278,9 @@ class Resident:
         where = (address or self.spec.ip, str(self.spec.port))
         return run_module(self.lab.client, "bench.workloads.ask", *where, *lines).splitlines()
 
-    def redis(self, act: str, *options: str) -> dict[str, Any]:
+    def redis(self, act: str, *options: str, address: str | None = None) -> dict[str, Any]:
         """`bench.workloads.redis_data ACT`; its report, in which all is well."""
-        where = (self.spec.ip, str(self.spec.port), f"--mib={REDIS_MIB}")
+        where = (address or self.spec.ip, str(self.spec.port), f"--mib={REDIS_MIB}")
         answer = run_module(self.lab.client, "bench.workloads.redis_data", act, *where, *options)
         report: dict[str, Any] = json.loads(answer)
         assert report["ok"], report

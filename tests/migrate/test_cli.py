@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from migrate.cli import cli
 
 COMMANDS = {
-    *("agent", "ca", "cancel", "container", "hosts", "identity", "log", "once", "operator"),
-    *("policy", "recover", "service", "status", "verify"),
+    *("agent", "ca", "cancel", "clone", "container", "hosts", "identity", "log", "once"),
+    *("operator", "policy", "recover", "service", "status", "verify"),
     *("cordon", "drain-node", "uncordon", "undrain"),
 }
 HEAVY = {"aiohttp", "asyncio", "cryptography", "numpy", "paramiko", "pyroute2", "rich"}

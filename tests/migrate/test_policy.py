@@ -35,7 +35,12 @@ rootfs_mib = 8192
 [send]
 to = ["db-*"]
 containers = ["db"]
-devices = ["/dev/fuse"]"""
+devices = ["/dev/fuse"]
+
+[clone]
+from = ["db-*"]
+to = []
+containers = ["db"]"""
 
 
 def test_without_a_file_the_fleet_may_send_and_nothing_is_privileged(tmp_path: Path) -> None:

@@ -10,10 +10,17 @@ import pytest
 
 from bench.oci_spec import oci_spec
 from migrate.core.confinement import Confinements, Sheet
-from migrate.core.messages import OpenSession, Versions
+from migrate.core.messages import CopyOf, OpenSession, Versions
 from migrate.network_identity import NetworkIdentity
 from migrate.policy import Policy, parse
-from migrate.policy_checks import Load, judge_quotas, judge_receive, judge_send, judge_tasks
+from migrate.policy_checks import (
+    Load,
+    judge_clone,
+    judge_quotas,
+    judge_receive,
+    judge_send,
+    judge_tasks,
+)
 from migrate.runtimes.oci import mounts_of
 
 MIB = 1 << 20
@@ -39,6 +46,22 @@ USUAL = oci_spec(
 )
 FUSE = {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}
 ALL_DEVICES = {"allow": True, "access": "rwm"}
+
+
+def test_copies_are_made_where_both_hosts_let_them() -> None:
+    policy = parse('[clone]\nfrom = ["alpha.*"]\nto = ["beta"]\ncontainers = ["web"]')
+    assert judge_clone(policy, "web", target="beta") == []
+    assert judge_clone(policy, "web", source="alpha.example") == []
+    assert judge_clone(Policy(), "any", source="any", target="any") == []
+    assert len(judge_clone(policy, "db", target="gamma")) == 2
+    copied = msgspec.structs.replace(REQUEST, container="web-1", copy_of=CopyOf("web", ()))
+    mounts = mounts_of(USUAL)
+    assert judge_receive(policy, copied, USUAL, mounts) == []
+    of_another = msgspec.structs.replace(copied, host="beta.example")
+    assert [one.code for one in judge_receive(policy, of_another, USUAL, mounts)] == [
+        "policy-clone"
+    ]
+    assert judge_receive(policy, msgspec.structs.replace(REQUEST, host="beta"), USUAL, mounts) == []
 
 
 def changed(*keys: str | int, to: Any) -> dict[str, Any]:

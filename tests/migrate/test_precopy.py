@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from criu_glue.errors import CriuGlueError
+from criu_glue.captured import CapturedPages
+from criu_glue.errors import CriuGlueError, LimitExceededError
 from criu_glue.kernel import PAGE_BYTES
 from criu_glue.mappings import Task
 from criu_glue.page_sources import TaskSource, executable_ranges, split_runs
@@ -53,6 +54,38 @@ def pages_of(runs: Runs) -> list[int]:
         for address, pages in runs.tolist()
         for number in range(pages)
     ]
+
+
+class Numbered:
+    """Memory in which every page says its number, until it is overwritten; odd ones are missing."""
+
+    def __init__(self) -> None:
+        self.added = 0
+
+    def read(self, task: int, runs: Runs, out: memoryview) -> npt.NDArray[np.bool_]:
+        pages = np.array(pages_of(runs), dtype=np.uint64)
+        words = np.frombuffer(out, dtype=np.uint64).reshape(-1, PAGE_BYTES // 8)
+        words[: len(pages)] = (pages + self.added)[:, None]
+        return pages % 2 == 0
+
+
+@given(pages_in_runs, st.data())
+def test_what_was_captured_is_read_as_it_was(pages: set[int], data: st.DataObject) -> None:
+    memory = Numbered()
+    captured = CapturedPages.of(memory, [(1, runs_of(pages))], PAGES_MAX * PAGE_BYTES)
+    memory.added = 1000
+    asked = data.draw(st.sets(st.sampled_from(sorted(pages)))) if pages else set()
+    out = bytearray(len(asked) * PAGE_BYTES)
+    mask = captured.read(1, runs_of(asked), memoryview(out))
+    assert mask.tolist() == [page % 2 == 0 for page in sorted(asked)]
+    words = np.frombuffer(out, dtype=np.uint64).reshape(-1, PAGE_BYTES // 8)
+    for page, content in zip(sorted(asked), words, strict=True):
+        assert page % 2 == 1 or (content == page).all()
+
+
+def test_no_more_is_captured_than_may_be() -> None:
+    with pytest.raises(LimitExceededError, match="there is room for 0"):
+        CapturedPages.of(Numbered(), [(1, runs_of({1, 2}))], PAGE_BYTES)
 
 
 @given(pages_in_runs, bounds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from aiohttp import web
 from migrate import config, rootfs
 from migrate.errors import TransferFailed
 from migrate.rootfs import PASSES_MAX, Passes, RootfsSource, shared_file_mappings
+from migrate.rootfs_snapshot import RootfsSnapshot
 from tests.migrate.wire import Wire
 
 if TYPE_CHECKING:
@@ -152,6 +154,46 @@ async def test_listed_files_are_compared_by_content(pair: Pair) -> None:
     assert run.task is not None
     await run.task
     assert (pair.target / "mapped").read_bytes() == b"b" * 8192
+
+
+async def test_a_snapshot_is_what_was_there_at_one_moment(pair: Pair, tmp_path: Path) -> None:
+    """Whatever is written, made, removed or replaced since the last pass, and afterwards."""
+    populate(pair.source)
+    (pair.source / "was").mkdir()
+    (pair.source / "was/directory").write_text("x")
+    (pair.source / "gone").write_text("x")
+    snapshot = RootfsSnapshot(pair.source, tmp_path / "copy", room_bytes=1 << 20)
+    snapshot.look()
+    await pair.copier.start(gated=False).wait()
+    (pair.source / "gone").unlink()
+    (pair.source / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\n")
+    (pair.source / "new").mkdir()
+    (pair.source / "new/file").write_text("1")
+    shutil.rmtree(pair.source / "was")
+    (pair.source / "was").write_text("a file now")
+    (pair.source / "setuid").chmod(0o755)
+    mapped, times = pair.source / "sparse", (pair.source / "sparse").stat()
+    with mapped.open("r+b") as file:
+        file.write(b"through a mapping")
+    os.utime(mapped, ns=(times.st_atime_ns, times.st_mtime_ns))
+    wanted = tree(pair.source)
+    snapshot.take(["sparse"])
+    (pair.source / "etc/passwd").write_text("later")
+    (pair.source / "new/file").unlink()
+    (pair.source / "later").write_text("later")
+    snapshot.fill()
+    await pair.copier.send_snapshot(snapshot.copy, snapshot.changed)
+    assert tree(pair.target) == wanted
+
+
+def test_a_snapshot_says_how_much_it_may_keep(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    snapshot = RootfsSnapshot(tmp_path / "root", tmp_path / "copy", room_bytes=4096)
+    snapshot.look()
+    (tmp_path / "root/large").write_bytes(bytes(4097))
+    with pytest.raises(TransferFailed, match="written since the last pass"):
+        snapshot.take([])
+    assert not snapshot.copy.exists()
 
 
 async def test_a_failing_daemon_is_reported_with_rsyncs_words(pair: Pair) -> None:

@@ -104,6 +104,10 @@ CONFINEMENT = Confinements(
 FROM_SOURCE: list[tuple[m.SourceMessage, bytes]] = [
     (OPEN, OPEN_BYTES),
     (
+        msgspec.structs.replace(OPEN, copy_of=m.CopyOf("ram", (("10.0.0.4", "10.0.0.5"),))),
+        OPEN_BYTES[:-1] + b',"copy_of":{"container":"ram","renamed":[["10.0.0.4","10.0.0.5"]]}}',
+    ),
+    (
         m.Prepare(("/dev/null", "pipe:[5]", "pipe:[6]")),
         b'{"type":"prepare","descriptors":["/dev/null","pipe:[5]","pipe:[6]"]}',
     ),

@@ -1,0 +1,102 @@
+"""What a coordinator has from its first act to its last: the journal, its claim, its attempt.
+
+Before it begins, what dead coordinators of this host have left is recovered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from migrate import config, recovery
+from migrate.claim import Claim, claimant
+from migrate.errors import JournalError, JournalUnusable, UsageError
+from migrate.journal import JournalWriter
+from migrate.ledger import Ledger
+
+if TYPE_CHECKING:
+    from migrate.runtimes.base import Runtime
+
+
+class Undertaking:
+    """See the module: `begin`, and `close` in any case. Until `begin` there is nothing."""
+
+    journal: JournalWriter
+    ledger: Ledger
+    attempt: int
+
+    def __init__(
+        self, migration_id: str, runtime: Runtime, paths: config.HostPaths, host: str
+    ) -> None:
+        self.migration_id = migration_id
+        self._runtime = runtime
+        self._paths = paths
+        self._host = host
+        self._opened: JournalWriter | None = None
+        self._claim: Claim | None = None
+
+    async def begin(self, container: str, target: str) -> None:
+        """Raises JournalUnusable, UsageError where the container is in other hands, and what kept
+        a former migration from being settled. Nothing is touched then."""
+        try:
+            await self._begin(container, target)
+        except JournalError as error:
+            raise JournalUnusable(
+                error.message, host=self._host, phase="preflight", remedy=error.remedy
+            ) from error
+
+    async def close(self) -> None:
+        """Idempotent."""
+        if self._opened is not None:
+            await asyncio.to_thread(self._opened.close)
+            self._opened = None
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
+
+    async def _begin(self, container: str, target: str) -> None:
+        self._opened = self.journal = await asyncio.to_thread(JournalWriter, self._paths.journal)
+        self.ledger = Ledger(self.journal, self.migration_id, "source")
+        await self._settle_former(container)
+        self._claim = Claim.take(self._paths.claim(self.migration_id, "source"), "coordinator")
+        self.attempt = await self.journal.claim_attempt()
+        await self.journal.begin(
+            self.migration_id,
+            "source",
+            attempt=self.attempt,
+            container=container,
+            runtime=self._runtime.name,
+            peer=target,
+        )
+
+    async def _settle_former(self, container: str) -> None:
+        """Recover what dead coordinators of this host have left; refuse a second migration of the
+        same container, and one of a container whose owner is not known."""
+        runtimes = {self._runtime.name: self._runtime}
+        left = await recovery.recover_orphans(
+            self.journal,
+            runtimes,
+            self._paths,
+            patience_s=config.FORMER_PATIENCE_S,
+            container=container,
+        )
+        await recovery.sweep(self.journal, self._paths)
+        for migration, error in left:
+            if migration.container == container:
+                raise error
+        for migration, _ in await self.journal.call(lambda journal: journal.unfinished()):
+            is_ours = migration.role == "source" and migration.container == container
+            driver = claimant(self._paths.claim(migration.migration_id, "source"))
+            if is_ours and driver is not None and driver.kind != "coordinator":
+                raise UsageError(
+                    f"{migration.container} is in the hands of {driver}",
+                    host=self._host,
+                    remedy=f"try again, or see: migrate status {migration.migration_id}",
+                )
+            if is_ours and driver is not None:
+                raise UsageError(
+                    f"{migration.container} is being migrated to {migration.peer} already,"
+                    f" by {driver}",
+                    host=self._host,
+                    remedy=f"wait for it, or run: migrate cancel {migration.migration_id}",
+                )
