@@ -1,4 +1,5 @@
 """The demo: a container with a client moves from lab host A to B and back, and nobody notices.
+With --clone it stays on A instead, and copies of it run on B and C (`bench/flock.py`).
 
 It is a user of the product like any other: it starts two hosts, a container on A and a client, runs
 `migrate NAME --to B` on A and `migrate NAME --to A` on B, and then asks the client what it saw and
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.containers import ContainerSpec, create, start
+from bench.flock import run_flock
 from bench.lab.lab import Lab
 from bench.probe_process import ProbeProcess, run_module, start_probe
 
@@ -196,6 +198,13 @@ def size_mib(text: str) -> int:
     return int(match[1]) * (1024 if match[2] == "G" else 1)
 
 
+def copies(text: str) -> int:
+    """How many copies are to be made: each takes memory and an address."""
+    if not text.isdecimal() or not 1 <= int(text) <= 20:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 20")
+    return int(text)
+
+
 def main() -> int:
     """Run the demo; 0 when nothing was lost."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__.split("\n")[0])
@@ -210,6 +219,7 @@ def main() -> int:
         choices=["auto", "write-protect", "soft-dirty", "predump", "none"],
         default="auto",
     )
+    parser.add_argument("--clone", type=copies, metavar="N", help="make N copies, 1 to 20")
     parser.add_argument("--vm", action="store_true", help="between virtual machines: slow")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     arguments = parser.parse_args()
@@ -218,6 +228,10 @@ def main() -> int:
     console = Console(highlight=False)
     workload = Workload(arguments.workload, arguments.memory, arguments.dirty_rate)
     options = ["--restore", arguments.restore, "--tracker", arguments.tracker]
+    if arguments.clone:
+        if arguments.vm or workload.kind != "redis":
+            parser.error("--clone copies a redis between hosts of the lab")
+        return 0 if run_flock(arguments.clone, workload, options, console) else 1
     outcome = run_demo(workload, options, console, machines=arguments.vm)
     show(outcome, workload, console)
     if arguments.json is not None:

@@ -88,9 +88,7 @@ def test_addresses_stay_in_their_family() -> None:
 
 @given(st.binary(max_size=200))
 def test_a_damaged_image_is_an_error_and_no_crash(tail: bytes) -> None:
-    for data, rename in (
-        (image("FILES", [])[:8] + tail, lambda bad: rename_addresses(bad, RENAMED)),
-        (image("UTSNS", [])[:8] + tail, lambda bad: rename_host(bad, "ram")),
-    ):
-        with contextlib.suppress(ImageFormatError):
-            rename(data)
+    with contextlib.suppress(ImageFormatError):
+        rename_addresses(image("FILES", [])[:8] + tail, RENAMED)
+    with contextlib.suppress(ImageFormatError):
+        rename_host(image("UTSNS", [])[:8] + tail, "ram")
