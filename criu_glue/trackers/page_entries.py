@@ -40,9 +40,9 @@ SWAPPED: Final = 1 << 62
 PRESENT: Final = 1 << 63
 # What a page is: another frame at the same address is another page.
 _IDENTITY: Final = PLACE | SWAPPED | PRESENT
-# Pages in one read: 1 GiB of memory, 2 MiB of entries. What a program has reserved and never used
-# is as large as it likes, and costs no more than this at a time.
-_PIECE_PAGES_MAX: Final = 1 << 18
+# Pages in one read: 128 MiB of memory, 256 KiB of entries, which stay in a processor's cache. What
+# a program has reserved and never used is as large as it likes, and costs no more at a time.
+_PIECE_PAGES_MAX: Final = 1 << 15
 
 Entries: TypeAlias = npt.NDArray[np.uint64]
 

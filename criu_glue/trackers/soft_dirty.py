@@ -10,7 +10,7 @@ Nothing can be read and cleared in one step, so a write between the two would be
 standing still. The first write to a page after that costs the task a fault, as with every tracker.
 Nothing is done inside the tasks and nothing stays there, so there is nothing to undo. It needs
 CONFIG_MEM_SOFT_DIRTY (Linux 3.11; distributions have it on x86-64), and keeps 8 bytes for each page
-of a task's mappings (pieces of 1 GiB without a page at all aside).
+of a task's mappings (pieces of 128 MiB without a page at all aside).
 
 What it reports too much: a mapping that is new, or has grown, is dirty as a whole, with what it was
 merged with (brk(2): the heap; mm/mmap.c: do_brk_flags), and a huge page is dirty as one. The sender

@@ -4,44 +4,16 @@ with these bits tells: then exactly those, and otherwise what does not depend on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from criu_glue.errors import LimitExceededError
 from criu_glue.mappings import TASKS_MAX
-from criu_glue.trackers.base import DirtyTracker
 from criu_glue.trackers.soft_dirty import SoftDirtyTracker, supported
-from tests.criu_glue.puppets import (
-    ARENA,
-    PAGE,
-    READ_WRITE,
-    Puppet,
-    Stage,
-    pages_in,
-    state,
-    until,
-)
-
-PAGES = 1024
-needs_bits = pytest.mark.skipif(supported() is not None, reason=str(supported()))
-
-
-class Still:
-    """Puppets stand still by themselves, when they wait for a command. Counts."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.times = 0
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        self.times += 1
-        for puppet in self.stage.puppets:
-            if Path(f"/proc/{puppet.pid}").exists() and state(puppet.pid) != "Z":
-                puppet.settle()
-        yield
+from tests.criu_glue.puppets import ARENA, PAGE, READ_WRITE, Puppet, Stage, state, until
+from tests.criu_glue.soft_dirty_scenes import SCENES, Still, reported, tracker_of
 
 
 @pytest.fixture
@@ -51,16 +23,9 @@ def still(stage: Stage) -> Still:
 
 @pytest.fixture
 def tracker(stage: Stage, still: Still) -> Iterator[SoftDirtyTracker]:
-    tracker = SoftDirtyTracker(lambda: [puppet.pid for puppet in stage.puppets], still)
+    tracker = tracker_of(stage, still)
     yield tracker
     tracker.detach()
-
-
-def reported(tracker: DirtyTracker, pid: int, *, last: bool = False) -> list[int]:
-    for task in tracker.collect(last=last):
-        if task.pid == pid:
-            return pages_in(task.runs, ARENA, 4 * PAGES)
-    raise AssertionError(f"{pid} is not reported")
 
 
 def test_a_kernel_is_asked_by_what_it_does() -> None:
@@ -133,38 +98,9 @@ def test_after_a_failure_everything_is_dirty(stage: Stage, puppet: Puppet) -> No
     tracker.detach()
 
 
-@needs_bits
-def test_exactly_what_was_written(puppet: Puppet, tracker: SoftDirtyTracker) -> None:
-    puppet.do("map", ARENA, PAGES, READ_WRITE)
-    puppet.do("write", ARENA, PAGES, 1)
-    assert len(reported(tracker, puppet.pid)) == PAGES
-    assert reported(tracker, puppet.pid) == []
-    puppet.do("write", ARENA + 5 * PAGE, 2, 9)
-    puppet.do("touch", ARENA + 100 * PAGE, 50)
-    assert reported(tracker, puppet.pid) == [5, 6]
-    assert reported(tracker, puppet.pid) == []
-
-
-@needs_bits
-def test_what_is_moved_over_what_was_sent(puppet: Puppet, tracker: SoftDirtyTracker) -> None:
-    """2 MiB at a 2 MiB boundary: the kernel moves the page table, and marks nothing in it."""
-    table = 512 * PAGE
-    for at in (ARENA, ARENA + 2 * table):
-        puppet.do("map", at, 512, READ_WRITE)
-        puppet.do("write", at, 512, at)
-    reported(tracker, puppet.pid)
-    reported(tracker, puppet.pid)
-    puppet.do("unmap", ARENA, 512)
-    puppet.do("remap", ARENA + 2 * table, 512, 512, ARENA)
-    assert reported(tracker, puppet.pid) == list(range(512))
-
-
-@needs_bits
-def test_execve(puppet: Puppet, tracker: SoftDirtyTracker) -> None:
-    puppet.do("map", ARENA, 8, READ_WRITE)
-    puppet.do("write", ARENA, 8, 1)
-    reported(tracker, puppet.pid)
-    puppet.exec()
-    puppet.do("map", ARENA, 8, READ_WRITE)
-    puppet.do("write", ARENA + 2 * PAGE, 3, 1)
-    assert reported(tracker, puppet.pid) == [2, 3, 4]
+@pytest.mark.skipif(supported() is not None, reason=str(supported()))
+@pytest.mark.parametrize("scene", SCENES)
+def test_scenes(
+    puppet: Puppet, tracker: SoftDirtyTracker, scene: Callable[[Puppet, SoftDirtyTracker], None]
+) -> None:
+    scene(puppet, tracker)
