@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from migrate.config import DOWNTIME_MS_MAX_DEFAULT
 from migrate.progress import mib
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from migrate.core.messages import Drained, DrainMove
+
+
+# A downtime that is longer than asked for by more than half is said to be.
+OVER: Final = 1.5
 
 
 class Line(msgspec.Struct, frozen=True, tag="drain_move", tag_field="event"):
@@ -71,6 +76,8 @@ def _move(one: DrainMove, host: str) -> str:
             what = one.state
     if one.downtime_ms is not None and one.state in ("arrived", "home"):
         what += f", downtime {one.downtime_ms:.0f} ms"
+        if one.downtime_ms > OVER * DOWNTIME_MS_MAX_DEFAULT:
+            what += f" (asked for: {DOWNTIME_MS_MAX_DEFAULT})"
     elif one.predicted_downtime_ms is not None and one.state in ("waiting", "moving"):
         what += f", downtime about {one.predicted_downtime_ms:.0f} ms"
     size = mib(one.memory_bytes)

@@ -37,7 +37,7 @@ START_DEADLINE_S: Final = 20.0
 _POLL_S: Final = 0.05
 _LOG: Final = "drain.log"
 # A container came here with one of the latest of these, or it is too long ago to be given back.
-_HISTORY_MAX: Final = 10_000
+_HISTORY_MAX: Final = 1000
 
 
 class Drains:

@@ -1,0 +1,172 @@
+"""Around a drain: cordons, the operator's programs, the unit, and who gets a container back."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from migrate import cordon, drain_hooks, drain_state
+from migrate.agent.drains import Drains
+from migrate.config import HostPaths
+from migrate.core import messages
+from migrate.drain_moves import Moves
+from migrate.drain_report import lines, progress
+from migrate.drain_unit import unit_text
+from migrate.errors import MigrateError, UsageError
+from migrate.journal import Journal, JournalWriter, Migration
+from migrate.policy import PolicyFile
+from tests.migrate.stage import RECEIVED
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+TAKEN = (*RECEIVED, "committed")
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> HostPaths:
+    return HostPaths(tmp_path / "run", tmp_path / "state", tmp_path / "config")
+
+
+# ---- cordons ----
+
+
+def test_a_cordoned_host_takes_nothing_but_what_it_has_asked_back(paths: HostPaths) -> None:
+    assert cordon.refusals(paths, "m1") == []
+    cordon.put(paths, cordon.Cordon())
+    (refusal,) = cordon.refusals(paths, "m1")
+    assert refusal.code == "cordoned"
+    assert "uncordon" in refusal.remedy
+    cordon.expect(paths, "m1")
+    assert cordon.refusals(paths, "m1") == []
+    assert len(cordon.refusals(paths, "m2")) == 1
+    cordon.lift(paths)
+    cordon.lift(paths)
+    assert cordon.refusals(paths, "m2") == []
+
+
+def test_a_cordon_that_can_not_be_read_is_one(paths: HostPaths) -> None:
+    cordon.put(paths, cordon.Cordon())
+    paths.cordon.write_text("{")
+    (refusal,) = cordon.refusals(paths, "m1")
+    assert refusal.code == "cordoned"
+
+
+# ---- the operator's programs ----
+
+
+def program(directory: Path, name: str, text: str, mode: int = 0o755) -> None:
+    directory.mkdir(exist_ok=True)
+    path = directory / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(mode)
+
+
+def test_programs_are_asked_in_their_order_until_one_says_no(tmp_path: Path) -> None:
+    hooks = tmp_path / "hooks"
+    assert drain_hooks.ask(hooks, "before", "c", "S", "T") == ""
+    program(hooks, "1-first", f'echo "$@" >>{tmp_path}/said')
+    assert drain_hooks.ask(hooks, "before", "c", "S", "T") == ""
+    program(hooks, "2-no", "echo it is busy; exit 3")
+    program(hooks, "3-last", f"echo last >>{tmp_path}/said")
+    why = drain_hooks.ask(hooks, "after", "c", "S", "T")
+    assert why == "after the move, 2-no ended with 3: it is busy"
+    assert (tmp_path / "said").read_text() == "before c S T\nafter c S T\n"
+
+
+def test_a_program_that_hangs_says_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain_hooks, "HOOK_DEADLINE_S", 0.2)
+    program(tmp_path / "hooks", "slow", "exec sleep 60")
+    assert "took longer" in drain_hooks.ask(tmp_path / "hooks", "before", "c", "S", "T")
+
+
+@pytest.mark.parametrize(("mode", "why"), [(0o775, "others than root"), (0o644, "no program")])
+def test_what_others_could_write_is_not_run(tmp_path: Path, mode: int, why: str) -> None:
+    program(tmp_path / "hooks", "it", f"touch {tmp_path}/ran", mode)
+    assert why in drain_hooks.ask(tmp_path / "hooks", "before", "c", "S", "T")
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- the unit ----
+
+
+def test_the_unit_drains_when_it_stops_and_is_waited_for() -> None:
+    word = messages.Drain("start", ("A", "C"), 2, 300.0, ("/srv/a b",))
+    text = unit_text("/usr/bin/migrate", word)
+    assert (
+        "ExecStop=/usr/bin/migrate drain-node --to A,C --max-parallel 2 --deadline 300"
+        " --shared '/srv/a b'\n"
+    ) in text
+    assert "TimeoutStopSec=420\n" in text
+    assert "After=migrate-agent.service" in text
+
+
+def test_a_unit_without_a_deadline_or_with_words_of_systemds_is_refused() -> None:
+    with pytest.raises(UsageError, match="shutdown"):
+        unit_text("/usr/bin/migrate", messages.Drain("start", ("A",)))
+    with pytest.raises(UsageError, match="%"):
+        unit_text("/usr/bin/migrate", messages.Drain("start", ("A",), 1, 60.0, ("/srv/%h",)))
+
+
+# ---- what is told ----
+
+
+def test_a_drain_that_was_never_is_told_so_and_one_is_told_as_it_is(paths: HostPaths) -> None:
+    assert "never drained" in lines(drain_state.read(paths))[0]
+    moves = (
+        messages.DrainMove("a", "runc", 1 << 20, "arrived", "B", seconds=2.0, downtime_ms=500.0),
+        messages.DrainMove("b", "runc", 1 << 20, "stays", why="io_uring"),
+    )
+    drain_state.write(paths, messages.Drained("A", "drain-1", phase="moving", moves=moves))
+    state = drain_state.read(paths)
+    text = "\n".join(lines(state))
+    assert "was interrupted" in text
+    assert "runs on B, after 2.0 s, downtime 500 ms (asked for: 300)" in text
+    assert "stays on A: io_uring" in text
+    told: dict[str, str] = {}
+    assert [line.move.container for line in progress(state, told)] == ["a", "b"]
+    assert list(progress(state, told)) == []
+
+
+# ---- who gets a container back ----
+
+
+def arrived(paths: HostPaths, migration_id: str, peer: str, *states: str) -> None:
+    with Journal.open(paths.journal) as journal:
+        now_s = time.time()
+        journal.begin(Migration(migration_id, "target", 1, "c", "runc", peer, now_s))
+        for state in states:
+            journal.append(migration_id, "target", state, "test", at_wall_s=now_s)
+
+
+async def test_a_container_is_given_back_to_the_host_it_came_from_last(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived(paths, "m1", "former", *TAKEN, "running", "done")
+    arrived(paths, "m2", "home", *TAKEN, "running", "done")
+    arrived(paths, "m3", "liar", *RECEIVED, "aborted")
+    begun: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Moves, "begin", lambda _, *said: begun.append(said))
+    journal = JournalWriter(paths.journal)
+    try:
+        drains = Drains(paths, {}, journal, PolicyFile(paths.policy))
+        with pytest.raises(MigrateError, match="did not come here from former"):
+            await drains.told(messages.GiveBack("g1", "c"), "former")
+        with pytest.raises(MigrateError, match="did not come here from home"):
+            await drains.told(messages.GiveBack("g1", "other"), "home")
+        arrived(paths, "m4", "home", *TAKEN, "running", "done")
+        assert not begun
+        answer = await drains.told(messages.GiveBack("g1", "c"), "home")
+        assert begun == [("g1", "c", "home")]
+        assert isinstance(answer, messages.GivingBack)
+        await drains.told(messages.GiveBack("g1", "c"), "home")
+        assert len(begun) == 1
+        with pytest.raises(MigrateError, match="no migration to former"):
+            await drains.told(messages.GiveBack("g1", "c"), "former")
+        with pytest.raises(MigrateError, match="no word of one host"):
+            await drains.told(messages.Drain("start", ("B",)), "home")
+    finally:
+        journal.close()
