@@ -57,9 +57,11 @@ def unclad(lab: Lab, container: ContainerSpec, **annotations: str) -> Iterator[N
         expel(lab, container.name)
 
 
-def drained(host: Host, *arguments: str, code: int = 0) -> dict[str, Any]:
+def drained(
+    host: Host, *arguments: str, code: int = 0, deadline_s: float = DRAIN_S
+) -> dict[str, Any]:
     """A command of drains on `host`, run to its end; what it says at last."""
-    done = host.run(["migrate", *arguments, "--json"], check=False, timeout_s=DRAIN_S)
+    done = host.run(["migrate", *arguments, "--json"], check=False, timeout_s=deadline_s)
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     state: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return state
