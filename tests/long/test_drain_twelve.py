@@ -52,9 +52,8 @@ def test_twelve_containers_leave_and_come_home() -> None:
                 guests[-1].redis("fill")
         print(f"{len(guests)} containers run on A", flush=True)
         begun_s = time.monotonic()
-        emptied = drained(
-            lab.host("A"), "drain-node", *TO, "--max-parallel", "3", deadline_s=LONG_S
-        )
+        host, three = lab.host("A"), ("--max-parallel", "3")
+        emptied = drained(host, "drain-node", *TO, *three, deadline_s=LONG_S)
         tell("drain-node", emptied, time.monotonic() - begun_s)
         assert {one["state"] for one in emptied["moves"]} == {"arrived"}
         assert len(emptied["moves"]) == len(KINDS)
