@@ -37,6 +37,7 @@ from migrate.errors import (
     JournalError,
     MigrateError,
     NotConverging,
+    PreflightRefused,
     TransferFailed,
     runs_on,
 )
@@ -181,6 +182,9 @@ class Cloning:
         identity = copy_identity.identity_of(
             facts.network, self._wanted.name, self._wanted.addresses
         )
+        taken = preflight.judge_addresses(identity.addresses, preflight.own_addresses())
+        if taken:
+            raise PreflightRefused(taken, host=self._host)
         for address in copy_identity.left_out(facts.network, identity):
             self._warn(f"the copy has none for the address {address}; give one more --ip")
         link = TargetLink(options.target, options.port, self._paths, options.way)

@@ -129,10 +129,29 @@ def _match(original: NetworkIdentity, given: Sequence[IP]) -> Iterator[tuple[IP,
             raise UsageError(f"the container has no IPv{version} address that {own[-1]} stands for")
         if own and own[0] == old[0]:
             raise UsageError(f"{own[0]} is the container's own address", remedy="give a free one")
+        if own:
+            _check_free(original, old[0], own[0])
         yield from zip(old, own, strict=False)
     if _addresses(original) and not given:
         raise UsageError(
             "a copy needs an address of its own", remedy="give --ip ADDRESS, a free one"
+        )
+
+
+def _check_free(original: NetworkIdentity, old: IP, own: IP) -> None:
+    """Raises UsageError for an address that can't be free in the original's network."""
+    (wire,) = (
+        ipaddress.ip_interface(address.network).network
+        for interface in original.interfaces
+        for address in interface.addresses
+        if parse_address(address.network)[0] == old
+    )
+    known = {one.gateway for one in original.routes} | {one.address for one in original.neighbours}
+    is_special = wire.num_addresses > 2 and own in (wire[0], wire[-1])
+    if own not in wire or is_special or str(own) in known:
+        raise UsageError(
+            f"{own} is no free address of the container's network {wire}",
+            remedy="give one that nobody has",
         )
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
+
 from migrate import blockers, cordon, facts, network, policy, policy_checks
 from migrate.container_checks import is_below, judge_container, judge_spec
 from migrate.errors import PreflightRefused, runs_on
@@ -38,7 +40,7 @@ from migrate.refusals import Caution, Refusal
 from migrate.runtimes.oci import has_user_namespace, mounts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from migrate.config import HostPaths
     from migrate.core.messages import OpenSession, Versions
@@ -221,6 +223,8 @@ def _look_at_target(
     disk_bytes = shutil.disk_usage(existing(paths.containers)).free
     refusals += judge_room(request, facts.free_memory_bytes(), disk_bytes)
     refusals += cordon.refusals(paths, request.migration_id)
+    if request.copy_of:
+        refusals += judge_addresses([own for _, own in request.copy_of.renamed], own_addresses())
     refusals += _taken(request.container, runtime, paths)
     refusals += _of_configuration(request, runtime, rules)
     bridges = {port.bridge for port in request.network.ports if port.bridge is not None}
@@ -231,6 +235,21 @@ def _look_at_target(
 def target_cautions(request: OpenSession) -> list[Caution]:
     """What works, but may not be as the source's operator expects. Blocking."""
     return host_cautions()
+
+
+def judge_addresses(wanted: Iterable[str], own: Collection[str]) -> list[Refusal]:
+    """Whether a copy may have these addresses beside a host that has `own`. Pure."""
+    return [
+        Refusal("address-taken", f"{address} is an address of this host", "give a free one")
+        for address in wanted
+        if address in own
+    ]
+
+
+def own_addresses() -> frozenset[str]:
+    """Of this host's interfaces."""
+    found = psutil.net_if_addrs().values()
+    return frozenset(one.address.partition("%")[0] for of_one in found for one in of_one)
 
 
 def judge_versions(source: Versions, target: Versions) -> list[Refusal]:

@@ -93,6 +93,10 @@ def test_a_coordinator_that_dies_leaves_the_original_alone(agents: Lab) -> None:
         refused = clone(source, guest.name).finish()
         assert refused.code == 2, refused
         assert "--ip" in refused.stderr
+        for host in (source, target):
+            refused = clone(source, guest.name, "--ip", host.address).finish()
+            assert refused.code == 2, refused
+            assert f"{host.address} is an address of this host" in refused.stderr
         for phase in ("freeze", "send", "restore"):
             killed = clone(source, guest.name, "--ip", IP)
             killed.wait_phase(phase)

@@ -81,6 +81,9 @@ def test_an_address_that_it_is_given_none_for_is_left_out_with_its_routes() -> N
     [
         ([], "needs an address of its own"),
         ([ipaddress.ip_address("10.0.0.5")], "the container's own"),
+        ([ipaddress.ip_address("10.0.1.9")], "no free address"),
+        ([ipaddress.ip_address("10.0.0.1")], "no free address"),
+        ([ipaddress.ip_address("10.0.0.255")], "no free address"),
         ([IP4, ipaddress.ip_address("10.0.0.8")], "no IPv4 address that 10.0.0.8 stands for"),
     ],
 )
