@@ -356,7 +356,7 @@ class Coordinator:
         container = self._facts.container
         await self._target.tell(messages.Prepare(container.descriptors))
         self._freezing = Freezing(
-            container, self._runtime, self._facts.network.ports, self._session, self._host
+            container, self._runtime, self._facts.network, self._session, self._host
         )
         plan = await self._freezing.prepare(
             self.migration_id, self._paths, parent=self._copying.memory.pages.parent
@@ -456,6 +456,15 @@ class Coordinator:
             log.info("the target is not heard", why=str(error))
             await self._hold()
             return None
+
+    async def _forward_frames(self) -> None:
+        """What has come for the container here goes after it. Lost, it costs a client some time."""
+        if self._freezing is None or self._target is None:
+            return
+        if frames := self._freezing.frames():
+            self._builder.held_frames += len(frames)
+            word = messages.Frames(self.migration_id, self._attempt, frames)
+            await quietly(self._target.tell(word))
 
     async def _release(self) -> E:
         assert self._freezing is not None
@@ -573,6 +582,9 @@ class Coordinator:
         await self._begun.close()
 
     async def _post_heard(self, kind: E) -> None:
+        if kind is E.TARGET_RUNNING:
+            # Before anything is written down here: clients wait for what they have sent.
+            await self._forward_frames()
         await self.driver.post(kind, from_peer=True)
 
     def _warn(self, message: str) -> None:

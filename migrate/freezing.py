@@ -1,7 +1,7 @@
 """The source's freeze and hold: runtime, CRIU, cgroup, ports and guard of one container.
 
 prepare    the runtime is started and comes as far as its CRIU, which waits at the gate
-freeze     ports unplugged, cgroup frozen
+freeze     ports unplugged, what comes for them is kept, cgroup frozen
 dump       CRIU writes its images and is held with the tasks
 release    CRIU kills the tasks, the runtime forgets the container     (after the commit only)
 undo       CRIU gives the tasks back, cgroup thawed, ports plugged in  (before the commit only)
@@ -24,6 +24,7 @@ from migrate import cgroup, config, custody, holder, tcp_repair
 from migrate.criu_run import OWN_NETWORK, RuntimeOrCriu
 from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan, end_criu
+from migrate.held_frames import HeldFrames
 from migrate.network import PortSwitch
 from migrate.processes import Outliving, module_command
 from migrate.runtimes.oci import has_user_namespace
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from migrate.config import HostPaths
-    from migrate.network_identity import Port
+    from migrate.network_identity import HeldFrame, NetworkIdentity
     from migrate.runtimes.base import Container, Runtime
 
 # No page server is opened: CRIU is given a socket that is at its end (`criu_glue/hooks.py`).
@@ -47,13 +48,14 @@ class Freezing:
         self,
         container: Container,
         runtime: Runtime,
-        ports: tuple[Port, ...],
+        network: NetworkIdentity,
         session: Path,
         host: str,
     ) -> None:
         self.container = container
         self._runtime = runtime
-        self._ports = [PortSwitch(port.host_end, str(port.bridge)) for port in ports]
+        self._ports = [PortSwitch(port.host_end, str(port.bridge)) for port in network.ports]
+        self._frames = HeldFrames(network)
         self._session = session
         self.image_dir = session / "img"
         self._work_dir = session / "work"
@@ -116,6 +118,7 @@ class Freezing:
         marks = {"unplug": time.monotonic_ns() // 1000}
         for port in self._ports:
             port.unplug()
+        self._frames.begin()
         marks["frozen"] = await asyncio.to_thread(
             cgroup.freeze, self.container.cgroup, config.FREEZE_DEADLINE_S
         )
@@ -141,6 +144,10 @@ class Freezing:
         except (CriuGlueError, OSError) as error:
             raise DumpFailed(f"an image can't be cleaned: {error}", host=self._host) from error
         return seen_us
+
+    def frames(self) -> tuple[HeldFrame, ...]:
+        """What has come for the container since the freeze."""
+        return self._frames.take()
 
     async def release(self) -> None:
         """Let CRIU kill the frozen tree; returns when the runtime has forgotten the container."""
@@ -171,6 +178,7 @@ class Freezing:
                     port.plug()
                 self.given_back_us = time.monotonic_ns() // 1000
                 self._is_frozen = False
+                await asyncio.to_thread(self._frames.give_back)
         except (CriuGlueError, OSError) as error:
             raise RollbackFailed(
                 f"{self.container.name} could not be thawed: {error}",
@@ -191,6 +199,7 @@ class Freezing:
             self._guard = None
         for port in self._ports:
             port.close()
+        await asyncio.to_thread(self._frames.close)
         if self._hold is not None:
             self._hold.close()
             self._hold = None

@@ -26,6 +26,9 @@ ADDRESSES_MAX = 256
 ROUTES_MAX = 1024
 NEIGHBOURS_MAX = 256
 SYSCTLS_MAX = 512
+FRAMES_MAX = 1024
+FRAME_HEADER_BYTES = 10
+FRAME_BYTES_MAX = FRAME_HEADER_BYTES + 14 + 65535
 
 # linux/if.h: 15 bytes, not "." or ".." (`dev_valid_name`); no leading dash, which is an option.
 _INTERFACE_NAME = r"\A[a-zA-Z0-9_][a-zA-Z0-9_.@-]{0,14}\Z"
@@ -105,6 +108,17 @@ class Port(Part, frozen=True):
     interface: InterfaceName
     host_end: InterfaceName
     bridge: InterfaceName | None
+
+
+class HeldFrame(Part, frozen=True, array_like=True):
+    """A frame that has come for a container and waits for it. interface: the container's.
+
+    data: the kernel's header (`struct virtio_net_hdr`, 10 bytes), which says what of segments and
+    checksums is left to be done, then the Ethernet frame, of up to 64 KiB of joined segments.
+    """
+
+    interface: InterfaceName
+    data: Annotated[bytes, Meta(min_length=FRAME_HEADER_BYTES + 14, max_length=FRAME_BYTES_MAX)]
 
 
 class NetworkIdentity(Part, frozen=True):

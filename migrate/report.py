@@ -102,6 +102,7 @@ class Report(msgspec.Struct, frozen=True):
     downtime_ms: from unplugged on the source to running on the target. bytes_sent: written to the
     data streams, rounds and image files. fill_ms, faults: of the pager, after the downtime.
     stills_ms: how long the container stood still for its tracker in each round before the freeze.
+    held_frames: what came for the container on the source meanwhile and was sent after it.
     """
 
     migration_id: str
@@ -130,6 +131,7 @@ class Report(msgspec.Struct, frozen=True):
     throttle: ThrottleReport | None = None
     tracker_reason: str = ""
     stills_ms: tuple[float, ...] = ()
+    held_frames: int = 0
     format: Literal[1] = 1
 
 
@@ -174,6 +176,7 @@ class ReportBuilder:
         self.tracker_reason = ""
         self.restore = ""
         self.memory_bytes = 0
+        self.held_frames = 0
         self._rounds: list[RoundReport] = []
         self._images: RoundStats | None = None
         self._decision: Decision | None = None
@@ -266,6 +269,7 @@ class ReportBuilder:
             throttle=self._throttle,
             tracker_reason=self.tracker_reason,
             stills_ms=tuple(round(ms, 3) for ms in self.stills_ms),
+            held_frames=self.held_frames,
         )
 
 

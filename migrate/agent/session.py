@@ -45,6 +45,7 @@ from migrate.errors import (
     RestoreFailed,
     is_exhausted,
 )
+from migrate.held_frames import deliver
 from migrate.ledger import Ledger
 from migrate.network_identity import parse_ip
 from migrate.rootfs import Passes
@@ -554,7 +555,13 @@ class Session:
     async def hear(self, message: messages.SourceMessage) -> None:
         """Take a message of the source. One of another attempt is refused: ProtocolError."""
         match message:
-            case messages.Commit() | messages.Abort() | messages.Ask() | messages.State():
+            case (
+                messages.Commit()
+                | messages.Frames()
+                | messages.Abort()
+                | messages.Ask()
+                | messages.State()
+            ):
                 told = (message.migration_id, message.attempt)
                 if told != (self.request.migration_id, self.request.attempt):
                     raise ProtocolError(
@@ -569,6 +576,10 @@ class Session:
                 self._descriptors = descriptors
             case messages.Restore():
                 self._restore = message
+            case messages.Frames(frames=frames) if self.driver.state in (S.RUNNING, S.DONE):
+                assert self._network is not None
+                ports = self._network.ports
+                await asyncio.to_thread(deliver, frames, self.request.network, ports)
             case _:
                 pass
         event = event_of_source_message(message)

@@ -10,6 +10,7 @@
       | <---------------- RestoreStage ..., Held|
       | Commit -------------------------------> |
       | <------------------------------ Running |
+      | Frames -------------------------------> |
       | <-------------- FillProgress ..., FillDone
     at any time: Ping -> Pong; Ask -> State (both ways); Failed from the target; Abort from the
     source, before Commit
@@ -31,7 +32,7 @@ from msgspec import Meta
 
 from migrate.core.confinement import Confinements
 from migrate.errors import ProtocolError
-from migrate.network_identity import IpText, NetworkIdentity
+from migrate.network_identity import FRAMES_MAX, HeldFrame, IpText, NetworkIdentity
 
 PROTOCOL: Final = 1
 """Both ends must speak the same one. It changes with anything that the peer could misread."""
@@ -205,6 +206,14 @@ class Commit(Message, frozen=True, tag="commit"):
 
     migration_id: MigrationId
     attempt: Attempt
+
+
+class Frames(Message, frozen=True, tag="frames"):
+    """What came for the container on the source while it stood still (`held_frames.py`)."""
+
+    migration_id: MigrationId
+    attempt: Attempt
+    frames: Annotated[tuple[HeldFrame, ...], Meta(max_length=FRAMES_MAX)]
 
 
 class Abort(Message, frozen=True, tag="abort"):
@@ -437,6 +446,7 @@ SourceMessage: TypeAlias = (
     | Prepare
     | Restore
     | Commit
+    | Frames
     | Abort
     | Ping
     | Ask

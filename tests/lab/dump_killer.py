@@ -170,7 +170,7 @@ async def dump(name: str, order: str, number: int) -> dict[str, object]:
     runtime = Runc()
     container = runtime.inspect(name)
     assert container.netns is not None
-    ports = network_capture.capture(container.netns).identity.ports
+    network = network_capture.capture(container.netns).identity
     base = Path(tempfile.mkdtemp(prefix="dump-killer-", dir="/run"))
     kill_at, _, after = order.strip().partition(" ")
     # No step is that far away.
@@ -180,7 +180,7 @@ async def dump(name: str, order: str, number: int) -> dict[str, object]:
     os.environ["PATH"] = f"{base}:{path}"
     session = base / "session"
     session.mkdir()
-    freezing = Freezing(container, runtime, ports, session, "A")
+    freezing = Freezing(container, runtime, network, session, "A")
     error = undo = ""
     times: dict[str, int] = {}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from bench.containers import ContainerSpec, make_network
 from bench.lab.errors import LabCommandError
 from bench.lab.host import Host
 from bench.lab.lab import Lab
+from bench.probe_process import PYTHON_INSIDE
 from migrate.announce import REPEAT_DELAYS_S
-from tests.lab.inside import inside
+from tests.lab.inside import PRELUDE, inside
 from tests.lab.waiting import wait_until
 
 SPEC = ContainerSpec("net1", "memory", address="10.77.0.61/24", address6="fd77::61/112")
@@ -265,6 +267,68 @@ def test_a_name_that_is_taken_is_refused_and_left_alone(source: Host) -> None:
     with pytest.raises(LabCommandError, match="exists already"):
         inside(source, RECREATE, {"identity": identity, "name": "net1"})
     assert capture(source)["identity"]["ports"] == identity["ports"]
+
+
+KEEP = """
+import time
+from migrate.held_frames import HeldFrames
+from migrate.network_identity import NetworkIdentity
+from migrate import network
+identity = msgspec.convert(given, NetworkIdentity)
+held = HeldFrames(identity)
+network.unplug("v-net1")
+held.begin()
+print("begun", flush=True)
+frames, end_s = [], time.monotonic() + 30
+while not any(frame.data[10 + 12 : 10 + 14] == b"\\x08\\x00" for frame in frames):
+    assert time.monotonic() < end_s
+    time.sleep(0.005)
+    frames += held.take()
+held.close()
+answer(frames)
+"""
+DELIVER = """
+from migrate import held_frames, network
+from migrate.network_identity import HeldFrame, NetworkIdentity
+identity = msgspec.convert(given["identity"], NetworkIdentity)
+frames = msgspec.convert(given["frames"], list[HeldFrame])
+handle = msgspec.convert(given["handle"], network.NetworkHandle)
+(port,) = handle.ports
+network.plug(port.host_end, port.bridge)
+wrong = [msgspec.structs.replace(frame, interface="eth1") for frame in frames]
+strange = [HeldFrame("eth0", bytes(10) + b"\\x02" * 60)]
+assert held_frames.deliver([*wrong, *strange], identity, handle.ports) == 0
+answer(held_frames.deliver(frames, identity, handle.ports))
+"""
+
+
+def test_what_came_meanwhile_is_delivered_on_another_host(
+    lab: Lab, source: Host, target: Host
+) -> None:
+    """One echo request, never repeated: it reaches the container where it is plugged next."""
+    lab.client.run(["ping", "-q", "-c1", "-W5", SPEC.ip])
+    identity = capture(source)["identity"]
+    handle = inside(target, RECREATE, {"identity": identity, "name": "net1"})
+    keeping = source.popen(
+        ["python3", "-c", PRELUDE + KEEP, json.dumps(identity)],
+        env=PYTHON_INSIDE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with keeping as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+            with lab.client.popen(
+                ["ping", "-n", "-c1", "-W60", SPEC.ip], stdout=subprocess.PIPE, text=True
+            ) as ping:
+                frames = json.loads(process.stdout.readline())
+                given = {"identity": identity, "handle": handle, "frames": frames}
+                assert inside(target, DELIVER, given) == len(frames)
+                said, _ = ping.communicate()
+        assert "1 received" in said
+    finally:
+        inside(target, DESTROY, handle)
 
 
 def test_a_port_name_that_is_taken_is_replaced(source: Host) -> None:

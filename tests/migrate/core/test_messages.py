@@ -14,6 +14,7 @@ from migrate.core import messages as m
 from migrate.core.confinement import UNLIMITED, Confinements, Sheet
 from migrate.errors import ProtocolError
 from migrate.network_identity import (
+    HeldFrame,
     Interface,
     InterfaceAddress,
     Neighbour,
@@ -123,6 +124,12 @@ FROM_SOURCE: list[tuple[m.SourceMessage, bytes]] = [
         b'"limits":{"Max open files":[1024,-1]}}],"threads":{"1":0,"7":0}}}',
     ),
     (m.Commit("m1", 7), b'{"type":"commit","migration_id":"m1","attempt":7}'),
+    (
+        m.Frames("m1", 7, (HeldFrame("eth0", b"f" * 24),)),
+        b'{"type":"frames","migration_id":"m1","attempt":7,"frames":[["eth0","'
+        + b"ZmZm" * 8
+        + b'"]]}',
+    ),
     (
         m.Abort("m1", 7, "cancelled"),
         b'{"type":"abort","migration_id":"m1","attempt":7,"reason":"cancelled"}',

@@ -1,0 +1,219 @@
+"""Frames for a container that stands still: kept where it stood, delivered where it runs again.
+
+An unplugged port drops what comes, and a client sends again only when its timer expires, which
+doubles each time (RFC 6298): back after 300 ms, a container may wait as long again for its client's
+next try. So the source listens on the bridge of the unplugged port (packet(7)) and keeps what was
+for the container; the target puts it into the container's own interface when that is plugged, and a
+source that takes its container back puts it there itself.
+
+    kept       unicast to the container's MAC, and what asks for its addresses: ARP requests, IPv6
+               neighbour solicitations (RFC 4861: to 33:33:ff and the address's last 3 bytes)
+    not kept   what has a VLAN tag, what the container has sent itself, and what is more than
+               FRAMES_MAX or BYTES_MAX: it is dropped, as all of it was before
+
+The frames are as packet sockets with PACKET_VNET_HDR give and take them (`HeldFrame`). One that was
+kept may have come to the target by another way as well; a network may double frames at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import socket
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from migrate.announce import mac_bytes
+from migrate.network_identity import (
+    FRAME_BYTES_MAX,
+    FRAME_HEADER_BYTES,
+    FRAMES_MAX,
+    HeldFrame,
+    NetworkError,
+    parse_address,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from migrate.network_identity import Interface, NetworkIdentity, Port
+
+BYTES_MAX = 1 << 20
+"""Of one container, together; as base64 they fit one message of the control channel."""
+
+_SYS_NET = Path("/sys/class/net")
+_ETH_P_ALL = 0x0003
+_SENDS_ONLY = 0
+_ETH_P_ARP = 0x0806
+_PACKET_OUTGOING = 4
+_SOL_PACKET = 263
+_PACKET_VNET_HDR = 15
+_SO_ATTACH_FILTER = 26
+_SO_RCVBUFFORCE = 33
+# The kernel counts its own buffers, which are about twice what is in them, and 2 KiB at least.
+_QUEUE_BYTES = 4 << 20
+_IS_MULTICAST = 0x01
+
+# linux/filter.h and linux/bpf_common.h
+_LOAD_WORD, _LOAD_HALF, _LOAD_BYTE = 0x20, 0x28, 0x30
+_JUMP_IF_EQUAL, _RETURN = 0x15, 0x06
+_IS_TAGGED = 0xFFFFF000 + 48  # SKF_AD_OFF + SKF_AD_VLAN_TAG_PRESENT
+_WHOLE = 0x40000
+Program: TypeAlias = "Sequence[tuple[int, int, int, int]]"
+"""Classic BPF (linux/filter.h): code, jump if true, jump if false, operand."""
+_NOTHING: Program = [(_RETURN, 0, 0, 0)]
+
+
+class HeldFrames:
+    """What comes for a container from `begin` on. For whoever is in its host's own network."""
+
+    def __init__(self, network: NetworkIdentity) -> None:
+        """Keeps nothing yet. Raises NetworkError."""
+        self._network = network
+        self._heard: list[tuple[Port, socket.socket]] = []
+        self._programs: list[Program] = []
+        try:
+            for port, interface in _plugged(network, network.ports):
+                packets = _packet_socket(_ETH_P_ALL)
+                self._heard.append((port, packets))
+                self._programs.append(program(interface))
+                packets.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE_BYTES)
+                packets.setblocking(False)
+                _attach(packets, _NOTHING)
+                for _ in _entered(packets, str(port.bridge)):
+                    pass  # it came before the filter
+        except OSError as error:
+            self.close()
+            raise NetworkError(f"nothing can be kept for the container: {error}") from error
+
+    def begin(self) -> None:
+        """Keep what comes from now on. Some microseconds. Raises NetworkError."""
+        try:
+            for (_, packets), wanted in zip(self._heard, self._programs, strict=True):
+                _attach(packets, wanted)
+        except OSError as error:
+            raise NetworkError(f"nothing is kept for the container: {error}") from error
+
+    def take(self) -> tuple[HeldFrame, ...]:
+        """What has come, each port's in its order, FRAMES_MAX and BYTES_MAX at most."""
+        kept: list[HeldFrame] = []
+        room = BYTES_MAX
+        for port, packets in self._heard:
+            for data in _entered(packets, str(port.bridge)):
+                room -= len(data)
+                if room < 0 or len(kept) == FRAMES_MAX:
+                    return tuple(kept)
+                kept.append(HeldFrame(port.interface, data))
+        return tuple(kept)
+
+    def give_back(self) -> int:
+        """Put what has come into the container here; how many frames were taken."""
+        return deliver(self.take(), self._network, self._network.ports)
+
+    def close(self) -> None:
+        """Idempotent. May take milliseconds: the kernel waits until nobody looks at a socket."""
+        for _, packets in self._heard:
+            packets.close()
+
+
+def deliver(frames: Sequence[HeldFrame], network: NetworkIdentity, ports: Sequence[Port]) -> int:
+    """Put frames into a container by the host's ends of its interfaces; how many were taken.
+
+    Blocking, not long. They may come from a peer: what is not for that interface is left out.
+    """
+    delivered = 0
+    for port, interface in _plugged(network, ports):
+        own = mac_bytes(str(interface.mac))
+        with contextlib.suppress(OSError), _packet_socket(_SENDS_ONLY) as into:
+            into.bind((port.host_end, 0))
+            for frame in frames:
+                to = frame.data[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + 6]
+                if frame.interface == port.interface and (to == own or to[0] & _IS_MULTICAST):
+                    # EINVAL: a header that the kernel does not understand.
+                    with contextlib.suppress(OSError):
+                        into.send(frame.data)
+                        delivered += 1
+    return delivered
+
+
+def _plugged(network: NetworkIdentity, ports: Sequence[Port]) -> Iterator[tuple[Port, Interface]]:
+    by_name = {interface.name: interface for interface in network.interfaces}
+    for port in ports:
+        interface = by_name[port.interface]
+        if interface.mac is not None:
+            yield port, interface
+
+
+def _packet_socket(protocol: int) -> socket.socket:
+    """Raises OSError."""
+    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+    packets = socket.socket(socket.AF_PACKET, kind, socket.htons(protocol))
+    packets.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+    return packets
+
+
+def _entered(packets: socket.socket, bridge: str) -> Iterator[bytes]:
+    """Header and frame of all that has come into a bridge.
+
+    A frame passes several interfaces, and counts where it enters the bridge: at a port, or, where
+    this host has sent it, at the bridge's own interface.
+    """
+    try:
+        ports = {port.name for port in (_SYS_NET / bridge / "brif").iterdir()}
+    except OSError:
+        return  # it was removed meanwhile
+    while True:
+        try:
+            data, _, flags, (name, _, kind, *_) = packets.recvmsg(FRAME_BYTES_MAX)
+        except OSError:
+            return  # EAGAIN: that was all. ENETDOWN: an interface of this host went down.
+        enters = name == bridge if kind == _PACKET_OUTGOING else name in ports
+        if enters and not flags & socket.MSG_TRUNC:
+            yield data
+
+
+def program(interface: Interface) -> Program:
+    """The filter. Every test returns by itself, so that no jump is longer than its test."""
+    own = mac_bytes(str(interface.mac))
+    tests: list[Program] = [
+        [(_LOAD_BYTE, 0, 0, _IS_TAGGED), (_JUMP_IF_EQUAL, 1, 0, 0), (_RETURN, 0, 0, 0)],
+        _mac_at(6, own, 0),
+        _mac_at(0, own, _WHOLE),
+    ]
+    for address in interface.addresses:
+        ip, _ = parse_address(address.network)
+        if ip.version == 4:
+            tests.append(_asks_for(int(ip)))
+        else:
+            tests.append(_mac_at(0, b"\x33\x33\xff" + ip.packed[-3:], _WHOLE))
+    return [*(one for test in tests for one in test), (_RETURN, 0, 0, 0)]
+
+
+def _mac_at(offset: int, mac: bytes, verdict: int) -> Program:
+    high, low = struct.unpack("!IH", mac)
+    return [
+        (_LOAD_WORD, 0, 0, offset),
+        (_JUMP_IF_EQUAL, 0, 3, high),
+        (_LOAD_HALF, 0, 0, offset + 4),
+        (_JUMP_IF_EQUAL, 0, 1, low),
+        (_RETURN, 0, 0, verdict),
+    ]
+
+
+def _asks_for(ip: int) -> Program:
+    """An ARP packet whose target address is `ip`."""
+    return [
+        (_LOAD_HALF, 0, 0, 12),
+        (_JUMP_IF_EQUAL, 0, 3, _ETH_P_ARP),
+        (_LOAD_WORD, 0, 0, 38),
+        (_JUMP_IF_EQUAL, 0, 1, ip),
+        (_RETURN, 0, 0, _WHOLE),
+    ]
+
+
+def _attach(packets: socket.socket, wanted: Program) -> None:
+    code = b"".join(struct.pack("=HBBI", *one) for one in wanted)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    head = struct.pack("@HP", len(wanted), ctypes.addressof(buffer))  # struct sock_fprog
+    packets.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, head)
