@@ -265,7 +265,7 @@ class Cloning:
         container = facts.container
         await copy.prepare(container.descriptors)
         self._freezing = Freezing(
-            container, self._runtime, facts.network.ports, self._directory, self._host
+            container, self._runtime, facts.network, self._directory, self._host
         )
         plan = await self._freezing.prepare(
             self._migration_id, self._paths, parent=copying.memory.pages.parent

@@ -463,7 +463,7 @@ class Coordinator:
             return
         if frames := self._freezing.frames():
             self._builder.held_frames += len(frames)
-            word = messages.Frames(self.migration_id, self._attempt, frames)
+            word = messages.Frames(self.migration_id, self._begun.attempt, frames)
             await quietly(self._target.tell(word))
 
     async def _release(self) -> E:

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
+
+# How long anything takes says something of the machine, and of what else it does.
+settings.register_profile("any-machine", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 LAB_TESTS = Path(__file__).parent / "lab"
 VM_TESTS = Path(__file__).parent / "vm"

@@ -66,7 +66,7 @@ def uffd() -> Iterator[Uffd]:
 
 
 @given(operations, st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_replay_gives_what_the_worker_had(
     tmp_path_factory: pytest.TempPathFactory,
     steps: list[tuple[str, int, int, int, int]],

@@ -97,7 +97,7 @@ class AgainstPages(RuleBasedStateMachine):
 
 
 TestAgainstPages = AgainstPages.TestCase
-TestAgainstPages.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestAgainstPages.settings = settings(max_examples=150, stateful_step_count=30)
 
 
 def test_many_emptied_runs_do_not_hide_the_others() -> None:

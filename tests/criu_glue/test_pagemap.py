@@ -52,7 +52,7 @@ def as_array(entries: list[tuple[int, int, int]]) -> np.ndarray[Any, np.dtype[np
 
 
 @given(page_entries(), st.integers(1, 2**32 - 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_codec_agrees_with_criu_byte_for_byte(
     entries: list[tuple[int, int, int]], pages_id: int
 ) -> None:
@@ -125,7 +125,7 @@ def test_impossible_entries_are_refused(entries: list[tuple[int, int, int]]) -> 
 
 
 @given(page_entries(), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_damage_is_refused_or_harmless(
     entries: list[tuple[int, int, int]], data: st.DataObject
 ) -> None:
@@ -165,7 +165,7 @@ def test_a_hundred_thousand_entries_decode_and_encode() -> None:
 
 
 @given(page_entries())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_joined_runs_are_the_same_pages_and_none_touch(
     entries: list[tuple[int, int, int]],
 ) -> None:
@@ -239,7 +239,7 @@ def test_entries_are_cut_at_the_edges_of_mappings() -> None:
 
 
 @given(page_entries(), st.sets(st.integers(0, 60), max_size=20))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_cutting_changes_no_page(entries: list[tuple[int, int, int]], pages: set[int]) -> None:
     edges = sorted(pages)
     mappings = decode_mappings(
@@ -280,7 +280,7 @@ def test_impossible_mappings_are_refused(vmas: list[dict[str, Any]]) -> None:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_damaged_mm_image_is_refused_or_harmless(data: st.DataObject) -> None:
     good = bytearray(mm_image([vma(0x1000, 0x3000, ANONYMOUS, REGULAR, 1)] * 1))
     for _ in range(data.draw(st.integers(1, 4))):

@@ -276,7 +276,6 @@ def test_a_copy_kept_by_the_tracker_equals_the_memory(programs: Path, by_bits: b
         settings=settings(
             max_examples=60,
             stateful_step_count=40,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

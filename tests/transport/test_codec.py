@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from transport.codec import (
@@ -112,7 +112,6 @@ def test_the_policy_tries_its_neighbours_now_and_then() -> None:
     assert chosen.count(2) == 1
 
 
-@settings(deadline=None)  # other work on the machine is no failure
 @given(st.one_of(st.binary(min_size=1, max_size=5000), st.just(TEXT), st.just(RANDOM[:9000])))
 def test_bodies_round_trip(body: bytes) -> None:
     codec, data = Encoder().encode(memoryview(body))
@@ -151,7 +150,6 @@ def test_compressed_bodies_that_lie(body: bytes) -> None:
     assert zstandard.get_frame_parameters(body).window_size <= 4096
 
 
-@settings(deadline=None)  # other work on the machine is no failure
 @given(st.integers(0, 10_000), st.integers(1, 255))
 def test_a_changed_byte_of_a_compressed_body_gives_a_frame_error_or_the_declared_size(
     place: int, flip: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from transport.core.batches import batches, checked_runs, gathered, page_addresses
@@ -27,7 +27,6 @@ def listed(runs: np.ndarray) -> list[int]:
     return [address + at * PAGE_BYTES for address, pages in runs.tolist() for at in range(pages)]
 
 
-@settings(deadline=None)  # other work on the machine is no failure
 @given(RUNS, st.integers(1, 64))
 def test_batches_hold_every_page_once_and_in_order(
     gaps: list[tuple[int, int]], pages_max: int
@@ -42,7 +41,6 @@ def test_batches_hold_every_page_once_and_in_order(
     assert (runs == before).all()
 
 
-@settings(deadline=None)  # other work on the machine is no failure
 @given(RUNS.filter(bool))
 def test_page_addresses_and_gathered_are_inverse(gaps: list[tuple[int, int]]) -> None:
     runs = built(gaps)

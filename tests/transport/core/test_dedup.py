@@ -148,7 +148,7 @@ def test_digests_depend_on_the_seed() -> None:
     assert digests_of(PageHashes(1), [5])[0] != digests_of(PageHashes(2), [5])[0]
 
 
-@settings(max_examples=60, deadline=None)  # other work on the machine is no failure
+@settings(max_examples=60)  # other work on the machine is no failure
 @given(
     st.lists(
         st.tuples(

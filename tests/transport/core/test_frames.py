@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from transport.codec import Decoder
@@ -346,7 +346,6 @@ def run_lists(draw: st.DrawFn) -> list[tuple[int, int, int]]:
     return runs
 
 
-@settings(deadline=None)  # other work on the machine is no failure
 @given(run_lists(), st.integers(0, 2**32 - 1), st.integers(1, 2**64 - 1), st.integers(1, 1 << 22))
 def test_frames_round_trip(
     runs: list[tuple[int, int, int]], number: int, sequence: int, task: int
@@ -365,7 +364,6 @@ def test_frames_round_trip(
     assert tables.parse_runs(parsed, table).tolist() == runs
 
 
-@settings(deadline=None)  # other work on the machine is no failure
 @given(st.binary(max_size=200))
 def test_noise_is_a_frame_error(noise: bytes) -> None:
     for parse in (frames.parse_hello, frames.parse_answer, accept):
@@ -373,7 +371,6 @@ def test_noise_is_a_frame_error(noise: bytes) -> None:
             parse(noise)
 
 
-@settings(deadline=None)  # other work on the machine is no failure
 @given(run_lists(), st.lists(st.tuples(st.integers(0, 500), st.integers(1, 255)), min_size=1))
 def test_mutations_with_a_right_checksum_are_judged_by_their_content(
     runs: list[tuple[int, int, int]], changes: list[tuple[int, int]]
