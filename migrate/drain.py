@@ -140,7 +140,7 @@ class Drain:
         self._moves = {
             name: one
             for name, one in self._moves.items()
-            if name not in {one.name for one in residents} or one.state == "held"
+            if name not in {one.name for one in residents} or one.state in ("held", "stays")
         }
         residents = [one for one in residents if one.name not in self._moves]
         self._list(residents)
@@ -301,7 +301,7 @@ class Drain:
                 self._change(name, state=state, why="")
                 planner.ended(name, Outcome.ARRIVED, seconds=seconds)
                 if state == "arrived":
-                    await self._check(move)
+                    await self._check(name, move.target)
             case "held":
                 self._change(name, state="held", why=look.why)
                 planner.ended(name, Outcome.HELD, why=look.why)
@@ -319,26 +319,26 @@ class Drain:
             planner.see(told)
         return told.closed
 
-    async def _check(self, move: Move) -> None:
+    async def _check(self, name: str, target: str) -> None:
         """What the operator's programs say of a container that has arrived."""
-        about = (move.container, move.source, move.target)
+        about = (name, self._host, target)
         why = await asyncio.to_thread(drain_hooks.ask, self._paths.drain_hooks, "after", *about)
         if not why:
             return
-        self._change(move.container, why=why)
+        self._change(name, why=why)
         if not self._order.move_back:
             return
         migration_id = new_migration_id()
         cordon.expect(self._paths, migration_id)
         while True:
-            look = await self._ask_back(move.container, migration_id, move.target)
+            look = await self._ask_back(name, migration_id, target)
             if look.state != "moving":
                 break
             await asyncio.sleep(LOOK_S)
         if look.state == "arrived":
-            self._change(move.container, state="stays", target="", why=f"{why}; moved back")
+            self._change(name, state="stays", target="", why=f"{why}; moved back")
         else:
-            self._change(move.container, why=f"{why}; and it did not come back: {look.why}")
+            self._change(name, why=f"{why}; and it did not come back: {look.why}")
 
     async def _settle(self, former_act: str) -> None:
         """What a former process of this host's drains has begun has to end first."""
@@ -357,6 +357,8 @@ class Drain:
                 del self._moves[one.container]
             else:
                 self._change(one.container, state="arrived", why="")
+                if self._empties:
+                    await self._check(one.container, one.target)
 
     # ---- hosts and containers ----
 

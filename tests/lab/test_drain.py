@@ -171,3 +171,28 @@ def test_a_target_dies_and_the_command_too_and_all_still_run(four: Lab) -> None:
         full = drained(host, "drain-node", "--to", "B,C", code=2)
         assert "cordoned" in full["why"]
         assert_unharmed(guests)
+
+
+def test_a_drain_that_is_killed_is_gone_on_with_and_a_check_brings_back(four: Lab) -> None:
+    """Its process is killed while a container moves, which goes on; resumed, it asks the operator's
+    program about that one, which comes back, and ends another as its policy says."""
+    host = four.host("A")
+    hook = '#!/bin/sh\n[ "$1" != after ] || { echo no answer; exit 1; }\n'
+    with contextlib.ExitStack() as stack:
+        guest = stack.enter_context(resident(four, spec(0)))
+        stack.enter_context(unclad(four, spec(1), policy="stop", priority="-1"))
+        host.write_text("/etc/migrate/drain.d/check", hook, 0o755)
+        host.run(["migrate", "drain-node", "--to", "B", "--move-back", "--detach"])
+        path = host.path("/var/lib/migrate/drain/state.json")
+        moving = '"state":"moving"'
+        wait_until("a container moves", lambda: moving in path.read_text(), deadline_s=60)
+        host.run(["pkill", "-KILL", "-f", "migrate.drain drain-"])
+        resumed = drained(host, "drain-node", "--resume", code=1)
+        (kept, _), (ended, _) = moves(resumed)["d0"], moves(resumed)["d1"]
+        assert (kept, ended) == ("stays", "stopped")
+        (why,) = (one["why"] for one in resumed["moves"] if one["container"] == "d0")
+        assert "no answer" in why
+        assert "moved back" in why
+        assert running_on(four, "d0") == ["A"]
+        assert running_on(four, "d1") == []
+        assert_unharmed([guest])
