@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from bench.containers import ContainerSpec
 from bench.lab.host import Host
 from bench.lab.lab import Lab
+from tests.lab import fleet
+from tests.lab.fleet import INSTALLED, PATIENCE_S
 from tests.lab.migrating import resident, running_on
 from tests.lab.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(900)
 
-PASSPHRASE = "/root/passphrase"
-INSTALLED = "/usr/local/bin/migrate"
-PATIENCE_S = 240.0
 AGENT_LOG = "/var/log/migrate-agent.log"
 # With the identity that was kept: the handshake, and the first word that comes back.
 CALL = """
@@ -45,27 +43,16 @@ def lab() -> Iterator[Lab]:
     with Lab(["A", "B", "C"]) as lab:
         for host in lab.hosts:
             host.run(["rm", "-rf", "/etc/migrate", INSTALLED])
-        operator = lab.client
-        operator.write_text(PASSPHRASE, "correct horse\n", 0o600)
-        operator.run(["migrate", "ca", "init", "--passphrase-file", PASSPHRASE])
+        fleet.found(lab)
         yield lab
 
 
-def _hosts(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return lab.client.run(["migrate", "hosts", *arguments], check=False, timeout_s=PATIENCE_S)
-
-
 def _add(lab: Lab, name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return _hosts(lab, "add", f"root@{name}", "--passphrase-file", PASSPHRASE, *options)
+    return fleet.add(lab, f"root@{name}", *options)
 
 
 def _migrate(host: Host, name: str, target: str) -> subprocess.CompletedProcess[str]:
     return host.run([INSTALLED, name, "--to", target], check=False, timeout_s=PATIENCE_S)
-
-
-def _state(host: Host) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads(host.run([INSTALLED, "service", "state"]).stdout)
-    return state
 
 
 def test_a_host_that_lacks_something_is_told_what(lab: Lab) -> None:
@@ -79,7 +66,7 @@ def test_a_host_that_lacks_something_is_told_what(lab: Lab) -> None:
         assert "lacks the program rsync, Python's zstandard>=0.23" in refused.stderr
         assert "apt-get install python3-zstandard rsync there" in refused.stderr
         assert not host.path("/opt/migrate").exists()
-        assert _hosts(lab, "list", "--json").stdout.strip() == "[]"
+        assert fleet.hosts(lab, "list", "--json").stdout.strip() == "[]"
     finally:
         host.run(["mv", "/root/rsync", "/usr/bin/rsync"])
         host.run(["sh", "-c", "mv /root/zstandard* /usr/lib/python3/dist-packages/"])
@@ -94,9 +81,9 @@ def test_hosts_from_their_enrolment_to_their_removal(lab: Lab) -> None:
         assert "its agent was started" in added.stderr
         key = host.path("/etc/migrate/tls/identity.pem")
         assert key.stat().st_mode & 0o777 == 0o600
-    listed = json.loads(_hosts(lab, "list", "--json").stdout)
+    listed = json.loads(fleet.hosts(lab, "list", "--json").stdout)
     assert [one["name"] for one in listed] == ["A", "B", "C"]
-    checked = _hosts(lab, "check", "--json")
+    checked = fleet.hosts(lab, "check", "--json")
     assert checked.returncode == 0, checked
     assert [one["problems"] for one in json.loads(checked.stdout)] == [[], [], []]
 
@@ -117,34 +104,25 @@ def test_hosts_from_their_enrolment_to_their_removal(lab: Lab) -> None:
 
 def _add_again(lab: Lab) -> None:
     """It changes nothing."""
-    before = _state(lab.host("A"))
+    before = fleet.state(lab.host("A"))
     again = _add(lab, "A")
     assert again.returncode == 0, again
     assert "its agent runs" in again.stderr
-    after = _state(lab.host("A"))
+    after = fleet.state(lab.host("A"))
     assert after["identity"]["serial"] == before["identity"]["serial"]
     assert after["agent_pid"] == before["agent_pid"]
 
 
 def _upgrade(lab: Lab) -> None:
     """An agent of another version is replaced by this one."""
-    host, version = lab.host("A"), _state(lab.host("A"))["version"]
-    script = f"""
-        cd /opt/migrate && cp -a versions/{version} versions/older
-        sed -i s,versions/{version},versions/older, versions/older/bin/migrate
-        rm -r versions/{version} && ln -sfn versions/older current
-        kill {_state(host)["agent_pid"]}
-    """
-    host.run(["sh", "-ec", script])
-    wait_until("the agent has ended", lambda: _state(host)["agent_pid"] == 0)
-    host.run([INSTALLED, "service", "start"])
-    assert _state(host)["agent_version"] == "older"
-    ill = _hosts(lab, "check", "A")
+    host = lab.host("A")
+    version = fleet.make_older(host)
+    ill = fleet.hosts(lab, "check", "A")
     assert ill.returncode == 0, ill
 
     upgraded = _add(lab, "A")
     assert "its agent was restarted" in upgraded.stderr, upgraded
-    state = _state(host)
+    state = fleet.state(host)
     assert state["agent_version"] == state["version"] == version
 
 
@@ -152,12 +130,12 @@ def _remove(lab: Lab) -> None:
     """Who is removed has no identity left, and could do nothing with one that it kept."""
     host = lab.host("C")
     host.run(["cp", "-a", "/etc/migrate/tls", "/root/kept"])
-    removed = _hosts(lab, "remove", "C", "--passphrase-file", PASSPHRASE)
+    removed = fleet.remove(lab, "C")
     assert removed.returncode == 0, removed
     assert not host.path("/etc/migrate/tls").exists()
     assert "A: knows what is revoked" in removed.stderr
     assert "B: knows what is revoked" in removed.stderr
-    known = json.loads(_hosts(lab, "list", "--json").stdout)
+    known = json.loads(fleet.hosts(lab, "list", "--json").stdout)
     assert [one["name"] for one in known] == ["A", "B"]
 
     hung_up = host.run(["/opt/migrate/current/bin/python", "-c", CALL])
@@ -183,7 +161,7 @@ def test_a_changed_host_key_is_refused(lab: Lab) -> None:
         assert refused.returncode == 1
         assert "the key of a has changed: it shows SHA256:" in refused.stderr
         assert "/root/.ssh/known_hosts:" in refused.stderr
-        ill = _hosts(lab, "check", "A")
+        ill = fleet.hosts(lab, "check", "A")
         assert ill.returncode == 1
         assert "has changed" in ill.stdout
     finally:
@@ -193,9 +171,11 @@ def test_a_changed_host_key_is_refused(lab: Lab) -> None:
 def test_a_host_that_is_down_is_removed_and_named(lab: Lab) -> None:
     """Last, since B is lost by it."""
     lab.crash("B")
-    removed = _hosts(lab, "remove", "B", "--passphrase-file", PASSPHRASE)
+    removed = fleet.remove(lab, "B")
     assert removed.returncode == 1
     assert "not told: B" in removed.stderr
     assert "A: knows what is revoked" in removed.stderr
-    revoked = lab.client.run(["migrate", "ca", "list", "--passphrase-file", PASSPHRASE]).stdout
+    revoked = lab.client.run(
+        ["migrate", "ca", "list", "--passphrase-file", fleet.PASSPHRASE]
+    ).stdout
     assert [line for line in revoked.splitlines() if " B " in line and "revoked" in line]
