@@ -1,0 +1,71 @@
+"""AppArmor: a container whose profile the target has not, or not like this, stays where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+
+from bench.containers import ContainerSpec
+from bench.lab.host import Host
+from bench.lab.lab import Lab
+from tests.lab.inside import inside
+from tests.lab.invariants import explained
+from tests.lab.migrating import migrate, running_on
+from tests.lab.test_confinement import READ, guest
+
+NAME: Final = "dolly-vm"
+FILE: Final = f"/root/{NAME}"
+PROFILE: Final = f"""\
+profile {NAME} flags=(attach_disconnected, mediate_deleted) {{
+    file,
+    network,
+    capability,
+    signal,
+    ptrace,
+    deny /data/** w,
+}}
+"""
+SPEC: Final = ContainerSpec(
+    "vm-held", "memory", args=("1",), memory_mib=8, address="10.77.0.63/24", address6=None
+)
+
+
+def load(host: Host, *options: str) -> None:
+    host.write_text(FILE, PROFILE)
+    host.run(["apparmor_parser", "--replace", "--skip-cache", *options, FILE])
+
+
+def labels(host: Host) -> set[str]:
+    """Of all threads of the container."""
+    return {one["label"] for one in inside(host, READ, SPEC.name)["sheets"]}
+
+
+def hold(config: dict[str, Any]) -> None:
+    config["process"]["apparmorProfile"] = NAME
+
+
+@pytest.fixture
+def profiled(machines: Lab) -> Iterator[Lab]:
+    """Machines, A with the profile."""
+    load(machines.host("A"))
+    yield machines
+    for host in machines.hosts:
+        host.run(["apparmor_parser", "--remove", FILE], check=False)
+
+
+def test_a_target_without_the_profile_or_in_another_mode(profiled: Lab) -> None:
+    source, target = profiled.hosts
+    with guest(profiled, SPEC, hold) as moved:
+        assert labels(source) == {f"{NAME} (enforce)"}
+
+        missing = explained(migrate(source, moved.name, "B"), 2).refusals
+        assert "is not loaded on this host" in missing["apparmor"][0]
+        assert "apparmor_parser -r" in missing["apparmor"][1]
+        load(target, "--Complain")
+        differs = explained(migrate(source, moved.name, "B"), 2).refusals
+        assert "in mode enforce, here in mode complain" in differs["apparmor"][0]
+        assert set(missing) == set(differs) == {"apparmor"}
+        assert running_on(profiled, moved.name) == ["A"]
+        moved.verify()
