@@ -1,9 +1,10 @@
-"""What a tracker has to see on a kernel that notes soft-dirty pages: scenes with a puppet. Needs no
-pytest."""
+"""What a tracker has to see on a kernel that notes soft-dirty pages: scenes with a puppet, for the
+tests here where the kernel does, and for a machine whose kernel does. Needs no pytest."""
 
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -92,3 +93,18 @@ SCENES: Final[tuple[Callable[[Puppet, SoftDirtyTracker], None], ...]] = (
     moved_over_what_was_sent,
     another_program,
 )
+
+
+def play_all(program: Path) -> list[str]:
+    """Each scene with a puppet of its own; the names of those that were played."""
+    played = []
+    for scene in SCENES:
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            Stage(program, Path(directory) / "socket") as stage,
+        ):
+            tracker = tracker_of(stage, Still(stage))
+            scene(stage.start(), tracker)
+            tracker.detach()
+        played.append(scene.__name__)
+    return played
