@@ -1,4 +1,4 @@
-"""The soft-dirty tracker on a kernel that has its bits, which the kernel below a lab may not have."""
+"""The soft-dirty tracker on a kernel that has its bits, which the one below a lab may not have."""
 
 from __future__ import annotations
 
