@@ -72,6 +72,13 @@ def move(guest: Resident, source: str, target: str, tracker: str) -> dict[str, A
     return report
 
 
+def test_crius_own_rounds_there_and_back(machines: Lab) -> None:
+    with resident(machines, spec_of("vm-predump", 67), rate_per_s=20) as guest:
+        move(guest, "A", "B", "predump")
+        move(guest, "B", "A", "predump")
+        assert guest.stop_probe().clean
+
+
 def test_after_a_failed_restore_all_is_sent_again(machines: Lab) -> None:
     """The migration that failed has cleared the bits: they say nothing any more."""
     source, options = machines.host("A"), ("--tracker", "soft-dirty", *OPTIONS)
