@@ -104,6 +104,9 @@ IDENTITY_PERIOD_S = 5.0
 # memory.
 SESSIONS_MAX = 16
 
+# Blocking steps of an agent's sessions at once, four of each: they wait for processes to end.
+AGENT_THREADS = 4 * SESSIONS_MAX
+
 # CRIU copies deleted but open files into its images only up to this size (`--ghost-limit`).
 GHOST_FILE_BYTES_MAX = 64 << 20
 

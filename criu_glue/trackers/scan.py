@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from criu_glue import kernel
-from criu_glue.errors import TrackerError, TrackerUnsupportedError
+from criu_glue.errors import TaskGoneError, TrackerError, TrackerUnsupportedError
 
 # Regions in the vector (1.5 MiB): enough for 256 MiB of which every other page is dirty.
 VECTOR_REGIONS: Final = 1 << 16
@@ -76,6 +76,8 @@ class PageScanner:
             except OSError as error:
                 if error.errno == errno.EPERM and tracked:
                     return start
+                if error.errno == errno.ESRCH:
+                    raise TaskGoneError(f"the memory at {start:#x} is gone") from error
                 if error.errno in (errno.ENOTTY, errno.EINVAL):
                     raise TrackerUnsupportedError("no PAGEMAP_SCAN (Linux >= 6.7)") from error
                 raise TrackerError(f"PAGEMAP_SCAN of {start:#x}-{end:#x}: {error}") from error

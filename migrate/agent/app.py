@@ -29,6 +29,7 @@ import contextlib
 import re
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -125,6 +126,10 @@ class Agent:
     async def serve(self, until: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
         """Serve until SIGTERM or SIGINT, or until `until`, begun when it listens, has ended.
         Sessions that hold nothing yet are undone then."""
+        loop = asyncio.get_running_loop()
+        # What blocks in one session, for half a minute where something hangs, may not keep
+        # another one waiting that stands still. asyncio's own has six on two processors.
+        loop.set_default_executor(ThreadPoolExecutor(config.AGENT_THREADS, "agent"))
         await self._sessions.adopt_former()
         chores = [asyncio.create_task(one()) for one in (self._custodian.run, self._keep_identity)]
         runner = web.AppRunner(self.application(), access_log=None)
@@ -134,7 +139,6 @@ class Agent:
         port, data_port = self.ports
         log.info("agent listens", host=self._host, port=port, data_port=data_port)
         stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         if until is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import subprocess
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from criu_glue import kernel
-from criu_glue.errors import LimitExceededError
+from criu_glue.errors import LimitExceededError, TaskGoneError
 from criu_glue.mappings import TASKS_MAX
 from criu_glue.memory import TaskMemory
 from criu_glue.trackers import scan
@@ -81,6 +82,19 @@ def test_a_tracker_that_misses_writes_is_not_supported(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(scan.PageScanner, "take", take)
     assert supported() == "userfaultfd write-protection misses a write"
+
+
+def test_memory_that_went_between_its_mappings_and_its_pages() -> None:
+    """A task may end, or execute another program, after its mappings were read."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as task:
+        pagemap = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY)
+    try:
+        with pytest.raises(TaskGoneError):
+            scan.PageScanner().walk(
+                pagemap, ARENA, ARENA + PAGE, written=False, tracked=False, protect=False
+            )
+    finally:
+        os.close(pagemap)
 
 
 def test_first_everything_present_then_what_was_written(

@@ -215,7 +215,7 @@ _ALWAYS_IN_A_MACHINE: Final = re.compile(
     r"|cgroup system\.slice/(ssh\.service|systemd-(journald|udevd)\.service(/udev)?|[a-z-]+\.mount)"
     r"|mount /run/(lock|credentials/\S+)"
     r"|file /run/(commands|credentials|initctl|initramfs|log|motd\.dynamic|sendsigs\.omit\.d)"
-    r"|file /run/(setrans|shm|systemd|tmpfiles\.d|udev|user)"
+    r"|file /run/(setrans|shm|sudo|systemd|tmpfiles\.d|udev|user)"
     r"|process - \[.*\]"
     r"|process 0::/init\.scope /sbin/init"
     r"|process 0::/system\.slice/\S+ (/usr/lib/systemd/\S+|\(udev-worker\)|sshd.*|\S+/sftp-server)"
