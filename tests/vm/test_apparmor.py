@@ -1,4 +1,4 @@
-"""AppArmor: a container whose profile the target has not, or not like this, stays where it is."""
+"""AppArmor: its profile goes with a container, or the container stays where it is."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ profile {NAME} flags=(attach_disconnected, mediate_deleted) {{
     deny /data/** w,
 }}
 """
+# It is not about the time that it stands still: one round is enough.
+AT_ONCE: Final = ("--max-downtime", "60000")
 SPEC: Final = ContainerSpec(
     "vm-held", "memory", args=("1",), memory_mib=8, address="10.77.0.63/24", address6=None
 )
@@ -55,7 +57,7 @@ def profiled(machines: Lab) -> Iterator[Lab]:
         host.run(["apparmor_parser", "--remove", FILE], check=False)
 
 
-def test_a_target_without_the_profile_or_in_another_mode(profiled: Lab) -> None:
+def test_a_profile_goes_with_its_container(profiled: Lab) -> None:
     source, target = profiled.hosts
     with guest(profiled, SPEC, hold) as moved:
         assert labels(source) == {f"{NAME} (enforce)"}
@@ -68,4 +70,8 @@ def test_a_target_without_the_profile_or_in_another_mode(profiled: Lab) -> None:
         assert "in mode enforce, here in mode complain" in differs["apparmor"][0]
         assert set(missing) == set(differs) == {"apparmor"}
         assert running_on(profiled, moved.name) == ["A"]
+
+        load(target)
+        assert migrate(source, moved.name, "B", *AT_ONCE).done
+        assert labels(target) == {f"{NAME} (enforce)"}
         moved.verify()
