@@ -72,7 +72,7 @@ class Brake:
             return False
 
         # Everything up to there: a busy machine needs longer than for a single state.
-        wait_until("CRIU is held", reached, deadline_s=60.0)
+        wait_until("CRIU is held", reached, deadline_s=60.0 * self._host.patience)
 
     def release(self) -> None:
         """Lets it go. Idempotent."""

@@ -10,9 +10,10 @@ import pytest
 from bench.containers import ContainerSpec
 from bench.lab.host import Host
 from bench.lab.lab import Lab
+from tests.lab.brake import Brake
 from tests.lab.inside import inside
 from tests.lab.invariants import explained
-from tests.lab.migrating import migrate, running_on
+from tests.lab.migrating import begin, migrate, running_on, wait_clean
 from tests.lab.test_confinement import READ, guest
 
 NAME: Final = "dolly-vm"
@@ -59,6 +60,7 @@ def profiled(machines: Lab) -> Iterator[Lab]:
 
 def test_a_profile_goes_with_its_container(profiled: Lab) -> None:
     source, target = profiled.hosts
+    brake = Brake(source)
     with guest(profiled, SPEC, hold) as moved:
         assert labels(source) == {f"{NAME} (enforce)"}
 
@@ -70,6 +72,19 @@ def test_a_profile_goes_with_its_container(profiled: Lab) -> None:
         assert "in mode enforce, here in mode complain" in differs["apparmor"][0]
         assert set(missing) == set(differs) == {"apparmor"}
         assert running_on(profiled, moved.name) == ["A"]
+
+        # It says so too late: the copy must not run.
+        load(target)
+        with brake.on("dump"):
+            underway = begin(source, moved.name, "B", *AT_ONCE, env=brake.env)
+            brake.wait_reached(underway)
+            load(target, "--Complain")
+        told = explained(underway.finish(240.0))
+        assert f"the security label {NAME} (complain) and not {NAME} (enforce)" in told.error
+        assert told.container == "runs on A"
+        wait_clean(target)
+        assert running_on(profiled, moved.name) == ["A"]
+        moved.verify()
 
         load(target)
         assert migrate(source, moved.name, "B", *AT_ONCE).done
