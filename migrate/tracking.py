@@ -49,7 +49,9 @@ _REMEDIES: Final = {
 
 _WARNINGS: Final = {
     _PREDUMP: "each round of predump stops the container for a moment, and a CRIU that is killed in"
-    " that moment may take it along; --tracker none has no rounds",
+    " that moment may take it along; memory that a program moves (mremap) over what was sent before"
+    " may arrive as it was, since CRIU goes by soft-dirty bits alone; --tracker soft-dirty has"
+    " neither",
 }
 
 
