@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from criu_glue.errors import CriuGlueError, LimitExceededError, TaskGoneError
 
 if TYPE_CHECKING:
+    from collections.abc import Sized
     from pathlib import Path
 
 # vm.max_map_count is 65,530 by default; Elasticsearch and Proton ask for 262,144 and some
@@ -206,6 +207,12 @@ def vpid(pid: int) -> int:
         task.close()
 
 
+def check_count(tasks: Sized, whose: str = "the container") -> None:
+    """Raises LimitExceededError when they are more than TASKS_MAX."""
+    if len(tasks) > TASKS_MAX:
+        raise LimitExceededError(f"{whose} has {len(tasks)} tasks, more than {TASKS_MAX}")
+
+
 def cgroup_pids(directory: Path) -> list[int]:
     """Host pids of all processes in a cgroup v2 directory and those below it, sorted.
 
@@ -230,6 +237,5 @@ def cgroup_pids(directory: Path) -> list[int]:
                 raise CriuGlueError(f"{group}: {error.strerror}") from error
     if 0 in found:
         raise CriuGlueError(f"{directory} holds processes of another pid namespace")
-    if len(found) > TASKS_MAX:
-        raise LimitExceededError(f"{directory} has {len(found)} tasks, more than {TASKS_MAX}")
+    check_count(found, str(directory))
     return sorted(found)

@@ -23,8 +23,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from criu_glue.errors import LimitExceededError, TaskGoneError
-from criu_glue.mappings import TASKS_MAX, Task, private_anonymous
+from criu_glue.errors import TaskGoneError
+from criu_glue.mappings import Task, check_count, private_anonymous
 from criu_glue.trackers.base import TaskPages
 from criu_glue.trackers.page_entries import (
     PLACE,
@@ -85,8 +85,7 @@ class SoftDirtyTracker:
 
     def _look(self) -> None:
         pids = self._pids()
-        if len(pids) > TASKS_MAX:
-            raise LimitExceededError(f"the container has {len(pids)} tasks, more than {TASKS_MAX}")
+        check_count(pids)
         for pid in self._tasks.keys() - set(pids):
             self._drop(pid)
         for pid in pids:

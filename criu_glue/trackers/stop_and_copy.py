@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from criu_glue.errors import LimitExceededError, TaskGoneError
-from criu_glue.mappings import TASKS_MAX, Task, private_anonymous
+from criu_glue.errors import TaskGoneError
+from criu_glue.mappings import Task, check_count, private_anonymous
 from criu_glue.trackers.base import TaskPages
 from criu_glue.trackers.page_entries import present_runs, read_pieces
 
@@ -31,8 +31,7 @@ class StopAndCopyTracker:
     def collect(self, *, last: bool = False) -> list[TaskPages]:
         """All pages present, whether or not it is the last time."""
         pids = self._pids()
-        if len(pids) > TASKS_MAX:
-            raise LimitExceededError(f"the container has {len(pids)} tasks, more than {TASKS_MAX}")
+        check_count(pids)
         result: list[TaskPages] = []
         for pid in pids:
             try:

@@ -28,11 +28,10 @@ from criu_glue import kernel
 from criu_glue.errors import (
     CriuGlueError,
     InjectionError,
-    LimitExceededError,
     TaskGoneError,
     TrackerUnsupportedError,
 )
-from criu_glue.mappings import TASKS_MAX, private_anonymous
+from criu_glue.mappings import check_count, private_anonymous
 from criu_glue.memory import TaskMemory
 from criu_glue.trackers.base import TaskPages
 from criu_glue.trackers.scan import PageScanner
@@ -89,8 +88,7 @@ class WriteProtectTracker:
 
     def _update_tasks(self) -> None:
         pids = self._pids()
-        if len(pids) > TASKS_MAX:
-            raise LimitExceededError(f"the container has {len(pids)} tasks, more than {TASKS_MAX}")
+        check_count(pids)
         for pid in self._tasks.keys() - set(pids):
             self._drop(pid)
         for pid in pids:
