@@ -225,19 +225,7 @@ class Cloning:
             self._throttle,
         )
         self._copying.clocks = await copy.talk.relate_clocks()
-        choice = await self._copying.start(copy.link.opened, self._runtime)
-        self._builder.tracker, self._builder.tracker_reason = choice.name, choice.reason
-        self._observer.tell(
-            progress.Started(
-                self._migration_id,
-                self._options.container,
-                self._host,
-                self._options.target,
-                choice.name,
-                self._options.restore,
-                facts.memory_bytes,
-            )
-        )
+        await self._copying.start(copy.link.opened, self._runtime, self._migration_id)
         return self._copying
 
     def _make_directory(self, facts: ContainerFacts) -> None:

@@ -294,7 +294,6 @@ class Coordinator:
         self._throttle = Throttle(
             self._facts.container.cgroup, self._session, self._note_brake, self._warn
         )
-        self._builder.stills_ms = self._throttle.stills_ms
         self._copying = Copying(
             self._facts,
             self.options,
@@ -306,19 +305,7 @@ class Coordinator:
             self._throttle,
         )
         self._copying.clocks = self._clocks
-        choice = await self._copying.start(opened, self._runtime)
-        self._builder.tracker, self._builder.tracker_reason = choice.name, choice.reason
-        self._observer.tell(
-            progress.Started(
-                self.migration_id,
-                self.options.container,
-                self._host,
-                self.options.target,
-                self._builder.tracker,
-                self.options.restore,
-                self._facts.memory_bytes,
-            )
-        )
+        await self._copying.start(opened, self._runtime, self.migration_id)
         return E.SESSION_OPENED
 
     def _make_session_directory(self) -> None:

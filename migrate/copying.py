@@ -91,8 +91,8 @@ class Copying:
         """Whether the tracker tells pages apart; without, all memory is copied in the freeze."""
         return self.memory.pages.name != tracking.NONE
 
-    async def start(self, opened: SessionOpened, runtime: Runtime) -> tracking.Choice:
-        """Choose the tracker and open the streams."""
+    async def start(self, opened: SessionOpened, runtime: Runtime, migration_id: str) -> None:
+        """Choose the tracker and open the streams; the report and the observer hear of it."""
         choice = await asyncio.to_thread(tracking.choose, self._options, self.facts, self._host)
         if choice.warning:
             self.warn(choice.warning)
@@ -105,7 +105,20 @@ class Copying:
         make_sender = partial(self._make_sender, opened)
         self._memory = MemorySource(pages, make_sender, self._throttle.paused)
         await asyncio.to_thread(self._memory.sender.connect)
-        return choice
+        report, options = self._report, self._options
+        report.tracker, report.tracker_reason = choice.name, choice.reason
+        report.stills_ms = self._throttle.stills_ms
+        self._observer.tell(
+            progress.Started(
+                migration_id,
+                options.container,
+                self._host,
+                options.target,
+                choice.name,
+                options.restore,
+                self.facts.memory_bytes,
+            )
+        )
 
     async def copy_rootfs(self) -> None:
         """A pass over the root file system while the container runs."""
