@@ -13,13 +13,11 @@ import os
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import psutil
-
 from migrate import config
 from migrate.claim import claimant
 from migrate.core.states import SourceState
 from migrate.errors import MigrateError
-from migrate.processes import Outliving, module_command, tail
+from migrate.processes import Outliving, module_command, running, tail
 from migrate.report import read_report
 from migrate.standing import reading
 from transport import sealed_files
@@ -90,9 +88,7 @@ class Moves:
         if claimant(self._paths.claim(migration_id, "source")) is not None:
             return True
         # One that was begun by a process that is dead may not have got as far as its claim.
-        return any(
-            migration_id in (one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])
-        )
+        return any(migration_id in one.words for one in running())
 
     def _downtime_ms(self, migration_id: str) -> float | None:
         with contextlib.suppress(MigrateError):

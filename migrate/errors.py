@@ -109,17 +109,6 @@ def remedy_of(error: OSError) -> str:
     return _REMEDIES.get(error.errno or 0, "")
 
 
-def is_exhausted(error: BaseException) -> bool:
-    """Whether it comes of a resource of processes that ran out, and that others may give back."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _OF_PROCESSES:
-            return True
-        cause = cause.__cause__
-    return False
-
-
-_OF_PROCESSES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 _REMEDIES: Final = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there, or raise the quota",

@@ -36,7 +36,7 @@ from migrate.core.table import Verdict
 from migrate.errors import JournalError
 from migrate.journal import Journal
 from migrate.port import plug
-from migrate.processes import is_alive, kill_tree
+from migrate.processes import is_alive, kill_tree, running
 
 # CRIU undoes a dump in milliseconds; one that has not ended after this hangs, and is killed. The
 # container stands still as long.
@@ -163,7 +163,7 @@ def _kill_watcher(criu: int) -> None:
 def _kill_orphans(hold_directory: Path) -> None:
     """Children of a CRIU that was killed: they have its environment, and its connection."""
     ours = str(hold_directory / "criu.conf")
-    for process in psutil.process_iter():
+    for process, _ in running():
         with contextlib.suppress(psutil.Error):
             if process.environ().get("CRIU_CONFIG_FILE") == ours:
                 process.kill()

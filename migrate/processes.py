@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 _STEP_S = 0.01
@@ -109,14 +109,28 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def users_of(directory: Path) -> list[psutil.Process]:
-    """Processes that were started for a session: its directory is in their command line, which is
-    in `info`."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if any(str(directory) in word for word in process.info["cmdline"] or ())
-    ]
+class Running(NamedTuple):
+    """A process and the words of its command line, as it was when it was looked at."""
+
+    process: psutil.Process
+    words: tuple[str, ...]
+
+
+def running() -> Iterator[Running]:
+    """Every process that is not a zombie.
+
+    `psutil.process_iter` gives all threads the same objects, whose `info` is what the last thread
+    asked for: it must not be used here, where the sessions of an agent have threads.
+    """
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            yield Running(process, tuple(process.cmdline()))
+
+
+def users_of(directory: Path) -> list[Running]:
+    """Processes that were started for a session: its directory is in their command line."""
+    return [one for one in running() if any(str(directory) in word for word in one.words)]
 
 
 def waited(is_so: Callable[[], bool], deadline_s: float) -> bool:

@@ -429,8 +429,8 @@ def let_go_if_there(plan: BrakePlan, session: Path) -> None:
     that hangs is ended. Raises RollbackFailed."""
     if not session.exists():
         return
-    for process in users_of(session):
-        if throttle_keeper.__name__ in process.info["cmdline"]:
+    for process, words in users_of(session):
+        if throttle_keeper.__name__ in words:
             with contextlib.suppress(psutil.Error):
                 process.kill()
                 process.wait(KEEPER_DEADLINE_S)

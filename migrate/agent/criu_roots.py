@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from migrate.mounts import unmount
+from migrate.processes import running
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +24,11 @@ _PATTERN = ".criu.mntns.*"
 
 def is_criu_alive() -> bool:
     """Whether any CRIU runs on this host; a held one is in the mounts of its container."""
-    return any(one.info["name"] == "criu" for one in psutil.process_iter(["name"]))
+    for process, _ in running():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name() == "criu":
+                return True
+    return False
 
 
 def sweep(

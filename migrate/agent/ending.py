@@ -35,7 +35,7 @@ def end_restore(session: Path) -> None:
         wait_criu_ended(hold, 0.0)
 
     def has_ended() -> bool:
-        runtimes = [one for one in users_of(session) if "restore" in one.info["cmdline"]]
+        runtimes = [one for one in users_of(session) if "restore" in one.words]
         if not runtimes and hooks.criu_pid(hold) is None:
             return True
         hooks.abort_from_outside(hold)
@@ -47,9 +47,9 @@ def end_restore(session: Path) -> None:
     # As one: the pager's processes replace each other.
     with contextlib.suppress(pager_watch.PagerStaysError):
         pager_watch.kill(session / "work", config.RUNTIME_EXIT_DEADLINE_S)
-    for process in users_of(session):
+    for user in users_of(session):
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+            user.process.kill()
 
 
 def end_unheard(plan: RestorePlan, runtime: Runtime) -> bool:
@@ -61,10 +61,10 @@ def end_unheard(plan: RestorePlan, runtime: Runtime) -> bool:
     """
     hold = plan.session / "work" / "hold"
     wait_criu_ended(hold, 0.0)
-    for process in users_of(plan.session):
+    for process, words in users_of(plan.session):
         # The hook that would plug the port, and what waits for CRIU. The pager is needed until the
         # tasks are dead: without it they would wait for their pages for ever.
-        if "criu_glue" not in " ".join(process.info["cmdline"]):
+        if "criu_glue" not in " ".join(words):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
                 process.wait(CRIU_DIED_DEADLINE_S)

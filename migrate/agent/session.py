@@ -43,7 +43,6 @@ from migrate.errors import (
     MigrateError,
     ProtocolError,
     RestoreFailed,
-    is_exhausted,
 )
 from migrate.held_frames import deliver
 from migrate.ledger import Ledger
@@ -463,19 +462,19 @@ class Session:
                 return
 
     async def _discard(self) -> E:
-        """Nothing of it remains. What this process or its host has run out of is waited for: there
-        is nobody else to do it, and every step may be taken twice."""
+        """Nothing of it remains. Whatever fails is tried again: there is nobody else to do it, and
+        every step may be taken twice."""
+        migration = self.request.migration_id
         while True:
             try:
                 await self._discard_once()
             except (OSError, MigrateError) as error:
-                if not is_exhausted(error):
-                    raise
-                migration = self.request.migration_id
                 log.warning("the undoing is tried again", migration=migration, why=str(error))
-                await asyncio.sleep(config.ASK_AGAIN_S)
+            except Exception:
+                log.exception("the undoing is tried again", migration=migration)
             else:
                 return E.DISCARDED
+            await asyncio.sleep(config.ASK_AGAIN_S)
 
     async def _discard_once(self) -> None:
         await self._revoke()

@@ -31,6 +31,7 @@ from criu_glue.hooks import (
     is_let_go,
     is_refused,
 )
+from migrate.processes import running
 from tests.lab.waiting import wait_until
 
 VERSION, DUMP, RESTORE = b"\x08\x0a", b"\x08\x01", b"\x08\x02"
@@ -335,8 +336,7 @@ async def test_a_restore_whose_runtime_was_killed_is_not_let_go(directory: Path)
 
 
 def hooks_of(directory: Path) -> list[psutil.Process]:
-    processes = psutil.process_iter(["cmdline"])
-    return [one for one in processes if str(directory / "hook") in (one.info["cmdline"] or ())]
+    return [one.process for one in running() if str(directory / "hook") in one.words]
 
 
 async def test_a_runtime_that_ends_before(directory: Path) -> None:

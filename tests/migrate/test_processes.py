@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from migrate.processes import Outliving, is_alive, kill_tree, last_message, tail
+from migrate.processes import Outliving, is_alive, kill_tree, last_message, tail, users_of
 from tests.lab.waiting import wait_until
 
 # A program that starts a process and ends by an error, as a coordinator does that leaves a hold.
@@ -99,6 +99,19 @@ def test_a_zombie_is_not_alive() -> None:
         assert not is_alive(process.pid)
     assert not is_alive(process.pid)
     assert is_alive(os.getpid())
+
+
+def test_who_uses_a_session_stays_what_was_seen(tmp_path: Path) -> None:
+    """Another thread looks at the same processes meanwhile, and finds one of them dead."""
+    with subprocess.Popen(["sh", "-c", "read _", f"{tmp_path}/work"], stdin=subprocess.PIPE) as one:
+        seen = users_of(tmp_path)
+        one.kill()
+        os.waitid(os.P_PID, one.pid, os.WEXITED | os.WNOWAIT)
+        assert users_of(tmp_path) == []
+        assert [(process.pid, words[-1]) for process, words in seen] == [
+            (one.pid, f"{tmp_path}/work")
+        ]
+    assert users_of(tmp_path / "none") == []
 
 
 def test_the_end_of_a_log(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Scene:
 
     @property
     def keepers(self) -> list[psutil.Process]:
-        return users_of(self.session)
+        return [one.process for one in users_of(self.session)]
 
     def wait_pulses(self) -> None:
         """It is frozen, and then it is not, over and over."""
