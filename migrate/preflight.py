@@ -216,7 +216,7 @@ def _look_at_target(
     ]
     if refusals:
         return refusals
-    if request.host == socket.gethostname():
+    if request.host == socket.gethostname() and not request.copy_of:
         return [Refusal("same-host", "source and target are the same host", "name another host")]
     refusals += judge_versions(request.versions, facts.host_versions(runtime))
     refusals += judge_cpu(cpu_failure(request.cpuinfo))

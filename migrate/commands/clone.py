@@ -1,4 +1,4 @@
-"""`migrate clone`: a copy of a running container, memory and all, on another host."""
+"""`migrate clone`: a copy of a running container, memory and all, on another host or beside it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def clone(
     report_path: Path | None,
     **asked: Any,
 ) -> None:
-    """Make a copy of the container NAME, which runs on, on another host.
+    """Make a copy of the container NAME, which runs on, on another host or beside it.
 
     The container stands still for a moment and keeps its connections. The copy goes on from that
     moment under a name and addresses of its own; its connections are closed, its listening sockets

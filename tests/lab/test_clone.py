@@ -20,11 +20,12 @@ from tests.lab.migrating import (
 
 COPY = "lamb"
 IP, IP6 = "10.77.0.152", "fd77::152"
+BESIDE = "10.77.0.154"
 
 
-def clone(source: Host, name: str, *options: str) -> Underway:
-    """Starts `migrate clone NAME --to B`."""
-    arguments = ["clone", name, "--to", "B", "--name", COPY, "--json", *options]
+def clone(source: Host, name: str, *options: str, to: str = "B") -> Underway:
+    """Starts `migrate clone NAME`."""
+    arguments = ["clone", name, "--to", to, "--name", COPY, "--json", *options]
     return Underway(source, name, arguments, None)
 
 
@@ -71,6 +72,13 @@ def test_a_copy_goes_on_beside_its_original(agents: Lab) -> None:
             (answer,) = guest.ask("VERIFY", address=address)
             assert answer.startswith("VERIFY ok "), answer
             assert " bad=0 " in answer
+        # Beside its original, a copy of the same name as elsewhere.
+        done = clone(source, guest.name, "--ip", BESIDE, to="A").finish()
+        assert done.code == 0, done.stderr or done.stdout
+        assert running_on(agents, COPY) == ["A", "B"]
+        for address in (BESIDE, spec.ip):
+            (answer,) = guest.ask("VERIFY", address=address)
+            assert " bad=0 " in answer
         guest.wait_answers()
         client = guest.stop_probe()
         assert client.clean, client
@@ -97,8 +105,8 @@ def test_a_coordinator_that_dies_leaves_the_original_alone(agents: Lab) -> None:
             refused = clone(source, guest.name, "--ip", host.address).finish()
             assert refused.code == 2, refused
             assert f"{host.address} is an address of this host" in refused.stderr
-        for phase in ("freeze", "send", "restore"):
-            killed = clone(source, guest.name, "--ip", IP)
+        for phase, to in (("freeze", "B"), ("send", "B"), ("restore", "B"), ("restore", "A")):
+            killed = clone(source, guest.name, "--ip", IP, to=to)
             killed.wait_phase(phase)
             killed.kill()
             killed.finish()
