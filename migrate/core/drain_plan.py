@@ -12,6 +12,10 @@ order: priority, then the shortest interruption. With a deadline that this order
 that take long begin first if more of them are through then. A target is the one with most room of
 those that suit. A container that fails is tried elsewhere, `TRIES_MAX` times in all, and then stays
 where it runs; a target that is lost gets nothing more.
+
+What waits for room that no target has is not all looked at after every result: with tens of
+thousands waiting that would be most of the work. A question looks `LOOKS_MAX` times, the next one
+goes on behind it, and all of them are looked at before anything is said to stay.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from migrate.core.drain_facts import (
@@ -36,6 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 TRIES_MAX: Final = 3
+# In one question: containers that wait, and targets that do not suit. One host's drain has fewer.
+LOOKS_MAX: Final = 100
 # Targets that a reason for staying names.
 NAMED_MAX: Final = 8
 LEFT: Final = "its policy is to leave it"
@@ -85,8 +92,11 @@ class _Group:
 
 @dataclass(slots=True)
 class _Source:
+    """A host that is emptied. index: of its queue, where the next look begins."""
+
     slots: int
     queue: list[Resident] = field(default_factory=list)
+    index: int = 0
 
 
 class Planner:
@@ -114,6 +124,11 @@ class Planner:
         self._last_why: dict[str, str] = {}
         self._groups: dict[str, _Group] = {}
         self._sources: dict[str, _Source] = {}
+        # Those of them that could begin a move, the one whose turn it is first.
+        self._turns: dict[str, _Source] = {}
+        self._looks_left = float("inf")
+        # Those that wait and need no target.
+        self._to_stop: set[str] = set()
         self._moved_bytes, self._moved_s = 0, 0.0
         self.under_way: dict[str, Move] = {}
         self.stays: dict[str, str] = {}
@@ -121,27 +136,26 @@ class Planner:
         for one in containers:
             self._take_in(one)
         self._costs = {one.name: move_downtime_ms(one) for one in self._waiting()}
-        for source in self._sources.values():
+        for name, source in self._sources.items():
             self._sort(source, now_s)
+            self._note_turn(name)
 
     @property
     def is_over(self) -> bool:
         """Whether nothing is under way and nothing will begin."""
-        return not self.under_way and not any(one.queue for one in self._sources.values())
+        return not self.under_way and not self._turns
 
     def next_moves(self, now_s: float) -> list[Move]:
         """The moves that begin now; with the last one ended and none to begin, the rest stays."""
+        self._looks_left = LOOKS_MAX if self.under_way else float("inf")
         begun = []
-        for source in self._sources.values():
-            index = 0
-            while source.slots and index < len(source.queue):
-                move = self._begin(source.queue[index], now_s)
-                if move is None:
-                    index += 1
-                    continue
-                del source.queue[index]
-                source.slots -= 1
-                begun.append(move)
+        for name in list(self._turns):
+            begun += self._begin_of(self._turns[name], now_s)
+            # It goes behind the others when some of it has not been looked at.
+            if self._note_turn(name) and self._looks_left <= 0:
+                self._turns[name] = self._turns.pop(name)
+            if self._looks_left <= 0 or not self._is_any_ready():
+                break
         if not begun and not self.under_way:
             for one in sorted(self._waiting(), key=lambda one: one.wishes.order):
                 if one.name not in self.stays:
@@ -153,6 +167,7 @@ class Planner:
         move, container = self.under_way.pop(name), self._containers[name]
         source = self._sources[move.source]
         source.slots += 1
+        self._note_turn(move.source)
         if move.target:
             self._rooms[move.target].slots += 1
             self._touch(self._rooms[move.target])
@@ -173,7 +188,8 @@ class Planner:
         if self._tries[name] >= TRIES_MAX:
             self._stay(container, why)
             return
-        source.queue.append(container)
+        self._queue(source, container)
+        self._note_turn(move.source)
         if container.wishes.group:
             group = self._groups[container.wishes.group]
             self._unpin(group)
@@ -214,11 +230,26 @@ class Planner:
         elif container.blocked:
             self.stays[container.name] = container.blocked
         else:
-            source.queue.append(container)
+            self._queue(source, container)
             if container.wishes.group:
                 group = self._groups.setdefault(container.wishes.group, _Group([], set()))
                 group.members.append(container)
                 group.waiting.add(container.name)
+
+    def _queue(self, source: _Source, container: Resident) -> None:
+        source.queue.append(container)
+        if container.wishes.policy == "stop":
+            self._to_stop.add(container.name)
+
+    def _note_turn(self, host: str) -> bool:
+        """Whether something of it could begin, if a target has room."""
+        source = self._sources[host]
+        has_turn = bool(source.slots and source.queue)
+        if has_turn:
+            self._turns.setdefault(host, source)
+        else:
+            self._turns.pop(host, None)
+        return has_turn
 
     def _waiting(self) -> list[Resident]:
         return [one for source in self._sources.values() for one in source.queue]
@@ -261,6 +292,8 @@ class Planner:
         self.stays[container.name] = why
         source = self._sources[container.host]
         source.queue = [one for one in source.queue if one.name != container.name]
+        self._to_stop.discard(container.name)
+        self._note_turn(container.host)
         if not container.wishes.group:
             return
         group = self._groups[container.wishes.group]
@@ -271,6 +304,31 @@ class Planner:
                 self._stay(one, f"{container.name}, which its group begins with, stays")
 
     # ---- beginning ----
+
+    def _begin_of(self, source: _Source, now_s: float) -> list[Move]:
+        """Those of one host that begin now; each that waits is looked at once, while looks last."""
+        begun = []
+        for _ in range(len(source.queue)):
+            if not source.slots or self._looks_left <= 0 or not self._is_any_ready():
+                break
+            source.index %= len(source.queue)
+            self._looks_left -= 1
+            move = self._begin(source.queue[source.index], now_s)
+            if move is None:
+                source.index += 1
+                continue
+            del source.queue[source.index]
+            source.slots -= 1
+            begun.append(move)
+        if self._looks_left > 0:
+            source.index = 0
+        return begun
+
+    def _is_any_ready(self) -> bool:
+        """Whether a target could take anything at all, or something waits that needs none."""
+        while self._heap and self._heap[0][2] != self._rooms[self._heap[0][1]].stamp:
+            heapq.heappop(self._heap)
+        return bool(self._heap or self._to_stop)
 
     def _begin(self, container: Resident, now_s: float) -> Move | None:
         seconds = self._seconds(container)
@@ -286,6 +344,7 @@ class Planner:
             self._touch(room)
         if container.wishes.group:
             self._groups[container.wishes.group].waiting.discard(container.name)
+        self._to_stop.discard(container.name)
         cost = self._costs[container.name]
         wishes = container.wishes
         move = Move(container.name, container.host, target, wishes.policy, seconds, cost)
@@ -333,6 +392,7 @@ class Planner:
             if entry[2] != room.stamp:
                 continue
             unsuited.append(entry)
+            self._looks_left -= 1
             if room.free_bytes < needed_bytes:
                 break
             if not self._why_not(together, room):
@@ -364,13 +424,14 @@ class Planner:
         """Why it does not begin, though nothing is under way."""
         if now_s + self._seconds(container) > self._limits.deadline_s:
             return f"the deadline: it would take about {self._seconds(container):.0f} s"
+        others = len(self._rooms) - (container.host in self._rooms)
+        named = (room for name, room in self._rooms.items() if name != container.host)
         reasons = [
-            f"{name}: {self._why_not([container], room) or 'has no room for its group'}"
-            for name, room in self._rooms.items()
-            if name != container.host
+            f"{one.facts.name}: {self._why_not([container], one) or 'has no room for its group'}"
+            for one in islice(named, NAMED_MAX)
         ]
-        more = f"; and {len(reasons) - NAMED_MAX} more" if len(reasons) > NAMED_MAX else ""
-        return f"no host can take it ({'; '.join(reasons[:NAMED_MAX])}{more})"
+        more = f"; and {others - NAMED_MAX} more" if others > NAMED_MAX else ""
+        return f"no host can take it ({'; '.join(reasons)}{more})"
 
     # ---- room ----
 

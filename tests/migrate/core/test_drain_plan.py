@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrate.core.drain_facts import HostState, Resident, Wishes, wishes_of
-from migrate.core.drain_plan import TRIES_MAX, Limits, Outcome, Planner, forecast
+from migrate.core.drain_plan import LOOKS_MAX, TRIES_MAX, Limits, Outcome, Planner, forecast
 from migrate.errors import UsageError
 
 if TYPE_CHECKING:
@@ -215,6 +215,26 @@ def test_a_drain_that_is_stopped_lets_what_is_under_way_end() -> None:
     plan.ended("c", Outcome.ARRIVED)
     assert plan.is_over
     assert plan.stays == {"d": "cancelled"}
+
+
+def test_behind_thousands_that_no_host_can_take_the_last_one_still_moves() -> None:
+    """More wait than one question looks at: the next goes on there, and nothing is forgotten."""
+    crowd = [resident(f"c{number}", runtime="crun") for number in range(3 * LOOKS_MAX)]
+    last = [resident(f"d{number}", priority=-1) for number in range(3)]
+    hosts = [host("A"), host("B", labels=frozenset({"ssd"}))]
+    long = resident("long", requires=frozenset({"ssd"}), priority=2)
+    plan = planner(hosts, [long, resident("short", priority=1), *crowd, *last], Limits(2, 1))
+    assert pairs(plan.next_moves(NOW_S)) == [("long", "B"), ("short", "A")]
+    plan.ended("short", Outcome.ARRIVED)
+    questions = 1
+    while not (begun := plan.next_moves(NOW_S)):
+        questions += 1
+        assert questions < len(crowd), "it was never looked at"
+    assert questions > 1
+    plan.ended(begun[0].container, Outcome.ARRIVED)
+    plan.ended("long", Outcome.ARRIVED)
+    assert dict(drive(plan)).keys() | {begun[0].container} == {"d0", "d1", "d2"}
+    assert plan.stays.keys() == {one.name for one in crowd}
 
 
 # ---- any hosts, any containers, any failures ----
