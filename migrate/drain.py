@@ -88,7 +88,10 @@ class Drain:
         self._order = order
         self._host = socket.gethostname()
         self._own = Moves(paths)
-        self._given: dict[str, Look] = {}
+        # By migration: what has to be before it begins, and then "moving".
+        self._beginnings: dict[str, asyncio.Task[Look]] = {}
+        # By container: what is asked when it has arrived.
+        self._checks: dict[str, asyncio.Task[None]] = {}
         self._asked_back: set[str] = set()
         self._stopped = False
         self._moves: dict[str, messages.DrainMove] = {}
@@ -224,21 +227,23 @@ class Drain:
         self._state = msgspec.structs.replace(self._state, phase="moving")
         self._note_stays(planner)
         begun_s: dict[str, float] = {}
-        while not planner.is_over:
+        while not planner.is_over or self._checks:
             if self._stopped:
                 planner.stop(CANCELLED)
             for move in planner.next_moves(self._now_s()):
                 begun_s[move.container] = self._now_s()
-                await self._begin(move, planner)
+                self._begin(move)
             self._note_stays(planner)
             await asyncio.sleep(LOOK_S)
             for name, move in list(planner.under_way.items()):
                 look = await self._look(move)
                 if look.state != "moving":
                     await self._ended(move, look, planner, self._now_s() - begun_s[name])
+            for name in [name for name, task in self._checks.items() if task.done()]:
+                await self._checks.pop(name)
             self._note_stays(planner)
 
-    async def _begin(self, move: Move, planner: Planner) -> None:
+    def _begin(self, move: Move) -> None:
         migration_id = new_migration_id()
         self._change(
             move.container,
@@ -250,30 +255,36 @@ class Drain:
             predicted_downtime_ms=_finite(move.downtime_ms),
             why="",
         )
-        if move.source != self._host:
-            return
+        if move.source == self._host:
+            beginning = self._begin_here(move, migration_id)
+            self._beginnings[migration_id] = asyncio.create_task(beginning)
+
+    async def _begin_here(self, move: Move, migration_id: str) -> Look:
+        """Beside the others: an operator's program takes its time, a container that ends too."""
         if not move.target:
             await asyncio.to_thread(self._end_container, move.container)
-            return
+            return Look("arrived")
         hooks, about = self._paths.drain_hooks, (move.container, move.source, move.target)
         why = await asyncio.to_thread(drain_hooks.ask, hooks, "before", *about)
-        if why:
-            self._given[migration_id] = Look("undone", why)
-            return
+        if why or self._stopped:
+            return Look("undone", why or CANCELLED)
         options = [word for path in self._order.shared for word in ("--shared", path)]
         if move.policy == "stop-and-copy":
             options += ["--tracker", "none"]
         await asyncio.to_thread(self._own.begin, migration_id, move.container, move.target, options)
+        return Look("moving")
 
     async def _look(self, move: Move) -> Look:
         migration_id = self._moves[move.container].migration_id
-        if migration_id in self._given:
-            return self._given[migration_id]
-        if not move.target:
-            return Look("arrived")
-        if move.source == self._host:
-            return await asyncio.to_thread(self._own.look, migration_id)
-        return await self._ask_back(move.container, migration_id, move.source)
+        if move.source != self._host:
+            return await self._ask_back(move.container, migration_id, move.source)
+        beginning = self._beginnings[migration_id]
+        if not beginning.done():
+            return Look("moving")
+        begun = beginning.result()
+        if begun.state != "moving":
+            return begun
+        return await asyncio.to_thread(self._own.look, migration_id)
 
     async def _ask_back(self, container: str, migration_id: str, host: str) -> Look:
         """How far `host` is with giving a container back; it begins when it is asked first."""
@@ -297,11 +308,11 @@ class Drain:
         seen = await self._see(target, planner) if target else ""
         match look.state:
             case "arrived":
-                state = "home" if not self._empties else "arrived" if target else "stopped"
-                self._change(name, state=state, why="")
                 planner.ended(name, Outcome.ARRIVED, seconds=seconds)
-                if state == "arrived":
-                    await self._check(name, move.target)
+                if self._empties and target:
+                    self._begin_check(name, target)
+                else:
+                    self._change(name, state="stopped" if self._empties else "home", why="")
             case "held":
                 self._change(name, state="held", why=look.why)
                 planner.ended(name, Outcome.HELD, why=look.why)
@@ -319,14 +330,17 @@ class Drain:
             planner.see(told)
         return told.closed
 
+    def _begin_check(self, name: str, target: str) -> None:
+        """Beside the moves, which go on meanwhile."""
+        self._checks[name] = asyncio.create_task(self._check(name, target))
+
     async def _check(self, name: str, target: str) -> None:
-        """What the operator's programs say of a container that has arrived."""
+        """What the operator's programs say of a container that has arrived. Until then it is not
+        said to have: a drain that is gone on with asks them."""
         about = (name, self._host, target)
         why = await asyncio.to_thread(drain_hooks.ask, self._paths.drain_hooks, "after", *about)
-        if not why:
-            return
-        self._change(name, why=why)
-        if not self._order.move_back:
+        self._change(name, state="arrived", why=why)
+        if not why or not self._order.move_back:
             return
         migration_id = new_migration_id()
         cordon.expect(self._paths, migration_id)
@@ -358,7 +372,10 @@ class Drain:
             else:
                 self._change(one.container, state="arrived", why="")
                 if self._empties:
-                    await self._check(one.container, one.target)
+                    self._begin_check(one.container, one.target)
+        # One that is brought back is here again when this host's containers are looked at.
+        for name in list(self._checks):
+            await self._checks.pop(name)
 
     # ---- hosts and containers ----
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from migrate.errors import MigrateError, UsageError
+from migrate import systemd
+from migrate.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from migrate.core.messages import Drain
 
 UNIT: Final = "migrate-drain.service"
-DIRECTORY: Final = Path("/etc/systemd/system")
 # What is under way at the deadline ends by itself, well or badly.
 GRACE_S: Final = 120
-_SYSTEMCTL_DEADLINE_S: Final = 60.0
 _TEXT: Final = """\
 [Unit]
 Description=Moves containers away before a shutdown
@@ -54,22 +53,13 @@ def unit_text(program: str, word: Drain) -> str:
     return _TEXT.format(command=shlex.join(command), timeout_s=timeout_s)
 
 
-def install(word: Drain, directory: Path = DIRECTORY) -> str:
+def install(word: Drain, directory: Path = systemd.UNITS) -> str:
     """Write the unit and enable it; what was done. Blocking. Raises MigrateError."""
     program = shutil.which("migrate")
     if program is None or not directory.is_dir():
         raise UsageError("this host has no systemd, or no migrate in PATH")
     path = directory / UNIT
     path.write_text(unit_text(program, word))
-    for arguments in (["daemon-reload"], ["enable", "--now", UNIT]):
-        try:
-            subprocess.run(
-                ["systemctl", *arguments],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=_SYSTEMCTL_DEADLINE_S,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            raise MigrateError(f"systemctl {arguments[0]} failed: {error}") from error
+    for arguments in (("daemon-reload",), ("enable", "--now", UNIT)):
+        systemd.systemctl(*arguments, unit=UNIT)
     return f"{path}: this host is drained at each shutdown (systemctl disable {UNIT} ends that)"

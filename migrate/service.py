@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from migrate import standing
+from migrate import standing, systemd
 from migrate.agent.unit import unit_text
 from migrate.claim import claimant
 from migrate.errors import MigrateError
@@ -32,15 +32,14 @@ if TYPE_CHECKING:
     from migrate import config
 
 UNIT: Final = "migrate-agent.service"
-UNIT_PATH: Final = Path("/etc/systemd/system") / UNIT
+UNIT_PATH: Final = systemd.UNITS / UNIT
 LOG_PATH: Final = Path("/var/log/migrate-agent.log")
 # It reads its modules, and compiles them the first time: half a minute of an emulated processor,
 # which it may have to share. It reads its journal, and goes on with former sessions.
 START_DEADLINE_S: Final = 180.0
 # config.STOP_DEADLINE_S for the sessions that are undone, and as much for the rest.
 STOP_DEADLINE_S: Final = 60.0
-_SYSTEMCTL_DEADLINE_S: Final = 90.0
-CHANGE_DEADLINE_S: Final = 3 * _SYSTEMCTL_DEADLINE_S + STOP_DEADLINE_S + START_DEADLINE_S
+CHANGE_DEADLINE_S: Final = 3 * systemd.DEADLINE_S + STOP_DEADLINE_S + START_DEADLINE_S
 """Of `start` and `remove`, for who waits for either over SSH."""
 _POLL_S: Final = 0.05
 _VERSIONS: Final = "versions"
@@ -102,7 +101,7 @@ def start(paths: config.HostPaths, port: int) -> Started:
     """Have the agent of this installation run. One of another version is restarted unless it
     serves a session. Blocking. Raises MigrateError."""
     before = state(paths, port)
-    has_changed = _write_unit() if _has_systemd() else False
+    has_changed = _write_unit() if systemd.is_here() else False
     is_ours = before.agent_version == before.version
     if before.agent_pid and is_ours and not has_changed:
         return Started("running", before)
@@ -110,8 +109,8 @@ def start(paths: config.HostPaths, port: int) -> Started:
         return Started("busy", before)
     if before.agent_pid:
         stop(paths)
-    if _has_systemd():
-        _systemctl("enable", "--quiet", "--now", UNIT)
+    if systemd.is_here():
+        systemd.systemctl("enable", "--quiet", "--now", UNIT, unit=UNIT)
     else:
         _spawn()
     _await_start(paths, port)
@@ -120,8 +119,8 @@ def start(paths: config.HostPaths, port: int) -> Started:
 
 def stop(paths: config.HostPaths) -> None:
     """End the agent; sessions that hold nothing are undone by it. Blocking. Raises MigrateError."""
-    if _has_systemd() and UNIT_PATH.exists():
-        _systemctl("stop", UNIT)
+    if systemd.is_here() and UNIT_PATH.exists():
+        systemd.systemctl("stop", UNIT, unit=UNIT)
     agent = claimant(paths.agent_claim)
     if agent is None or not agent.pid:
         return
@@ -138,10 +137,10 @@ def stop(paths: config.HostPaths) -> None:
 def remove(paths: config.HostPaths) -> None:
     """The agent is stopped and starts no more, and this host has no identity from now on."""
     stop(paths)
-    if _has_systemd() and UNIT_PATH.exists():
-        _systemctl("disable", "--quiet", UNIT)
+    if systemd.is_here() and UNIT_PATH.exists():
+        systemd.systemctl("disable", "--quiet", UNIT, unit=UNIT)
         UNIT_PATH.unlink(missing_ok=True)
-        _systemctl("daemon-reload")
+        systemd.systemctl("daemon-reload", unit=UNIT)
     directory = _files(paths).directory
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(directory)
@@ -173,27 +172,8 @@ def _write_unit() -> bool:
     if UNIT_PATH.exists() and UNIT_PATH.read_text() == text:
         return False
     UNIT_PATH.write_text(text)
-    _systemctl("daemon-reload")
+    systemd.systemctl("daemon-reload", unit=UNIT)
     return True
-
-
-def _systemctl(*arguments: str) -> None:
-    try:
-        done = subprocess.run(
-            ["systemctl", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_SYSTEMCTL_DEADLINE_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise MigrateError(f"systemctl {arguments[0]} failed: {error}") from error
-    if done.returncode != 0:
-        raise MigrateError(
-            f"systemctl {arguments[0]} failed: {done.stderr.strip()[-300:]}",
-            remedy=f"journalctl -u {UNIT}",
-        )
 
 
 def _spawn() -> None:
@@ -220,17 +200,12 @@ def _await_start(paths: config.HostPaths, port: int) -> None:
 
 
 def _last_words() -> str:
-    if _has_systemd():
+    if systemd.is_here():
         return f"journalctl -u {UNIT} says why"
     with contextlib.suppress(OSError):
         lines = LOG_PATH.read_text(errors="replace")[-2000:].splitlines()
         return lines[-1][:300] if lines else "it says nothing"
     return "it says nothing"
-
-
-def _has_systemd() -> bool:
-    """sd_booted(3)."""
-    return Path("/run/systemd/system").is_dir()
 
 
 def _listens(port: int) -> bool:

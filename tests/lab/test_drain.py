@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.lab
 DRAIN_S = 240.0
+STATE = "/var/lib/migrate/drain/state.json"
+# Says yes when two containers are on their way, or have left: nobody may wait for it meanwhile.
+PATIENT_HOOK = f"""\
+#!/bin/sh
+[ "$1" = before ] || exit 0
+until [ "$(grep -Eo '"state":"(moving|arrived)"' {STATE} | wc -l)" -ge 2 ]; do sleep 0.1; done
+"""
 
 
 @pytest.fixture
@@ -97,6 +104,7 @@ def test_a_host_is_emptied_and_filled_again(four: Lab) -> None:
         assert running_on(four, "d0") == ["A"]
         assert not plan["cordoned"]
 
+        host.write_text("/etc/migrate/drain.d/check", PATIENT_HOOK, 0o755)
         emptied = drained(host, "drain-node", "--to", "B,C,D", "--max-parallel", "2", code=1)
         where = moves(emptied)
         assert [state for state, _ in where.values()].count("arrived") == 3
@@ -135,10 +143,10 @@ def test_a_target_dies_and_the_command_too_and_all_still_run(four: Lab) -> None:
         process = host.popen(["migrate", "drain-node", "--to", "B,C", "--max-parallel", "1"])
 
         def state() -> dict[str, Any]:
-            found: dict[str, Any] = json.loads(host.read_text("/var/lib/migrate/drain/state.json"))
+            found: dict[str, Any] = json.loads(host.read_text(STATE))
             return found
 
-        path = host.path("/var/lib/migrate/drain/state.json")
+        path = host.path(STATE)
         wait_until(
             "a container moves",
             lambda: path.exists() and any(one["state"] == "moving" for one in state()["moves"]),
@@ -183,7 +191,7 @@ def test_a_drain_that_is_killed_is_gone_on_with_and_a_check_brings_back(four: La
         stack.enter_context(unclad(four, spec(1), policy="stop", priority="-1"))
         host.write_text("/etc/migrate/drain.d/check", hook, 0o755)
         host.run(["migrate", "drain-node", "--to", "B", "--move-back", "--detach"])
-        path = host.path("/var/lib/migrate/drain/state.json")
+        path = host.path(STATE)
         moving = '"state":"moving"'
         wait_until("a container moves", lambda: moving in path.read_text(), deadline_s=60)
         host.run(["pkill", "-KILL", "-f", "migrate.drain drain-"])
