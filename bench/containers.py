@@ -18,6 +18,7 @@ import re
 import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bench.lab.errors import LabError
@@ -29,7 +30,16 @@ if TYPE_CHECKING:
 
 BUNDLES: Final = "/var/lib/containers/lab"
 """On the host's plain disk: on its overlay CRIU could not dump an inotify watch."""
-PORTS: Final = {"memory": 7000, "tree": 7001, "blocker": 7002, "redis": 6379}
+PORTS: Final = {
+    "memory": 7000,
+    "tree": 7001,
+    "blocker": 7002,
+    "redis": 6379,
+    "nginx": 8080,
+    "web": 8081,
+}
+CLIENTS: Final = {"redis": "redis", "nginx": "http", "web": "http"}
+"""What a workload speaks (bench/probe.py); the others answer lines."""
 PORT_ANNOTATION: Final = "dolly.port"
 """Tells `start`, from the bundle alone, what to wait for."""
 RUNTIME_ANNOTATION: Final = "dolly.runtime"
@@ -55,6 +65,12 @@ activedefrag no
 io-threads 1
 locale-collate C
 """
+NGINX: Final = "/usr/sbin/nginx"
+NGINX_CONFIG: Final = "/etc/nginx/container.conf"
+"""In every lab host (bench/lab/servers)."""
+PYTHON: Final = "/usr/bin/python3"
+PYTHON_LIBRARY: Final = ("/usr/lib/python3.13",)
+WEB: Final = Path(__file__).parent / "workloads/web.py"
 # $1 namespace, $2 host end, $3 MAC, $4 IPv4/prefix, $5 IPv6/prefix or "", $6 gateway or "".
 # nodad: an address that is still being probed for duplicates can't be bound or answered for.
 NETWORK_SCRIPT: Final = """\
@@ -96,8 +112,8 @@ class ContainerSpec:
     """One container. Addresses carry their prefix length, such as "10.77.0.50/24".
 
     `args` are the workload's own: rate and options of memory (default: 8 MiB/s), the kind of
-    blocker, options of tree, further lines of configuration of redis. An empty `mac` is made from
-    the address.
+    blocker, options of tree, further lines of configuration of redis; nginx and web have none.
+    An empty `mac` is made from the address.
     """
 
     name: str
@@ -123,6 +139,11 @@ class ContainerSpec:
         return PORTS[self.workload]
 
     @property
+    def client(self) -> str:
+        """The kind of bench.probe that it answers."""
+        return CLIENTS.get(self.workload, "lines")
+
+    @property
     def ip(self) -> str:
         """The IPv4 address without its prefix length."""
         return str(ipaddress.ip_interface(self.address).ip)
@@ -145,6 +166,10 @@ class ContainerSpec:
         """What the container runs."""
         if self.workload == "redis":
             return ["/usr/bin/redis-server", "/etc/redis.conf"]
+        if self.workload == "nginx":
+            return [NGINX, "-c", NGINX_CONFIG]
+        if self.workload == "web":
+            return [PYTHON, "/bin/web.py", str(self.port), str(self.memory_mib)]
         program, port = f"/bin/{self.workload}", str(self.port)
         if self.workload == "memory":
             rate, *options = self.args or ("8",)
@@ -279,6 +304,14 @@ def _make_rootfs(host: Host, spec: ContainerSpec) -> None:
         host.run(["sh", "-c", PROGRAMS_SCRIPT, "programs", rootfs_inside, "/usr/bin/redis-server"])
         configuration = REDIS_CONFIG + "".join(f"{line}\n" for line in spec.args)
         (rootfs / "etc/redis.conf").write_text(configuration)
+    elif spec.workload == "nginx":
+        host.run(["sh", "-c", PROGRAMS_SCRIPT, "programs", rootfs_inside, NGINX])
+        (rootfs / "etc/nginx").mkdir()
+        shutil.copy2(host.path(NGINX_CONFIG), rootfs / NGINX_CONFIG.lstrip("/"))
+    elif spec.workload == "web":
+        host.run(["sh", "-c", PROGRAMS_SCRIPT, "programs", rootfs_inside, PYTHON])
+        host.run(["cp", "-r", "--parents", *PYTHON_LIBRARY, rootfs_inside])
+        shutil.copy2(WEB, rootfs / "bin" / WEB.name)
     else:
         shutil.copy2(binary(spec.workload), rootfs / "bin" / spec.workload)
 

@@ -57,11 +57,6 @@ class Workload:
             NAME, self.kind, args=arguments, memory_mib=self.memory_mib, address=ADDRESS
         )
 
-    @property
-    def probe_kind(self) -> str:
-        """The protocol that the client speaks."""
-        return "redis" if self.kind == "redis" else "lines"
-
     def begin(self, client: Host) -> None:
         """Fill it and start what dirties its memory."""
         if self.kind != "redis":
@@ -134,7 +129,7 @@ def run_demo(
         if workload.writer is not None:
             stack.enter_context(workload.writer)
         probe = stack.enter_context(
-            start_probe(workload.probe_kind, workload.spec.ip, workload.spec.port, host=lab.client)
+            start_probe(workload.spec.client, workload.spec.ip, workload.spec.port, host=lab.client)
         )
         console.print(
             f"[dim]{workload.kind} with {workload.memory_mib} MiB runs on A at "

@@ -57,7 +57,7 @@ def run_flock(count: int, workload: Workload, options: Sequence[str], console: C
         stack.enter_context(workload.writer)
         _redis(lab.client, spec.ip, "SET", "told", "before")
         probe = stack.enter_context(
-            start_probe(workload.probe_kind, spec.ip, spec.port, host=lab.client)
+            start_probe(workload.spec.client, spec.ip, spec.port, host=lab.client)
         )
         flock = [_clone(lab, number, spec.name, options) for number in range(count)]
         keys = _redis(lab.client, spec.ip, "DBSIZE")

@@ -1,6 +1,6 @@
 """The client that must not notice: one TCP connection, opened once, never opened again.
 
-    python3 -m bench.probe lines|redis ADDRESS PORT [--rate N] [--seconds N] [--drain-s N]
+    python3 -m bench.probe lines|redis|http ADDRESS PORT [--rate N] [--seconds N] [--drain-s N]
 
 Requests go out at a fixed rate without waiting for answers, so that packets are in flight whenever
 the container stops. Every answer must be the exact next one. Output: the line "connected" when the
@@ -27,13 +27,20 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from bench.probe_accounting import AnswerError, Answers, GapMeter, LineAnswers, RedisAnswers
+from bench.probe_accounting import (
+    AnswerError,
+    Answers,
+    GapMeter,
+    HttpAnswers,
+    LineAnswers,
+    RedisAnswers,
+)
 from bench.workloads.resp import RespError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-KINDS = ("lines", "redis")
+KINDS = ("lines", "redis", "http")
 CONNECT_S = 5.0
 RATE_PER_S = 1000.0
 DRAIN_S = 10.0
@@ -223,9 +230,11 @@ class Probe:
 
 
 def answers_for(kind: str) -> Answers:
-    """The wire format of a workload: "redis", or "lines" for all the others."""
+    """The wire format of a workload: "redis", "http", or "lines" for all the others."""
     if kind == "lines":
         return LineAnswers()
+    if kind == "http":
+        return HttpAnswers("dolly")
     # A key of its own: the first answer is 1 whatever ran before on the same server.
     return RedisAnswers(f"probe:{secrets.token_hex(8)}")
 

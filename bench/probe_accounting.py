@@ -1,9 +1,10 @@
 """What a probe makes of the answers: their order, and the gaps between them. Pure.
 
-Two wire formats are known. In both the n-th answer on a connection must carry exactly n::
+Three wire formats are known. In each the n-th answer on a connection must carry exactly n::
 
     lines (bench/workloads/line_server.h)   "17\\n"               ->  "17 90210\\n"
     redis                                   INCR probe:<unique>   ->  ":17\\r\\n"
+    http (nginx, bench/workloads/web.py)    GET /17 HTTP/1.1      ->  200, body "17 /17\\n"
 
 The second number of the first format counts the answers of the whole server; it must grow. A server
 that was restarted, or that went back to an earlier state, gives itself away there.
@@ -15,6 +16,7 @@ LISTED_MAX long gaps and violations are kept one by one.
 from __future__ import annotations
 
 import math
+import re
 from typing import Protocol
 
 from bench.workloads.resp import Decoder, encode
@@ -23,6 +25,9 @@ LONG_GAP_MS = 100.0
 """Gaps above this are listed one by one: far above a scheduler's hiccup, below a retransmission."""
 LISTED_MAX = 1000
 LINE_BYTES_MAX = 256
+HEAD_BYTES_MAX = 4096
+"""Ten times what both servers send."""
+CONTENT_LENGTH = re.compile(rb"^content-length: *([0-9]{1,9})\r?$", re.IGNORECASE | re.MULTILINE)
 BUCKET_LOW_MS = 0.01
 BUCKET_GROWTH = 1.1
 """Each bucket ends 10 % above its beginning: the error bound of a reported percentile."""
@@ -113,6 +118,47 @@ class RedisAnswers:
                 raise AnswerError(f"not an answer to INCR: {reply!r:.80}")
             self.order.check(reply)
         return len(replies)
+
+
+class HttpAnswers:
+    """Requests that are pipelined on a connection which is kept, each for a page of its number."""
+
+    def __init__(self, host: str) -> None:
+        self.order = OrderChecker()
+        self._host = host
+        self._rest = b""
+
+    def request(self, number: int) -> bytes:
+        return f"GET /{number} HTTP/1.1\r\nHost: {self._host}\r\n\r\n".encode()
+
+    def feed(self, data: bytes) -> int:
+        self._rest += data
+        answered = 0
+        while (body := self._take()) is not None:
+            number, _, path = body.partition(b" ")
+            if not number.isdigit() or path != b"/%s\n" % number:
+                raise AnswerError(f"not the page that was asked for: {body[:40]!r}")
+            self.order.check(int(number))
+            answered += 1
+        return answered
+
+    def _take(self) -> bytes | None:
+        """The body of the next answer, if all of that is here."""
+        head, found, rest = self._rest.partition(b"\r\n\r\n")
+        if len(head) > HEAD_BYTES_MAX:
+            raise AnswerError(f"a head of {len(head)} bytes: {head[:40]!r}")
+        if not found:
+            return None
+        length = CONTENT_LENGTH.search(head)
+        if not head.startswith(b"HTTP/1.1 200 ") or length is None:
+            raise AnswerError(f"not an answer: {head[:80]!r}")
+        size = int(length[1])
+        if size > LINE_BYTES_MAX:
+            raise AnswerError(f"a page of {size} bytes")
+        if len(rest) < size:
+            return None
+        self._rest = rest[size:]
+        return rest[:size]
 
 
 class GapMeter:

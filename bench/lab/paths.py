@@ -26,11 +26,13 @@ DESCRIPTION = "lab.json"
 CONTROL = "control"
 # The same files in the same order as in scripts/setup.
 RECIPE = ("build", "mirror", "packages", "packages-sid")
+SERVERS = ("packages", "files/etc/nginx/container.conf")
 
 
 def root_path() -> Path:
     """The cached root of this checkout's recipe; LabError when scripts/setup has not made it."""
-    recipe = b"".join((PROJECT / "bench/lab/root" / name).read_bytes() for name in RECIPE)
+    parts = [f"root/{name}" for name in RECIPE] + [f"servers/{name}" for name in SERVERS]
+    recipe = b"".join((PROJECT / "bench/lab" / part).read_bytes() for part in parts)
     root = CACHE / f"root-{hashlib.sha256(recipe).hexdigest()[:16]}"
     if not root.is_dir():
         raise LabError(f"no lab root at {root}: run scripts/setup")

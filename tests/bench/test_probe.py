@@ -22,6 +22,7 @@ from bench.probe_accounting import (
     AnswerError,
     Answers,
     GapMeter,
+    HttpAnswers,
     LineAnswers,
     OrderChecker,
     RedisAnswers,
@@ -138,6 +139,39 @@ def test_redis_answers() -> None:
     assert answers.order.violations == [(4, 5)]
     with pytest.raises(AnswerError, match="OOM"):
         answers.feed(b"-OOM command not allowed\r\n")
+
+
+def page(number: int, status: int = 200, path: str | None = None) -> bytes:
+    body = f"{number} {path or f'/{number}'}\n"
+    return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+@given(st.integers(1, 20), st.lists(st.integers(1, 60), max_size=30))
+def test_pages_in_any_pieces(count: int, sizes: list[int]) -> None:
+    answers = HttpAnswers("dolly")
+    assert answers.request(7).startswith(b"GET /7 HTTP/1.1\r\n")
+    data = b"".join(map(page, range(1, count + 1)))
+    fed = 0
+    for size in [*sizes, len(data)]:
+        fed += answers.feed(data[:size])
+        data = data[size:]
+    assert fed == answers.order.received == count
+    assert answers.order.out_of_order == 0
+
+
+def test_a_server_that_was_set_back_gives_itself_away() -> None:
+    answers = HttpAnswers("dolly")
+    answers.feed(page(1) + page(2) + page(1))
+    assert answers.order.violations == [(3, 1)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [page(1, 500), page(1, path="/2"), b"x" * 5000, b"HTTP/1.1 200 OK\r\n\r\n", b"1 /1\n\r\n\r\n"],
+)
+def test_what_is_not_the_page_is_refused(data: bytes) -> None:
+    with pytest.raises(AnswerError):
+        HttpAnswers("dolly").feed(data)
 
 
 # ---- the loop ----

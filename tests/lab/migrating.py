@@ -340,9 +340,8 @@ def resident(
         start(lab.host(on), spec.name)
         client = None
         if probe:
-            kind = "redis" if spec.workload == "redis" else "lines"
             client = stack.enter_context(
-                start_probe(kind, spec.ip, spec.port, host=lab.client, rate_per_s=rate_per_s)
+                start_probe(spec.client, spec.ip, spec.port, host=lab.client, rate_per_s=rate_per_s)
             )
         yield Resident(lab, spec, client)
 

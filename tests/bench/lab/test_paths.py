@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -33,13 +34,14 @@ def test_a_machine_without_cgroup2_is_told_so() -> None:
 
 def test_setup_and_the_lab_agree_on_the_roots_key() -> None:
     """The key is computed twice, in shell and here; a missing root is reported by its path."""
-    script = "cat bench/lab/root/{build,mirror,packages,packages-sid} | sha256sum | cut -c1-16"
-    command = ["bash", "-c", script]
+    setup = (paths.PROJECT / "scripts" / "setup").read_text()
+    (parts,) = re.findall(r"^parts=.*$", setup, re.MULTILINE)
+    script = 'cat "${parts[@]/#/bench/lab/}" | sha256sum | cut -c1-16'
+    assert script in setup
+    command = ["bash", "-c", f"{parts}; {script}"]
     key = subprocess.run(
         command, cwd=paths.PROJECT, capture_output=True, text=True, check=True
     ).stdout.strip()
-    setup = (paths.PROJECT / "scripts" / "setup").read_text()
-    assert script in setup
     assert paths.root_path() == paths.CACHE / f"root-{key}"
 
 
