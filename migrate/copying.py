@@ -98,9 +98,8 @@ class Copying:
             self.warn(choice.warning)
         if choice.stills:
             await self._throttle.may_still()
-        stilled = self._throttle.stilled
         pages = await asyncio.to_thread(
-            tracking.page_source, choice, self.facts, runtime, self._session, stilled
+            tracking.page_source, choice, self.facts, runtime, self._session, self._throttle
         )
         make_sender = partial(self._make_sender, opened)
         self._memory = MemorySource(pages, make_sender, self._throttle.paused)

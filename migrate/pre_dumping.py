@@ -9,17 +9,21 @@ in that moment leaves its code in the tasks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from typing import TYPE_CHECKING
 
 from criu_glue.core.log_hints import explain
+from criu_glue.core.stats import decode_dump_stats
+from criu_glue.core.wire import ImageFormatError
 from criu_glue.errors import TrackerError
 from migrate.mounts import is_full
 from migrate.processes import kill_tree, last_message, tail
 from migrate.runtimes.command import LOG_NAME
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from migrate.runtimes.base import Container, Runtime
@@ -36,12 +40,20 @@ _RANKED = 'echo -1000 2> /dev/null > /proc/self/oom_score_adj; exec "$@"'
 
 
 class PreDump:
-    """Calls it makes, one after another, of one container; `directory` is made, for the logs."""
+    """Calls it makes, one after another, of one container; `directory` is made, for the logs.
+    `stood_still_ms` hears after each for how long CRIU has stopped the tasks."""
 
-    def __init__(self, container: Container, runtime: Runtime, directory: Path) -> None:
+    def __init__(
+        self,
+        container: Container,
+        runtime: Runtime,
+        directory: Path,
+        stood_still_ms: Callable[[float], None],
+    ) -> None:
         self._container = container
         self._runtime = runtime
         self._directory = directory
+        self._stood_still_ms = stood_still_ms
         self._config = directory / "criu.conf"
         directory.mkdir(mode=0o700)
         self._config.write_text("\n".join(_OPTIONS) + "\n")
@@ -68,6 +80,13 @@ class PreDump:
             raise TrackerError(f"CRIU's pre-dump has not ended in {DEADLINE_S:g} s") from error
         if code:
             raise TrackerError(f"CRIU's pre-dump failed: {self._why()}")
+        self._measure()
+
+    def _measure(self) -> None:
+        # It is a figure of the report, and nothing depends on it.
+        with contextlib.suppress(OSError, ImageFormatError):
+            stats = decode_dump_stats((self._directory / "stats-dump").read_bytes())
+            self._stood_still_ms((stats.freezing_us + stats.frozen_us) / 1000)
 
     def _why(self) -> str:
         if is_full(self._directory):

@@ -27,14 +27,13 @@ from migrate.facts import free_memory_bytes
 from migrate.pre_dumping import PreDump
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from criu_glue.page_sources import PageSource
     from migrate.facts import ContainerFacts
     from migrate.options import Options
     from migrate.runtimes.base import Runtime
+    from migrate.throttle import Throttle
 
 NONE: Final = StopAndCopyTracker.name
 _WRITE_PROTECT: Final = write_protect.WriteProtectTracker.name
@@ -102,16 +101,16 @@ def page_source(
     facts: ContainerFacts,
     runtime: Runtime,
     session: Path,
-    stilled: Callable[[], AbstractContextManager[None]],
+    throttle: Throttle,
 ) -> PageSource:
     """What the chosen tracker reports, to be read; below `session` there is room for a round, and
-    within `stilled` the container stands still."""
+    `throttle` has the container stand still, or hears that it has."""
     pids = partial(cgroup_pids, facts.container.cgroup)
     if choice.name == _PREDUMP:
-        run = PreDump(facts.container, runtime, session / "predump-work")
+        run = PreDump(facts.container, runtime, session / "predump-work", throttle.stills_ms.append)
         return predump.PredumpSource(session / "predump", run)
     if choice.name == _SOFT_DIRTY:
-        return TaskSource(soft_dirty.SoftDirtyTracker(pids, stilled))
+        return TaskSource(soft_dirty.SoftDirtyTracker(pids, throttle.stilled))
     if choice.name == _WRITE_PROTECT:
         return TaskSource(write_protect.WriteProtectTracker(pids))
     return TaskSource(StopAndCopyTracker(pids))
