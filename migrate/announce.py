@@ -41,10 +41,11 @@ _ETH_ALL_NODES = b"\x33\x33\x00\x00\x00\x01"
 _ALL_NODES = ipaddress.IPv6Address("ff02::1").packed
 _ETH_P_ARP = 0x0806
 _ETH_P_IPV6 = 0x86DD
-_ARP_REQUEST = 1
+ARP_REQUEST = 1
 _ARP_REPLY = 2
 _ICMPV6 = 58
-_NEIGHBOUR_ADVERT = 136
+NEIGHBOUR_SOLICIT = 135
+NEIGHBOUR_ADVERT = 136
 # "Override": take this MAC even if you know another (RFC 4861). Not "Solicited", not "Router".
 _NA_OVERRIDE = 0x2000_0000
 _OPTION_TARGET_MAC = 2
@@ -56,13 +57,17 @@ def arp_frames(mac: str, ip: str) -> tuple[bytes, bytes]:
     """The announcement as a request and as a reply: hosts differ in which of them they believe."""
     own = mac_bytes(mac)
     address = ipaddress.IPv4Address(ip).packed
+    return (
+        arp_frame(own, ARP_REQUEST, address, bytes(6), address),
+        arp_frame(own, _ARP_REPLY, address, own, address),
+    )
+
+
+def arp_frame(own: bytes, operation: int, sender: bytes, mac: bytes, target: bytes) -> bytes:
+    """ARP to everybody: that `own` is the MAC of the address `sender`, about `target` and `mac`."""
     ethernet = struct.pack("!6s6sH", _ETH_BROADCAST, own, _ETH_P_ARP)
-
-    def frame(operation: int, target: bytes) -> bytes:
-        head = struct.pack("!HHBBH", 1, 0x0800, 6, 4, operation)
-        return ethernet + head + own + address + target + address
-
-    return frame(_ARP_REQUEST, b"\0" * 6), frame(_ARP_REPLY, own)
+    head = struct.pack("!HHBBH", 1, 0x0800, 6, 4, operation)
+    return ethernet + head + own + sender + mac + target
 
 
 def advert_frame(mac: str, ip: str) -> bytes:
@@ -71,12 +76,20 @@ def advert_frame(mac: str, ip: str) -> bytes:
     address = ipaddress.IPv6Address(ip).packed
     option = struct.pack("!BB6s", _OPTION_TARGET_MAC, 1, own)
     body = struct.pack("!I16s", _NA_OVERRIDE, address) + option
-    unchecked = struct.pack("!BBH", _NEIGHBOUR_ADVERT, 0, 0) + body
-    pseudo = address + _ALL_NODES + struct.pack("!IHBB", len(unchecked), 0, 0, _ICMPV6)
+    return icmpv6_frame(own, _ETH_ALL_NODES, address, _ALL_NODES, NEIGHBOUR_ADVERT, body)
+
+
+def icmpv6_frame(
+    own: bytes, ethernet: bytes, source: bytes, destination: bytes, kind: int, body: bytes
+) -> bytes:
+    """A message of neighbour discovery from the MAC `own` to the MAC `ethernet`."""
+    unchecked = struct.pack("!BBH", kind, 0, 0) + body
+    pseudo = source + destination + struct.pack("!IHBB", len(unchecked), 0, 0, _ICMPV6)
     checksum = internet_checksum(pseudo + unchecked)
-    message = struct.pack("!BBH", _NEIGHBOUR_ADVERT, 0, checksum) + body
-    ipv6 = struct.pack("!IHBB", 6 << 28, len(message), _ICMPV6, _HOP_LIMIT) + address + _ALL_NODES
-    return struct.pack("!6s6sH", _ETH_ALL_NODES, own, _ETH_P_IPV6) + ipv6 + message
+    message = struct.pack("!BBH", kind, 0, checksum) + body
+    head = struct.pack("!IHBB", 6 << 28, len(message), _ICMPV6, _HOP_LIMIT)
+    link = struct.pack("!6s6sH", ethernet, own, _ETH_P_IPV6)
+    return link + head + source + destination + message
 
 
 def internet_checksum(data: bytes) -> int:

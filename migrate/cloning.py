@@ -33,12 +33,11 @@ from migrate.core.throttling import Act
 from migrate.driver import quietly
 from migrate.errors import (
     Cancelled,
-    DeadlineExceeded,
     JournalError,
     MigrateError,
     NotConverging,
     PreflightRefused,
-    TransferFailed,
+    remedy_of,
     runs_on,
 )
 from migrate.freezing import Freezing
@@ -47,7 +46,7 @@ from migrate.report import CloneReport, CopyReport, ReportBuilder
 from migrate.standstill import restore_request
 from migrate.target_link import TargetLink
 from migrate.throttle import Throttle
-from migrate.undertaking import Undertaking
+from migrate.undertaking import Undertaking, of_below
 from transport.errors import TransportError
 from transport.sender import default_streams
 
@@ -122,6 +121,7 @@ class Cloning:
                 await self._working
             except (Exception, asyncio.CancelledError) as cause:
                 error = self._translated(cause).at(host=self._host, phase=self._phase)
+                error = await self._explained(error)
                 await self._give_up(error)
                 self.report = self._built("aborted", error)
                 raise error from cause
@@ -210,6 +210,7 @@ class Cloning:
 
     async def _begin_copying(self, facts: ContainerFacts, copy: CopySession) -> Copying:
         assert copy.link.opened is not None
+        self._phase = "precopy"
         await asyncio.to_thread(self._make_directory, facts)
         self._throttle = Throttle(
             facts.container.cgroup, self._directory, self._note_brake, self._warn
@@ -370,15 +371,41 @@ class Cloning:
                 return cause
             case asyncio.CancelledError():
                 return Cancelled("the copy was cancelled")
-            case TransportError():
-                return TransferFailed(str(cause), host=self._options.target)
-            case TimeoutError():
-                return DeadlineExceeded(f"{self._phase} took too long")
-            case CriuGlueError() | OSError():
-                return MigrateError(str(cause))
+            case TransportError() | CriuGlueError() | TimeoutError():
+                return of_below(cause, self._host, self._options.target, self._phase)
+            case OSError():
+                return MigrateError(str(cause), remedy=remedy_of(cause))
             case _:
                 log.exception("the copy failed", exc_info=cause)
                 return MigrateError(f"{self._phase}: {type(cause).__name__}: {cause}")
+
+    async def _explained(self, error: MigrateError) -> MigrateError:
+        """What is to be said of the copy, or of the container, in place of what came of it."""
+        options = self._options
+        if self._is_told_to_run and not self._is_made:
+            # A target that did not say that the copy runs lets it run, or wipes it.
+            return MigrateError(
+                f"it is not known whether {self._wanted.name} runs on {options.target}:"
+                f" {error.message}",
+                host=error.host,
+                phase=error.phase,
+                remedy=f"see on {options.target}: migrate status {self._migration_id}",
+            )
+        if self._copying is not None and await asyncio.to_thread(self._has_ended):
+            return MigrateError(
+                f"{options.container} has ended while it was copied: {error.message}",
+                host=self._host,
+                phase=error.phase,
+                container_state="does not run",
+                remedy="start it, and copy it then",
+            )
+        return error
+
+    def _has_ended(self) -> bool:
+        """Whether the container runs no more, as far as its runtime can tell. Blocking."""
+        with contextlib.suppress(MigrateError):
+            return self._runtime.state(self._options.container) in (None, "stopped")
+        return False
 
     def _warn(self, message: str) -> None:
         self._builder.warn(message)

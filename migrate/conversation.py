@@ -150,7 +150,8 @@ class Conversation:
         broke_s = time.monotonic()
         refused_s: float | None = None
         host, patience_s = self.link.host, self._patience_s
-        error = Unreachable(f"the link to {host} was lost", host=host)
+        remedy = f"see that {host} and the network up to it work, and try again"
+        error = Unreachable(f"the link to {host} was lost", host=host, remedy=remedy)
         while time.monotonic() - broke_s < self._patience_s:
             try:
                 await self.link.connect()

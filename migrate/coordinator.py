@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from criu_glue.errors import CriuGlueError
 from migrate import config, network, peer, preflight, progress, recovery, signing
 from migrate.conversation import Conversation
 from migrate.copying import Copying
@@ -34,13 +33,11 @@ from migrate.core.throttling import Act
 from migrate.driver import Driver, quietly
 from migrate.errors import (
     Cancelled,
-    DeadlineExceeded,
     InDoubt,
     JournalError,
     MigrateError,
     NotConverging,
     RollbackFailed,
-    TransferFailed,
     Unreachable,
     held_on,
     runs_on,
@@ -51,8 +48,7 @@ from migrate.report import ReportBuilder
 from migrate.standstill import Standstill
 from migrate.target_link import TargetLink
 from migrate.throttle import Throttle
-from migrate.undertaking import Undertaking
-from transport.errors import TargetFullError, TransportError
+from migrate.undertaking import BELOW, Undertaking, of_below
 from transport.sender import default_streams
 
 if TYPE_CHECKING:
@@ -183,15 +179,9 @@ class Coordinator:
         """Carry out one act; errors of the packages below become MigrateErrors here."""
         try:
             return await self._acts[action]()
-        except TargetFullError as error:
-            remedy = f"free memory on {self.options.target}, or migrate when the container has less"
-            raise TransferFailed(str(error), host=self.options.target, remedy=remedy) from error
-        except TransportError as error:
-            raise TransferFailed(str(error), host=self.options.target) from error
-        except CriuGlueError as error:
-            raise MigrateError(str(error), host=self._host) from error
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"{action} took too long", host=self._host) from error
+        except BELOW as error:
+            doing = str(action)
+            raise of_below(error, self._host, self.options.target, doing) from error
 
     def failed(self, action: A | None, error: MigrateError) -> None:
         """Told of an act's failure by the driver."""

@@ -18,12 +18,12 @@ kept may have come to the target by another way as well; a network may double fr
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import socket
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
+from migrate import packet_filter
 from migrate.announce import mac_bytes
 from migrate.network_identity import (
     FRAME_BYTES_MAX,
@@ -33,6 +33,7 @@ from migrate.network_identity import (
     NetworkError,
     parse_address,
 )
+from migrate.packet_filter import JUMP_IF_EQUAL, LOAD_BYTE, LOAD_HALF, LOAD_WORD, RETURN, Program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,20 +50,14 @@ _ETH_P_ARP = 0x0806
 _PACKET_OUTGOING = 4
 _SOL_PACKET = 263
 _PACKET_VNET_HDR = 15
-_SO_ATTACH_FILTER = 26
 _SO_RCVBUFFORCE = 33
 # The kernel counts its own buffers, which are about twice what is in them, and 2 KiB at least.
 _QUEUE_BYTES = 4 << 20
 _IS_MULTICAST = 0x01
 
-# linux/filter.h and linux/bpf_common.h
-_LOAD_WORD, _LOAD_HALF, _LOAD_BYTE = 0x20, 0x28, 0x30
-_JUMP_IF_EQUAL, _RETURN = 0x15, 0x06
 _IS_TAGGED = 0xFFFFF000 + 48  # SKF_AD_OFF + SKF_AD_VLAN_TAG_PRESENT
 _WHOLE = 0x40000
-Program: TypeAlias = "Sequence[tuple[int, int, int, int]]"
-"""Classic BPF (linux/filter.h): code, jump if true, jump if false, operand."""
-_NOTHING: Program = [(_RETURN, 0, 0, 0)]
+_NOTHING: Program = [(RETURN, 0, 0, 0)]
 
 
 class HeldFrames:
@@ -80,7 +75,7 @@ class HeldFrames:
                 self._programs.append(program(interface))
                 packets.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE_BYTES)
                 packets.setblocking(False)
-                _attach(packets, _NOTHING)
+                packet_filter.attach(packets, _NOTHING)
                 for _ in _entered(packets, str(port.bridge)):
                     pass  # it came before the filter
         except OSError as error:
@@ -91,7 +86,7 @@ class HeldFrames:
         """Keep what comes from now on. Some microseconds. Raises NetworkError."""
         try:
             for (_, packets), wanted in zip(self._heard, self._programs, strict=True):
-                _attach(packets, wanted)
+                packet_filter.attach(packets, wanted)
         except OSError as error:
             raise NetworkError(f"nothing is kept for the container: {error}") from error
 
@@ -177,7 +172,7 @@ def program(interface: Interface) -> Program:
     """The filter. Every test returns by itself, so that no jump is longer than its test."""
     own = mac_bytes(str(interface.mac))
     tests: list[Program] = [
-        [(_LOAD_BYTE, 0, 0, _IS_TAGGED), (_JUMP_IF_EQUAL, 1, 0, 0), (_RETURN, 0, 0, 0)],
+        [(LOAD_BYTE, 0, 0, _IS_TAGGED), (JUMP_IF_EQUAL, 1, 0, 0), (RETURN, 0, 0, 0)],
         _mac_at(6, own, 0),
         _mac_at(0, own, _WHOLE),
     ]
@@ -187,33 +182,26 @@ def program(interface: Interface) -> Program:
             tests.append(_asks_for(int(ip)))
         else:
             tests.append(_mac_at(0, b"\x33\x33\xff" + ip.packed[-3:], _WHOLE))
-    return [*(one for test in tests for one in test), (_RETURN, 0, 0, 0)]
+    return [*(one for test in tests for one in test), (RETURN, 0, 0, 0)]
 
 
 def _mac_at(offset: int, mac: bytes, verdict: int) -> Program:
     high, low = struct.unpack("!IH", mac)
     return [
-        (_LOAD_WORD, 0, 0, offset),
-        (_JUMP_IF_EQUAL, 0, 3, high),
-        (_LOAD_HALF, 0, 0, offset + 4),
-        (_JUMP_IF_EQUAL, 0, 1, low),
-        (_RETURN, 0, 0, verdict),
+        (LOAD_WORD, 0, 0, offset),
+        (JUMP_IF_EQUAL, 0, 3, high),
+        (LOAD_HALF, 0, 0, offset + 4),
+        (JUMP_IF_EQUAL, 0, 1, low),
+        (RETURN, 0, 0, verdict),
     ]
 
 
 def _asks_for(ip: int) -> Program:
     """An ARP packet whose target address is `ip`."""
     return [
-        (_LOAD_HALF, 0, 0, 12),
-        (_JUMP_IF_EQUAL, 0, 3, _ETH_P_ARP),
-        (_LOAD_WORD, 0, 0, 38),
-        (_JUMP_IF_EQUAL, 0, 1, ip),
-        (_RETURN, 0, 0, _WHOLE),
+        (LOAD_HALF, 0, 0, 12),
+        (JUMP_IF_EQUAL, 0, 3, _ETH_P_ARP),
+        (LOAD_WORD, 0, 0, 38),
+        (JUMP_IF_EQUAL, 0, 1, ip),
+        (RETURN, 0, 0, _WHOLE),
     ]
-
-
-def _attach(packets: socket.socket, wanted: Program) -> None:
-    code = b"".join(struct.pack("=HBBI", *one) for one in wanted)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    head = struct.pack("@HP", len(wanted), ctypes.addressof(buffer))  # struct sock_fprog
-    packets.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, head)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from migrate import blockers, cordon, facts, network, policy, policy_checks
+from migrate import address_probe, blockers, cordon, facts, network, policy, policy_checks
 from migrate.container_checks import is_below, judge_container, judge_spec
 from migrate.errors import PreflightRefused, runs_on
 from migrate.host_checks import (
@@ -229,7 +229,22 @@ def _look_at_target(
     refusals += _of_configuration(request, runtime, rules)
     bridges = {port.bridge for port in request.network.ports if port.bridge is not None}
     refusals += [refusal for bridge in sorted(bridges) for refusal in bridge_refusals(bridge)]
+    if request.copy_of and not refusals:
+        refusals += ask_network(request.network)
     return refusals
+
+
+def ask_network(copy: NetworkIdentity) -> list[Refusal]:
+    """Whether somebody has an address of a copy already, where it is to be plugged in. Blocking:
+    0.6 s. Raises OSError, NetworkError."""
+    return [
+        Refusal(
+            "address-taken",
+            f"{address} is in use in the network that the copy comes to, by {mac}",
+            "give a free one",
+        )
+        for address, mac in address_probe.taken(copy).items()
+    ]
 
 
 def target_cautions(request: OpenSession) -> list[Caution]:

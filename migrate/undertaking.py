@@ -1,21 +1,51 @@
 """What a coordinator has from its first act to its last: the journal, its claim, its attempt.
 
-Before it begins, what dead coordinators of this host have left is recovered.
+Before it begins, what dead coordinators of this host have left is recovered. Errors of the packages
+below become MigrateErrors here.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from criu_glue.errors import CriuGlueError
 from migrate import config, recovery
 from migrate.claim import Claim, claimant
-from migrate.errors import JournalError, JournalUnusable, UsageError
+from migrate.errors import (
+    DeadlineExceeded,
+    JournalError,
+    JournalUnusable,
+    MigrateError,
+    TransferFailed,
+    UsageError,
+)
 from migrate.journal import JournalWriter
 from migrate.ledger import Ledger
+from transport.errors import TargetFullError, TransportError
 
 if TYPE_CHECKING:
     from migrate.runtimes.base import Runtime
+
+
+BELOW: Final = (TransportError, CriuGlueError, TimeoutError)
+"""Errors that `of_below` translates."""
+
+
+def of_below(
+    error: TransportError | CriuGlueError | TimeoutError, host: str, target: str, doing: str
+) -> MigrateError:
+    """What an error of another package means for what `host` sends to `target`."""
+    match error:
+        case TargetFullError():
+            remedy = f"free memory on {target}, or try again when the container has less"
+            return TransferFailed(str(error), host=target, remedy=remedy)
+        case TransportError():
+            return TransferFailed(str(error), host=target)
+        case CriuGlueError():
+            return MigrateError(str(error), host=host)
+        case _:
+            return DeadlineExceeded(f"{doing} took too long", host=host)
 
 
 class Undertaking:

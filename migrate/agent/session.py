@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import structlog
 
-from migrate import cgroup, config, holder, network, peer
+from migrate import cgroup, config, holder, network, peer, preflight
 from migrate.agent import criu_roots
 from migrate.agent.adopted import AdoptedRestoring
 from migrate.agent.arrived import Arrived
@@ -362,6 +362,7 @@ class Session:
         assert self._network is not None
         await self._revoke()
         await asyncio.to_thread(self._accept, self._restore)
+        await asyncio.to_thread(self._ask_network)
         if not self._owns_network:
             await asyncio.to_thread(self._hint_neighbours)
         self._marks = await self._restoring.restore(self.workspace.store, self._restore.confinement)
@@ -373,6 +374,18 @@ class Session:
         arrived = Arrived(self.request, self.workspace, self.peer, self._host, self._paths)
         arrived.check_signed(restore, arrived.take_over(self._data))
         arrived.check_confinement(restore.confinement)
+
+    def _ask_network(self) -> None:
+        """Once more, just before a copy comes to it: since the session was opened somebody else may
+        have taken an address. Blocking."""
+        if not self.request.copy_of:
+            return
+        if refusals := preflight.ask_network(self.request.network):
+            raise RestoreFailed(
+                "; ".join(one.message for one in refusals),
+                phase="restore",
+                remedy=refusals[0].remedy,
+            )
 
     async def _watch_copy(self, restoring: Restoring) -> None:
         """A copy whose CRIU or runtime dies while it is held is lost, and was never run."""

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from migrate import held_frames
+from migrate import held_frames, packet_filter
 from migrate.announce import advert_frame, arp_frames, mac_bytes
 from migrate.network_identity import HeldFrame
 from tests.migrate.test_network import ETH0, IDENTITY
@@ -30,7 +30,7 @@ def asking(ip: str, sender: str = "02:42:0a:4d:00:33") -> bytes:
 def filtered() -> tuple[socket.socket, socket.socket]:
     """What is written into the first comes out of the second if the filter wants it."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    held_frames._attach(ends[1], held_frames.program(ETH0))
+    packet_filter.attach(ends[1], held_frames.program(ETH0))
     ends[1].setblocking(False)
     return ends
 
