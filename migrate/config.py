@@ -14,6 +14,8 @@ CONTROL_PORT = 7337
 DATA_PORT = 7338
 
 DOWNTIME_MS_MAX_DEFAULT = 300
+# Less would take 16 streams longer than a peer waits for the next piece of one (transport/).
+BANDWIDTH_MIB_S_MIN = 1.0
 ROUNDS_MAX_DEFAULT = 30
 
 # Address space that a session's tmpfs keeps besides the container's memory: CRIU's small images,

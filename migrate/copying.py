@@ -76,6 +76,7 @@ class Copying:
             host=host,
             target=options.target,
             patience_s=options.link_patience_s,
+            mib_s=options.bandwidth_mib_s,
         )
         self.final_rootfs: RootfsPassRun | None = None
         self._memory: MemorySource | None = None
@@ -189,6 +190,7 @@ class Copying:
             read=read,
             streams=self._options.streams or default_streams(),
             patience_s=self._options.link_patience_s,
+            bytes_s=self._options.bandwidth_mib_s * (1 << 20),
         )
 
     async def _watched_round(self) -> RoundStats:

@@ -28,9 +28,9 @@ from criu_glue.no_core import forbid_cores
 from migrate import config, cordon, drain_hooks, drain_state, drain_survey, policy
 from migrate.claim import Claim
 from migrate.core import messages
-from migrate.core.drain_facts import STOP_S, HostState, Resident
+from migrate.core.drain_facts import RATE_BYTES_S, STOP_S, HostState, Resident
 from migrate.core.drain_plan import LEFT, Limits, Outcome, Planner, forecast
-from migrate.drain_moves import Look, Moves
+from migrate.drain_moves import Look, Moves, bandwidth_options
 from migrate.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -269,6 +269,7 @@ class Drain:
         if why or self._stopped:
             return Look("undone", why or CANCELLED)
         options = [word for path in self._order.shared for word in ("--shared", path)]
+        options += bandwidth_options(self._share_mib_s)
         if move.policy == "stop-and-copy":
             options += ["--tracker", "none"]
         await asyncio.to_thread(self._own.begin, migration_id, move.container, move.target, options)
@@ -289,7 +290,7 @@ class Drain:
     async def _ask_back(self, container: str, migration_id: str, host: str) -> Look:
         """How far `host` is with giving a container back; it begins when it is asked first."""
         try:
-            word = messages.GiveBack(migration_id, container)
+            word = messages.GiveBack(migration_id, container, self._share_mib_s)
             answer = await self._say(word, host)
         except Unreachable as error:
             # Whether it has begun is for that host's journal; an undrain can be repeated.
@@ -425,10 +426,18 @@ class Drain:
 
     # ---- what is written down ----
 
+    @property
+    def _share_mib_s(self) -> float | None:
+        """Of each move; as many as may be at once have all of the drain's bandwidth together."""
+        mib_s = self._order.bandwidth_mib_s
+        return None if mib_s is None else mib_s / self._order.parallel
+
     def _limits(self) -> Limits:
         parallel = self._order.parallel
         deadline_s = self._order.deadline_s
-        return Limits(parallel, parallel, deadline_s or float("inf"))
+        share_mib_s = self._share_mib_s or float("inf")
+        rate_bytes_s = min(RATE_BYTES_S, share_mib_s * (1 << 20))
+        return Limits(parallel, parallel, deadline_s or float("inf"), rate_bytes_s)
 
     def _now_s(self) -> float:
         """Since the drain began; the wall's clock, since another process may go on with it."""

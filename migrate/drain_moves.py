@@ -32,6 +32,11 @@ _LOG_BYTES_MAX: Final = 4096
 _WHY_CHARS_MAX: Final = 500
 
 
+def bandwidth_options(mib_s: float | None) -> list[str]:
+    """Of a `migrate` that may send so much a second."""
+    return [] if mib_s is None else ["--bandwidth", f"{mib_s:g}"]
+
+
 class Look(NamedTuple):
     """What a move is at. why: of one that has not arrived."""
 

@@ -12,6 +12,7 @@ import shutil
 from typing import TYPE_CHECKING, Final
 
 from migrate import systemd
+from migrate.drain_moves import bandwidth_options
 from migrate.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def unit_text(program: str, word: Drain) -> str:
         raise UsageError("a shutdown waits for its end", remedy="say how long: --deadline SECONDS")
     command = [program, "drain-node", "--to", ",".join(word.to)]
     command += ["--max-parallel", str(word.parallel), "--deadline", f"{word.deadline_s:g}"]
+    command += bandwidth_options(word.bandwidth_mib_s)
     command += [part for path in word.shared for part in ("--shared", path)]
     if any("%" in part or "$" in part for part in command):
         raise UsageError("a unit can't have % or $ in its command")

@@ -290,7 +290,8 @@ class RootfsSource:
     """Passes of rsync from `rootfs` into the session that `open_channel` leads to.
 
     `work` is a directory of ours (0700) for the relay's sockets. `patience_s`: how long a broken
-    channel is tried to be opened again while the container runs. Errors: TransferFailed.
+    channel is tried to be opened again while the container runs. `mib_s`: what a pass may send each
+    second. Errors: TransferFailed.
     """
 
     def __init__(
@@ -302,6 +303,7 @@ class RootfsSource:
         host: str,
         target: str,
         patience_s: float,
+        mib_s: float = float("inf"),
     ) -> None:
         self._rootfs = rootfs
         self._target = target
@@ -309,6 +311,7 @@ class RootfsSource:
         self._open_channel = open_channel
         self._host = host
         self._patience_s = patience_s
+        self._limit = [] if mib_s == float("inf") else [f"--bwlimit={int(mib_s * 1024)}"]
         self._passes = 0
         self._runs: list[RootfsPassRun] = []
 
@@ -430,7 +433,7 @@ class RootfsSource:
     async def _rsync(self, socket_path: Path, matter: _Matter) -> None:
         relay = Path(__file__).with_name("rsync_relay.py")
         shell = shlex.join([sys.executable, "-ISE", str(relay), str(socket_path)])
-        command = ["rsync", *_FLAGS, *matter.options, "-e", shell]
+        command = ["rsync", *_FLAGS, *self._limit, *matter.options, "-e", shell]
         files = matter.files
         process = await asyncio.create_subprocess_exec(
             *command,

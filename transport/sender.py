@@ -35,6 +35,7 @@ from transport.core.frames import FRAME_PAGES_MAX, FRAME_RAW_BYTES_MAX, STREAMS_
 from transport.core.tables import encode_file
 from transport.core.transcript import Carried, StreamDigest
 from transport.errors import AbortedError, SourceFailedError, TransportError
+from transport.pace import Pace
 from transport.stream import REOPEN_PATIENCE_S, OutFrame, OutStream
 from transport.worker import FileJob, Job, Ledger, PageJob, Progress, ReadPages, Runs, Worker
 
@@ -77,8 +78,8 @@ class PageSender:
     `open_stream(index)` connects to the target, TLS done (`transport.tls.connect`); the sender
     greets with `ticket` (32 bytes) itself. `read` is called from all threads (`ReadPages`).
     `streams` is `default_streams()` unless given. A broken stream is tried to be reopened for
-    `patience_s`. After a TransportError the sender is finished:
-    every later call raises.
+    `patience_s`. All streams together send at most `bytes_s` a second, TLS's own bytes excluded.
+    After a TransportError the sender is finished: every later call raises.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class PageSender:
         streams: int | None = None,
         table_bytes: int = TABLE_BYTES,
         patience_s: float = REOPEN_PATIENCE_S,
+        bytes_s: float = float("inf"),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         streams = default_streams() if streams is None else streams
@@ -102,6 +104,7 @@ class PageSender:
         self._error: TransportError | None = None
         self._stopped = threading.Event()
         self._patience_s = patience_s
+        self._pace = Pace(bytes_s, self._stopped, clock)
         self._number = 0
         self._workers = []
         self._mail: list[queue.SimpleQueue[_Call | None]] = []
@@ -234,6 +237,7 @@ class PageSender:
             open_stream=open_stream,
             stopped=self._stopped,
             applied=applied,
+            pace=self._pace,
             patience_s=self._patience_s,
         )
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from transport.core.frames import Data
+    from transport.pace import Pace
 
 STALL_DEADLINE_S = 30.0
 """For WRITE_BYTES to leave, or for an answer once nothing leaves any more: 1 Mbit/s, shared by 16
@@ -102,7 +103,7 @@ class OutStream:
 
     `open_stream` connects to the target, TLS done, greeting not. `stopped` is set before `cut` is
     called to end the transfer. `applied` is called for every frame that the target has
-    acknowledged, in order.
+    acknowledged, in order. `pace` is that of all streams together.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class OutStream:
         open_stream: Callable[[int], ssl.SSLSocket],
         stopped: threading.Event,
         applied: Callable[[OutFrame], None],
+        pace: Pace,
         patience_s: float = REOPEN_PATIENCE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -122,6 +124,7 @@ class OutStream:
         self._open_stream = open_stream
         self._stopped = stopped
         self._applied = applied
+        self._pace = pace
         self._patience_s = patience_s
         self._clock = clock
         self._outbox: Outbox[OutFrame] = Outbox()
@@ -194,12 +197,15 @@ class OutStream:
         stream = self._connected()
         with self._link_errors():
             if len(frame.parts) > 1 and frame.kept_bytes <= JOIN_BYTES:
+                self._pace.wait_for(frame.kept_bytes)
                 stream.sendall(b"".join(frame.parts))
             else:
                 for part in frame.parts:
                     view = memoryview(part)
                     for begin in range(0, len(view), WRITE_BYTES):
-                        stream.sendall(view[begin : begin + WRITE_BYTES])
+                        piece = view[begin : begin + WRITE_BYTES]
+                        self._pace.wait_for(len(piece))
+                        stream.sendall(piece)
         self.bytes_sent += frame.kept_bytes
 
     def _take_answers(self) -> None:

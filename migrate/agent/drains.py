@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from migrate import cordon, drain_state, drain_survey
-from migrate.config import SESSIONS_MAX
+from migrate.config import BANDWIDTH_MIB_S_MIN, SESSIONS_MAX
 from migrate.core import messages
 from migrate.core.states import TargetState
-from migrate.drain_moves import Moves
-from migrate.errors import JournalError, MigrateError, ProtocolError
+from migrate.drain_moves import Moves, bandwidth_options
+from migrate.errors import JournalError, MigrateError, ProtocolError, UsageError
 from migrate.processes import Outliving, module_command, tail
 from transport import sealed_files
 
@@ -100,6 +100,12 @@ class Drains:
             if former.phase == "none":
                 raise MigrateError(f"there is no drain of {former.host} to go on with")
             word = former.asked
+        share_mib_s = (word.bandwidth_mib_s or float("inf")) / word.parallel
+        if share_mib_s < BANDWIDTH_MIB_S_MIN:
+            raise UsageError(
+                f"{word.parallel} moves can't share {word.bandwidth_mib_s:g} MiB/s",
+                remedy=f"each needs {BANDWIDTH_MIB_S_MIN} of them",
+            )
         drain_id = f"drain-{secrets.token_hex(4)}"
         sealed_files.make_directory(self._paths.drain)
         log_path = self._paths.drain / _LOG
@@ -130,7 +136,9 @@ class Drains:
             looks = [await asyncio.to_thread(self._moves.look, one) for one in self._given_back]
             if sum(one.state == "moving" for one in looks) >= SESSIONS_MAX:
                 raise MigrateError(f"{SESSIONS_MAX} containers are being given back already")
-            await asyncio.to_thread(self._moves.begin, word.migration_id, word.container, caller)
+            options = bandwidth_options(word.bandwidth_mib_s)
+            about = (word.migration_id, word.container, caller, options)
+            await asyncio.to_thread(self._moves.begin, *about)
             begun = caller
         if begun != caller:
             raise ProtocolError(f"{word.migration_id} is no migration to {caller}")

@@ -79,6 +79,15 @@ def copied_how(command: _Command) -> _Command:
         help="Connections that carry memory; by default as many as there are cores, 2 to 4.",
     )
     @click.option(
+        "--bandwidth",
+        "bandwidth_mib_s",
+        type=click.FloatRange(config.BANDWIDTH_MIB_S_MIN),
+        default=float("inf"),
+        show_default="no limit",
+        metavar="MIB",
+        help="Send at most so many MiB a second, while the container stands still, too.",
+    )
+    @click.option(
         "--shared",
         multiple=True,
         metavar="PATH",

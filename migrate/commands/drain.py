@@ -89,6 +89,13 @@ _parallel = click.option(
     show_default=True,
     help="Moves at once, from a host and to a host.",
 )
+_bandwidth = click.option(
+    "--bandwidth",
+    "bandwidth_mib_s",
+    type=click.FloatRange(config.BANDWIDTH_MIB_S_MIN),
+    metavar="MIB",
+    help="All moves together send at most so many MiB a second.",
+)
 _detach = click.option("--detach", is_flag=True, help="Don't wait for its end.")
 
 
@@ -96,6 +103,7 @@ _detach = click.option("--detach", is_flag=True, help="Don't wait for its end.")
 @click.option("--to", "to", metavar="HOST,HOST", help="Where the containers may go.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, and move nothing.")
 @_parallel
+@_bandwidth
 @click.option("--deadline", "deadline_s", type=click.FloatRange(1), metavar="SECONDS")
 @click.option("--shared", multiple=True, metavar="PATH", help="As for a migration.")
 @click.option("--move-back", is_flag=True, help="Bring back what fails its check.")
@@ -127,12 +135,13 @@ def drain_node(
 
 @click.command("undrain")
 @_parallel
+@_bandwidth
 @_detach
 @_as_json
 @_of_host
-def undrain(asked: Asked, parallel: int, detach: bool, as_json: bool) -> None:
+def undrain(asked: Asked, detach: bool, as_json: bool, **options: Any) -> None:
     """Uncordon HOST, or this host, and bring home what its drains have moved away."""
-    _watch(asked, messages.Drain("home", parallel=parallel), detach=detach, as_json=as_json)
+    _watch(asked, messages.Drain("home", **options), detach=detach, as_json=as_json)
 
 
 @click.command("cordon")

@@ -61,11 +61,13 @@ class Outcome(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Moves at once, from one host and to one host. deadline_s: by the clock of `now_s`, when all
-    moves have to be over; none begins that would take longer."""
+    moves have to be over; none begins that would take longer. rate_bytes_s: of each move, until
+    moves have been measured."""
 
     per_source: int = 1
     per_target: int = 1
     deadline_s: float = float("inf")
+    rate_bytes_s: float = RATE_BYTES_S
 
 
 @dataclass(slots=True)
@@ -284,7 +286,7 @@ class Planner:
     def _seconds(self, container: Resident) -> float:
         measured = self._moved_bytes and self._moved_s
         return move_seconds(
-            container, self._moved_bytes / self._moved_s if measured else RATE_BYTES_S
+            container, self._moved_bytes / self._moved_s if measured else self._limits.rate_bytes_s
         )
 
     def _stay(self, container: Resident, why: str) -> None:

@@ -86,6 +86,8 @@ Task: TypeAlias = Annotated[int, Meta(ge=1, le=1 << 22)]
 ManifestBytes: TypeAlias = Annotated[bytes, Meta(min_length=1, max_length=MAX_MANIFEST_BYTES)]
 Signature: TypeAlias = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Certificate: TypeAlias = Annotated[bytes, Meta(min_length=1, max_length=8192)]
+Bandwidth: TypeAlias = Annotated[float, Meta(ge=1, le=1e7)]
+"""MiB a second. Less would take 16 streams longer than a peer waits for the next piece of one."""
 MoveState: TypeAlias = Literal["moving", "arrived", "undone", "held"]
 """How far a move is: undone, it runs where it ran; held, nobody knows yet where it will."""
 Marks: TypeAlias = Annotated[dict[Code, Micros], Meta(max_length=MAX_MARKS)]
@@ -298,6 +300,7 @@ class GiveBack(Message, frozen=True, tag="give_back"):
 
     migration_id: MigrationId
     container: ContainerName
+    bandwidth_mib_s: Bandwidth | None = None
 
 
 class GivingBack(Message, frozen=True, tag="giving_back"):
@@ -314,6 +317,7 @@ class Drain(Message, frozen=True, tag="drain"):
 
     act: start and home (an undrain) begin, resume goes on as asked before; show only asks, stop
     begins no more moves. to: hosts. parallel: moves at once, from a host and to a host.
+    bandwidth_mib_s: of all moves together.
     """
 
     act: Literal["start", "resume", "home", "show", "stop", "cordon", "uncordon"]
@@ -321,6 +325,7 @@ class Drain(Message, frozen=True, tag="drain"):
     parallel: Annotated[int, Meta(ge=1, le=64)] = 1
     deadline_s: Annotated[float, Meta(ge=1, le=1e7)] | None = None
     shared: Annotated[tuple[Text, ...], Meta(max_length=256)] = ()
+    bandwidth_mib_s: Bandwidth | None = None
     move_back: bool = False
     dry_run: bool = False
 

@@ -78,6 +78,19 @@ def moves(state: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {one["container"]: (one["state"], one["target"]) for one in state["moves"]}
 
 
+def assert_paced(host: Host, state: dict[str, Any], *, mib_s: float) -> None:
+    """No first round was faster than its move's part of the bandwidth, on whatever machine."""
+    ids = [one["migration_id"] for one in state["moves"] if one["state"] == "arrived"]
+    for migration_id in ids:
+        first = json.loads(host.read_text(f"/var/lib/migrate/drain/{migration_id}.json"))["rounds"][
+            0
+        ]
+        # What is on its way at once is let through at once: a piece of each stream, and a burst.
+        sent_mib = first["bytes_sent"] / (1 << 20) - 1.0
+        assert sent_mib > 4
+        assert first["duration_ms"] >= 1000 * sent_mib / mib_s
+
+
 def assert_unharmed(guests: list[Resident]) -> None:
     for guest in guests:
         if guest.spec.workload == "memory":
@@ -106,7 +119,9 @@ def test_a_host_is_emptied_and_filled_again(four: Lab) -> None:
         assert not plan["cordoned"]
 
         host.write_text("/etc/migrate/drain.d/check", PATIENT_HOOK, 0o755)
-        emptied = drained(host, "drain-node", "--to", "B,C,D", "--max-parallel", "2", code=1)
+        shared = ("--max-parallel", "2", "--bandwidth", "16")
+        emptied = drained(host, "drain-node", "--to", "B,C,D", *shared, code=1)
+        assert_paced(host, emptied, mib_s=8)
         where = moves(emptied)
         assert [state for state, _ in where.values()].count("arrived") == 3
         for name in ("d0", "d1", "d2"):

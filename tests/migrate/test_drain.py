@@ -94,11 +94,11 @@ def test_what_others_could_write_is_not_run(tmp_path: Path, mode: int, why: str)
 
 
 def test_the_unit_drains_when_it_stops_and_is_waited_for() -> None:
-    word = messages.Drain("start", ("A", "C"), 2, 300.0, ("/srv/a b",))
+    word = messages.Drain("start", ("A", "C"), 2, 300.0, ("/srv/a b",), 40)
     text = unit_text("/usr/bin/migrate", word)
     assert (
         "ExecStop=/usr/bin/migrate drain-node --to A,C --max-parallel 2 --deadline 300"
-        " --shared '/srv/a b'\n"
+        " --bandwidth 40 --shared '/srv/a b'\n"
     ) in text
     assert "TimeoutStopSec=420\n" in text
     assert "After=migrate-agent.service" in text
@@ -148,7 +148,7 @@ async def test_a_container_is_given_back_to_the_host_it_came_from_last(
     arrived(paths, "m1", "former", *TAKEN, "running", "done")
     arrived(paths, "m2", "home", *TAKEN, "running", "done")
     arrived(paths, "m3", "liar", *RECEIVED, "aborted")
-    begun: list[tuple[str, ...]] = []
+    begun: list[tuple[object, ...]] = []
     monkeypatch.setattr(Moves, "begin", lambda _, *said: begun.append(said))
     journal = JournalWriter(paths.journal)
     try:
@@ -159,13 +159,15 @@ async def test_a_container_is_given_back_to_the_host_it_came_from_last(
             await drains.told(messages.GiveBack("g1", "other"), "home")
         arrived(paths, "m4", "home", *TAKEN, "running", "done")
         assert not begun
-        answer = await drains.told(messages.GiveBack("g1", "c"), "home")
-        assert begun == [("g1", "c", "home")]
+        answer = await drains.told(messages.GiveBack("g1", "c", 2.5), "home")
+        assert begun == [("g1", "c", "home", ["--bandwidth", "2.5"])]
         assert isinstance(answer, messages.GivingBack)
         await drains.told(messages.GiveBack("g1", "c"), "home")
         assert len(begun) == 1
         with pytest.raises(MigrateError, match="no migration to former"):
             await drains.told(messages.GiveBack("g1", "c"), "former")
+        with pytest.raises(MigrateError, match="3 moves can't share 2 MiB/s"):
+            await drains.asked(messages.Drain("start", ("B",), 3, bandwidth_mib_s=2))
         with pytest.raises(MigrateError, match="no word of one host"):
             await drains.told(messages.Drain("start", ("B",)), "home")
     finally:

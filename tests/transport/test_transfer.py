@@ -28,6 +28,7 @@ from tests.transport.transfer_parts import (
     wait_until,
 )
 from transport import tls
+from transport.core.bucket import BURST_S
 from transport.core.connection import WINDOW_BYTES, WINDOW_FRAMES
 from transport.core.frames import PAGE_BYTES
 from transport.errors import (
@@ -43,6 +44,7 @@ from transport.errors import (
 from transport.identity import HostIdentity, peer_of
 from transport.receiver import DataListener, listen
 from transport.sender import PageSender
+from transport.stream import WRITE_BYTES
 from transport.worker import BUFFERS_MAX
 
 TASK = 42
@@ -66,6 +68,20 @@ def sender_for(source: ssl.SSLContext, target: Target) -> Callable[..., PageSend
 
 def arrived(target: Target, memory: Memory, task: int = TASK) -> bool:
     return target.sink.memory(task, memory.base, memory.pages) == memory.content.tobytes()
+
+
+def test_all_streams_together_keep_to_a_bandwidth(
+    target: Target, sender_for: Callable[..., PageSender]
+) -> None:
+    """At least as long as the bytes take at that rate, on a machine of whatever speed."""
+    memory, bytes_s = Memory(2048), 32.0 * (1 << 20)
+    with sender_for(memory, bytes_s=bytes_s, streams=4) as sender:
+        stats = sender.send_round(1, [(TASK, memory.runs)])
+        assert arrived(target, memory)
+    streams_at_once = 4 * WRITE_BYTES
+    assert stats.bytes_sent > 4 * streams_at_once
+    least_s = (stats.bytes_sent - streams_at_once) / bytes_s - BURST_S
+    assert stats.duration_ms >= 1000 * least_s
 
 
 def test_rounds_bring_the_target_to_the_same_memory(

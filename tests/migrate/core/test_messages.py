@@ -147,12 +147,12 @@ FROM_SOURCE: list[tuple[m.SourceMessage, bytes]] = [
     (m.Describe(), b'{"type":"describe"}'),
     (
         m.GiveBack("m1", "sheep"),
-        b'{"type":"give_back","migration_id":"m1","container":"sheep"}',
+        b'{"type":"give_back","migration_id":"m1","container":"sheep","bandwidth_mib_s":null}',
     ),
     (
-        m.Drain("start", ("beta",), 3, 60.0),
+        m.Drain("start", ("beta",), 3, 60.0, bandwidth_mib_s=40.0),
         b'{"type":"drain","act":"start","to":["beta"],"parallel":3,"deadline_s":60.0,"shared":[],'
-        b'"move_back":false,"dry_run":false}',
+        b'"bandwidth_mib_s":40.0,"move_back":false,"dry_run":false}',
     ),
 ]
 FROM_TARGET: list[tuple[m.TargetMessage, bytes]] = [
@@ -214,8 +214,8 @@ FROM_TARGET: list[tuple[m.TargetMessage, bytes]] = [
             "alpha", "drain-1", phase="moving", moves=(m.DrainMove("c", "runc", 4096, "waiting"),)
         ),
         b'{"type":"drained","host":"alpha","drain_id":"drain-1","asked":{"type":"drain",'
-        b'"act":"show","to":[],"parallel":1,"deadline_s":null,"shared":[],"move_back":false,'
-        b'"dry_run":false},"phase":"moving","began_wall_s":0.0,"exit_code":0,"why":"",'
+        b'"act":"show","to":[],"parallel":1,"deadline_s":null,"shared":[],'
+        b'"bandwidth_mib_s":null,"move_back":false,"dry_run":false},"phase":"moving","began_wall_s":0.0,"exit_code":0,"why":"",'
         b'"cordoned":false,"is_driven":false,"moves":[{"container":"c","runtime":"runc",'
         b'"memory_bytes":4096,"state":"waiting","target":"","migration_id":"","why":"",'
         b'"begin_s":0.0,"seconds":0.0,"downtime_ms":null,"predicted_s":0.0,'

@@ -1,0 +1,35 @@
+"""What all streams of a transfer may send together, by the clock (`core/bucket.py` has the sum)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from transport.core.bucket import Bucket
+from transport.errors import AbortedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Pace:
+    """From any thread. `stopped` ends every wait."""
+
+    def __init__(
+        self,
+        bytes_s: float,
+        stopped: threading.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bucket = Bucket(bytes_s)
+        self._stopped = stopped
+        self._clock = clock
+        self._lock = threading.Lock()
+
+    def wait_for(self, count: int) -> None:
+        """Returns when so many bytes may leave. Raises AbortedError."""
+        with self._lock:
+            wait_s = self._bucket.take(count, self._clock())
+        if wait_s and self._stopped.wait(wait_s):
+            raise AbortedError("the transfer was aborted")
