@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     from migrate.brakes import BrakePlan
     from migrate.capturing import Capture
+    from migrate.core.messages import CopySignal
     from migrate.facts import ContainerFacts
     from migrate.network_identity import IP
     from migrate.options import Options
@@ -69,10 +70,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The copy that is asked for. addresses: its own, one of each family that it is to have."""
+    """The copy that is asked for. addresses: its own, one of each family that it is to have. hook,
+    signal: as `copy_identity.CopyIdentity` has them."""
 
     name: str
     addresses: tuple[IP, ...]
+    hook: str = ""
+    signal: CopySignal | None = None
 
 
 class Cloning:
@@ -179,8 +183,11 @@ class Cloning:
 
     async def _open(self, facts: ContainerFacts) -> CopySession:
         options = self._options
-        identity = copy_identity.identity_of(
-            facts.network, self._wanted.name, self._wanted.addresses
+        wanted = self._wanted
+        identity = replace(
+            copy_identity.identity_of(facts.network, wanted.name, wanted.addresses),
+            hook=wanted.hook,
+            signal=wanted.signal,
         )
         taken = preflight.judge_addresses(identity.addresses, preflight.own_addresses())
         if taken:

@@ -42,6 +42,8 @@ RESTORE_DEADLINE_S = 30.0
 EAGER_RESTORE_DEADLINE_S = 600.0
 HANDOVER_DEADLINE_S = 10.0
 RUNTIME_EXIT_DEADLINE_S = 30.0
+# Of all programs that a copy meets before its first instruction, together.
+COPY_HOOK_DEADLINE_S = 30.0
 # All of a rollback, or of a release; then whoever does it says that it hangs.
 UNDO_DEADLINE_S = 90.0
 ROOTFS_DEADLINE_S = 3600.0
@@ -157,6 +159,11 @@ class HostPaths:
     def policy(self) -> Path:
         """What this host's operator lets come and go: see `policy.py`."""
         return self.config / "policy.toml"
+
+    @property
+    def copy_hooks(self) -> Path:
+        """Programs that copies may meet before their first instruction: `agent/copy_hook.py`."""
+        return self.config / "clone.d"
 
     @property
     def containers(self) -> Path:

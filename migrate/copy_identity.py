@@ -17,13 +17,16 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import UNSET
 
+from migrate.core.messages import CopyOf
 from migrate.errors import UsageError
 from migrate.network_identity import parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from migrate.core.messages import CopySignal
     from migrate.network_identity import (
         IP,
         Interface,
@@ -36,11 +39,17 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class CopyIdentity:
     """A copy in the eyes of its host and its network. renamed: (the original's address, its own),
-    one of a pair each."""
+    one of a pair each. hook, signal: how it learns that it is one (`core.messages.CopyOf`)."""
 
     name: str
     network: NetworkIdentity
     renamed: tuple[tuple[str, str], ...]
+    hook: str = ""
+    signal: CopySignal | None = None
+
+    def of(self, original: str) -> CopyOf:
+        """As a target is told it."""
+        return CopyOf(original, self.renamed, self.hook or UNSET, self.signal or UNSET)
 
     @property
     def addresses(self) -> tuple[str, ...]:

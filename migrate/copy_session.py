@@ -78,9 +78,8 @@ class CopySession:
         await self.talk.tell(request)
         deadline_s = config.RESTORE_DEADLINE_S if lazy else config.EAGER_RESTORE_DEADLINE_S
         # The target keeps that one itself, and says what hung.
-        await self._until(
-            E.TARGET_HELD, deadline_s + config.RUNTIME_EXIT_DEADLINE_S, "to restore the copy"
-        )
+        deadline_s += config.RUNTIME_EXIT_DEADLINE_S + config.COPY_HOOK_DEADLINE_S
+        await self._until(E.TARGET_HELD, deadline_s, "to restore the copy")
 
     async def run(self) -> None:
         """Let the copy run; returns when it does."""

@@ -25,13 +25,14 @@ def ask(directory: Path, when: Literal["before", "after"], *about: str) -> str:
     """Why a program says no, empty if all say yes. Blocking."""
     programs = sorted(directory.iterdir()) if directory.is_dir() else []
     for program in programs:
-        why = _refused(program) or _ask(program, when, *about)
+        why = refused(program) or _ask(program, when, *about)
         if why:
             return f"{when} the move, {program.name} {why}"
     return ""
 
 
-def _refused(program: Path) -> str:
+def refused(program: Path) -> str:
+    """Why this program of an operator's is not run, empty if it may be. Raises OSError."""
     status = program.stat()
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return "was not run: others than root can write it"

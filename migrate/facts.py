@@ -93,7 +93,7 @@ class ContainerFacts:
             dry_run=dry_run,
             patience_s=patience_s,
             labels=self.labels,
-            copy_of=messages.CopyOf(container.name, copy.renamed) if copy else msgspec.UNSET,
+            copy_of=copy.of(container.name) if copy else msgspec.UNSET,
         )
 
 

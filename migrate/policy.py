@@ -28,6 +28,7 @@
     from = ["*"]                        # hosts that may make copies here
     to = ["*"]                          # hosts where copies of what runs here may be made
     containers = ["*"]                  # that copies may be made of
+    hooks = ["*"]                       # of /etc/migrate/clone.d, that may be asked for; here
 
 Without a file, or without a line of it: any host of the fleet, and nothing that is privileged. A
 key that nobody knows is refused, for it is a protection that its writer believes in. This module
@@ -117,6 +118,7 @@ class Clone(Section, frozen=True, rename={"sources": "from", "targets": "to"}):
     sources: Globs = ("*",)
     targets: Globs = ("*",)
     containers: Globs = ("*",)
+    hooks: Globs = ("*",)
 
 
 class Policy(Section, frozen=True):

@@ -93,14 +93,17 @@ def judge_send(policy: Policy, container: str, target: str) -> list[Refusal]:
 
 
 def judge_clone(
-    policy: Policy, container: str, *, source: str = "", target: str = ""
+    policy: Policy, container: str, *, source: str = "", target: str = "", hook: str = ""
 ) -> list[Refusal]:
-    """Whether this host lets a container be copied: from it to `target`, or from `source` to it."""
+    """Whether this host lets a container be copied: from it to `target`, or from `source` to it,
+    where the copy meets `hook`."""
     asked = [("containers", container, policy.clone.containers)]
     if source:
         asked.append(("from", source, policy.clone.sources))
     if target:
         asked.append(("to", target, policy.clone.targets))
+    if hook:
+        asked.append(("hooks", hook, policy.clone.hooks))
     return [
         Refusal(
             "policy-clone",
@@ -118,8 +121,9 @@ def judge_receive(
     """Whether the container may come here, from that host, as it is configured."""
     receive = policy.receive
     refusals = []
-    if request.copy_of:
-        refusals += judge_clone(policy, request.copy_of.container, source=request.host)
+    if copy_of := request.copy_of:
+        hook = copy_of.hook or ""
+        refusals += judge_clone(policy, copy_of.container, source=request.host, hook=hook)
     for code, name, allowed, key in (
         ("policy-source", request.host, receive.hosts, "from"),
         ("policy-container", request.container, receive.containers, "containers"),

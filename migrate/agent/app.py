@@ -37,6 +37,7 @@ import structlog
 from aiohttp import web
 
 from migrate import config, policy_checks, preflight
+from migrate.agent import copy_hook
 from migrate.agent.custodian import Custodian
 from migrate.agent.drains import Drains
 from migrate.agent.front_keeper import Front
@@ -241,6 +242,7 @@ class Agent:
         return [
             *policy_checks.judge_quotas(rules, message, others),
             *preflight.check_target(message, runtime, self._paths, rules),
+            *copy_hook.refusals(message, self._paths.copy_hooks),
         ]
 
     async def _control(self, request: web.Request) -> web.StreamResponse:

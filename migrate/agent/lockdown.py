@@ -59,7 +59,7 @@ _RDONLY, _NOSUID, _NODEV = 1, 2, 4
 _FOR_FILES: Final = frozenset((0, 1, 2, 3, 4, 6, 7, 18, 27, 31, 21))
 # linux/prctl.h
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
-_PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _SECCOMP_MODE_FILTER: Final = 2
 
 # What a process that serves sockets and writes files never does: start programs, look into other
@@ -159,6 +159,27 @@ def enter_cell(writable: Sequence[Path]) -> None:
         _forbid_calls(_FORBIDDEN, _REFUSED_IN_CELL)
     except OSError as error:
         raise LockdownError(f"a program can't be confined: {error}") from error
+
+
+def end_with_parent() -> None:
+    """This process is killed when the thread that started it ends. Raises OSError."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """What descendants of this process leave behind becomes its own. Raises OSError."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def confine_like(bounding: int, *, is_filtered: bool) -> None:
+    """Before a program is executed as root of a container: of capabilities it gets no more than
+    these (capabilities(7): bit by number), and makes none of the calls that an intruder would, if
+    the container's own tasks have a filter. Raises OSError, LockdownError."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _drop_capabilities(frozenset(one for one in range(64) if bounding >> one & 1))
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    if is_filtered:
+        _forbid_calls(_FORBIDDEN, ())
 
 
 def _enter(root: Path) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +23,11 @@ import msgspec
 import structlog
 
 from migrate import cgroup, config, holder, network, peer, preflight
-from migrate.agent import criu_roots
+from migrate.agent import copy_hook, criu_roots
 from migrate.agent.adopted import AdoptedRestoring
 from migrate.agent.arrived import Arrived
 from migrate.agent.channel import ControlChannel
+from migrate.agent.copy_hook import first_task
 from migrate.agent.ending import end_unheard
 from migrate.agent.pager_process import PagerLost
 from migrate.agent.restoring import CopyRefused, Renaming, RestorePlan, Restoring
@@ -350,6 +353,12 @@ class Session:
             renaming=self._renaming(),
         )
 
+    @property
+    def _cgroup(self) -> Path:
+        group = self._runtime.restored_cgroup(self.workspace.bundle, self.request.container)
+        assert group is not None
+        return group
+
     def _renaming(self) -> Renaming | None:
         if not (copy_of := self.request.copy_of):
             return None
@@ -366,6 +375,9 @@ class Session:
         if not self._owns_network:
             await asyncio.to_thread(self._hint_neighbours)
         self._marks = await self._restoring.restore(self.workspace.store, self._restore.confinement)
+        await copy_hook.run(
+            self.request, self._restore.confinement, self._cgroup, self._paths.copy_hooks
+        )
         self._watching = asyncio.create_task(self._watch_copy(self._restoring))
         return E.CRIU_HELD
 
@@ -425,9 +437,17 @@ class Session:
                 raise
             self.failed(A.RESUME, error)
             return E.COPY_LOST
+        await asyncio.to_thread(self._signal_copy)
         self._announcer.send()
         self._announcing = asyncio.create_task(self._announcer.announce())
         return E.RESUMED
+
+    def _signal_copy(self) -> None:
+        """Tell a copy that it is one, as was asked for. Blocking."""
+        copy_of = self.request.copy_of
+        if copy_of and copy_of.signal and (first := first_task(self._cgroup)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(first, signal.Signals[f"SIG{copy_of.signal}"])
 
     async def _do_fill(self) -> E:
         assert self._restoring is not None

@@ -20,6 +20,7 @@ from migrate.runtimes import known
 from migrate.runtimes.base import validate_name
 
 if TYPE_CHECKING:
+    from migrate.core.messages import CopySignal
     from migrate.network_identity import IP
 
 
@@ -39,6 +40,19 @@ if TYPE_CHECKING:
     metavar="ADDRESS",
     help="The copy's own, in place of the container's of that family, whose prefix it gets.",
 )
+@click.option(
+    "--hook",
+    metavar="NAME",
+    default="",
+    help="What the copy meets before its first instruction: a program, or a directory of some, in"
+    " /etc/migrate/clone.d of the target.",
+)
+@click.option(
+    "--signal",
+    "copy_signal",
+    type=click.Choice(["HUP", "USR1", "USR2"]),
+    help="Sent to the copy's first task as soon as it runs.",
+)
 @copied_how
 @click.option("--json", "as_json", is_flag=True, help="Progress and report as JSON lines.")
 @click.option(
@@ -49,6 +63,8 @@ def clone(
     target: str,
     copy_name: str | None,
     addresses: tuple[str, ...],
+    hook: str,
+    copy_signal: CopySignal | None,
     runtime: str,
     as_json: bool,
     report_path: Path | None,
@@ -74,7 +90,12 @@ def clone(
     driver = known.having(name) if runtime == "auto" else known.drivers()[runtime]
     host, port = host_and_port(target)
     options = Options(validate_name(name), host, port, **asked)
-    wanted = Wanted(validate_name(copy_name or f"{name}-1"), tuple(map(_address, addresses)))
+    wanted = Wanted(
+        validate_name(copy_name or f"{name}-1"),
+        tuple(map(_address, addresses)),
+        validate_name(hook) if hook else "",
+        copy_signal,
+    )
     make = partial(
         Cloning, options, wanted, driver, config.HostPaths(), migration_id=new_migration_id()
     )

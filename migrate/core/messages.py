@@ -136,12 +136,19 @@ class Versions(Part, frozen=True):
     architecture: Label
 
 
+CopySignal: TypeAlias = Literal["HUP", "USR1", "USR2"]
+"""Those that a program may have a meaning of its own for, and none that stops or kills."""
+
+
 class CopyOf(Part, frozen=True):
     """What a container is a copy of, which runs on. renamed: (the original's address, the copy's),
-    of sockets that are bound to one."""
+    of sockets that are bound to one. hook: of the target's own programs, those that the copy meets
+    before its first instruction. signal: what its first task is sent when it runs."""
 
     container: ContainerName
     renamed: Annotated[tuple[tuple[IpText, IpText], ...], Meta(max_length=MAX_RENAMED)]
+    hook: Code | msgspec.UnsetType = msgspec.UNSET
+    signal: CopySignal | msgspec.UnsetType = msgspec.UNSET
 
 
 # --- source to target ---

@@ -40,7 +40,8 @@ devices = ["/dev/fuse"]
 [clone]
 from = ["db-*"]
 to = []
-containers = ["db"]"""
+containers = ["db"]
+hooks = ["fresh-*"]"""
 
 
 def test_without_a_file_the_fleet_may_send_and_nothing_is_privileged(tmp_path: Path) -> None:

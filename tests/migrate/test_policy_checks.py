@@ -57,6 +57,10 @@ def test_copies_are_made_where_both_hosts_let_them() -> None:
     copied = msgspec.structs.replace(REQUEST, container="web-1", copy_of=CopyOf("web", ()))
     mounts = mounts_of(USUAL)
     assert judge_receive(policy, copied, USUAL, mounts) == []
+    refused = parse('[clone]\nhooks = ["fresh"]')
+    for hook, found in (("fresh", 0), ("other", 1)):
+        asked = msgspec.structs.replace(copied, copy_of=CopyOf("web", (), hook=hook))
+        assert len(judge_receive(refused, asked, USUAL, mounts)) == found
     of_another = msgspec.structs.replace(copied, host="beta.example")
     assert [one.code for one in judge_receive(policy, of_another, USUAL, mounts)] == [
         "policy-clone"

@@ -109,6 +109,11 @@ FROM_SOURCE: list[tuple[m.SourceMessage, bytes]] = [
         OPEN_BYTES[:-1] + b',"copy_of":{"container":"ram","renamed":[["10.0.0.4","10.0.0.5"]]}}',
     ),
     (
+        msgspec.structs.replace(OPEN, copy_of=m.CopyOf("ram", (), "fresh", "USR1")),
+        OPEN_BYTES[:-1]
+        + b',"copy_of":{"container":"ram","renamed":[],"hook":"fresh","signal":"USR1"}}',
+    ),
+    (
         m.Prepare(("/dev/null", "pipe:[5]", "pipe:[6]")),
         b'{"type":"prepare","descriptors":["/dev/null","pipe:[5]","pipe:[6]"]}',
     ),
