@@ -76,6 +76,8 @@ def _move(one: DrainMove, host: str) -> str:
             what = one.state
     if one.downtime_ms is not None and one.state in ("arrived", "home"):
         what += f", downtime {one.downtime_ms:.0f} ms"
+        if one.predicted_downtime_ms is not None:
+            what += f", predicted {one.predicted_downtime_ms:.0f}"
         if one.downtime_ms > OVER * DOWNTIME_MS_MAX_DEFAULT:
             what += f" (asked for: {DOWNTIME_MS_MAX_DEFAULT})"
     elif one.predicted_downtime_ms is not None and one.state in ("waiting", "moving"):

@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from migrate.config import HostPaths
+
+# In STATE/drain, where reports of moves are too.
+OF_DRAINS: Final = ("state.json", "dry-run.json")
 
 
 def read(paths: HostPaths, *, dry_run: bool = False) -> Drained:
@@ -73,4 +76,4 @@ def stop(paths: HostPaths) -> bool:
 
 
 def _path(paths: HostPaths, *, dry_run: bool) -> Path:
-    return paths.drain / ("dry-run.json" if dry_run else "state.json")
+    return paths.drain / OF_DRAINS[dry_run]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from migrate import cordon, facts, policy_checks, preflight
+from migrate import cordon, drain_history, facts, policy_checks, preflight
 from migrate.core import messages
 from migrate.core.drain_facts import HostState, Resident, Wishes, wishes_of
 from migrate.errors import MigrateError, PreflightRefused
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from migrate.config import HostPaths
+    from migrate.drain_history import Past
     from migrate.policy import Policy
     from migrate.preflight import SourceCheck
     from migrate.runtimes.base import Container, Runtime
@@ -80,6 +82,7 @@ def residents(
     """The containers that run here, and what preflight has found of those that could move to one
     of `targets`. Blocking, some 200 ms a container. Raises MigrateError."""
     host, found, checks = socket.gethostname(), [], {}
+    past = drain_history.read(paths)
     for container, runtime in _containers(runtimes):
         name, why = container.name, ""
         wishes = Wishes()
@@ -100,7 +103,7 @@ def residents(
             why = "; ".join(message for _, message, _ in error.refusals)
         except MigrateError as error:
             why = error.message
-        found.append(_resident(container, host, wishes, checks.get(name), why))
+        found.append(_resident(container, host, wishes, checks.get(name), why, past.get(name)))
         if len(found) == messages.MAX_RESIDENTS:
             break
     return found, checks
@@ -118,11 +121,18 @@ def may_send(rules: Policy, targets: Sequence[str]) -> list[str]:
 
 
 def _resident(
-    container: Container, host: str, wishes: Wishes, check: SourceCheck | None, why: str
+    container: Container,
+    host: str,
+    wishes: Wishes,
+    check: SourceCheck | None,
+    why: str,
+    past: Past | None,
 ) -> Resident:
     if check is None:
         runtime = container.runtime
         return Resident(container.name, host, 0, 0, wishes=wishes, runtime=runtime, blocked=why)
+    if past is not None and not wishes.dirty_bytes_s:
+        wishes = replace(wishes, dirty_bytes_s=past.dirty_bytes_s)
     seen, is_lazy = check.facts, check.restore == "lazy"
     twice_bytes = seen.shared_bytes if is_lazy else seen.memory_bytes
     return Resident(
@@ -138,6 +148,7 @@ def _resident(
         criu=version_of(seen.versions.criu),
         bridges=frozenset(port.bridge for port in seen.network.ports if port.bridge is not None),
         lazy=is_lazy,
+        past_downtime_ms=None if past is None else past.downtime_ms,
     )
 
 

@@ -39,6 +39,11 @@ SetEnv PATH={PATH_INSIDE} LANG=C.UTF-8
 """
 
 
+# Where the client has its operator's identity: `migrate … --fleet FLEET --as OPERATOR`.
+FLEET = "/root/lab-fleet"
+OPERATOR = "lab"
+
+
 class LabIdentities:
     """The keys of one lab, shared by its hosts."""
 
@@ -64,7 +69,15 @@ class LabIdentities:
         put.file("/etc/ssh/ssh_host_ed25519_key", host_key.private, 0o600)
         put.file("/etc/ssh/ssh_host_ed25519_key.pub", host_key.public + "\n")
         put.file("/etc/ssh/sshd_config.d/lab.conf", SSHD)
-        if not node.is_client:
+        if node.is_client:
+            enrolment.enrol_here(
+                IdentityPaths(put.directory(f"{FLEET}/operators/{OPERATOR}", 0o700)),
+                self._authority,
+                OPERATOR,
+                Role.OPERATOR,
+                [],
+            )
+        else:
             put.directory("/etc/migrate", 0o700)
             enrolment.enrol_here(
                 IdentityPaths(put.directory(TLS_INSIDE, 0o700)),

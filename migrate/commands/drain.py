@@ -107,18 +107,23 @@ _detach = click.option("--detach", is_flag=True, help="Don't wait for its end.")
 @click.option("--deadline", "deadline_s", type=click.FloatRange(1), metavar="SECONDS")
 @click.option("--shared", multiple=True, metavar="PATH", help="As for a migration.")
 @click.option("--move-back", is_flag=True, help="Bring back what fails its check.")
+@click.option("--cancel", is_flag=True, help="Let the drain that is under way begin no more moves.")
 @click.option("--resume", is_flag=True, help="Go on with the last drain, as it was asked for.")
 @click.option("--install-unit", is_flag=True, help="Do this at each shutdown, by systemd.")
 @_detach
 @_as_json
 @_of_host
 def drain_node(
-    asked: Asked, to: str | None, resume: bool, install_unit: bool, **options: Any
+    asked: Asked, to: str | None, cancel: bool, resume: bool, install_unit: bool, **options: Any
 ) -> None:
     """Empty HOST, or this host: cordon it, and move away all that may move.
 
-    Ending this command does not end the drain: migrate cancel drain, on the host.
+    Ending this command does not end the drain: --cancel does, and on the host migrate cancel drain.
     """
+    if cancel:
+        asked.say(messages.Drain("stop"))
+        click.echo(f"no more moves of {asked.host} begin; those under way end")
+        return
     if not to and not resume:
         raise click.UsageError("say where the containers may go: --to HOST,HOST")
     detach, as_json = options.pop("detach"), options.pop("as_json")

@@ -8,7 +8,8 @@ A container says by annotations of its config.json how it wants to be treated (`
     migrate.order         0 to 1000: within a group, those of a lower one are there first
     migrate.anti-affinity no two containers with the same word on one target
     migrate.requires      words that the target has to have as labels, with commas between
-    migrate.dirty-rate    MiB that it writes a second, where its owner knows; 0 by default
+    migrate.dirty-rate    MiB that it writes a second, where its owner knows; by default what its
+                          last move has shown, else 0
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class HostState:
 @dataclass(frozen=True, slots=True)
 class Resident:
     """A container on `host`, which is to be emptied. needed_bytes: of memory, that a target must
-    have while it arrives. cpus: its limit, 0 without one. blocked: why it can't move at all."""
+    have while it arrives. cpus: its limit, 0 without one. past_downtime_ms: of its last live move,
+    if that is known. blocked: why it can't move at all."""
 
     name: str
     host: str
@@ -93,6 +95,7 @@ class Resident:
     criu: tuple[int, ...] = ()
     bridges: frozenset[str] = frozenset()
     lazy: bool = True
+    past_downtime_ms: float | None = None
     blocked: str = ""
 
 
@@ -157,10 +160,13 @@ def move_seconds(container: Resident, rate_bytes_s: float) -> float:
 
 
 def move_downtime_ms(container: Resident) -> float:
-    """For how long it stands still; infinite for one that is stopped."""
+    """For how long it stands still: as last time, or by what is usual for one of its size and its
+    writes; infinite for one that is stopped."""
     policy = container.wishes.policy
     if policy == "stop":
         return float("inf")
+    if policy == "live" and container.past_downtime_ms is not None:
+        return container.past_downtime_ms
     workload = convergence.Workload(
         container.memory_bytes, container.shared_bytes, lazy=container.lazy
     )

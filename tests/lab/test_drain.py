@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bench.containers import ContainerSpec, bundle_path, create, start
+from bench.lab.host_files import FLEET, OPERATOR
 from tests.lab.migrating import expel, migrate, resident, running_on
 from tests.lab.waiting import wait_until
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.lab
 DRAIN_S = 240.0
+REMOTE = ("A", "--fleet", FLEET, "--as", OPERATOR)
 STATE = "/var/lib/migrate/drain/state.json"
 # Says yes when two containers are on their way, or have left: nobody may wait for it meanwhile.
 PATIENT_HOOK = f"""\
@@ -48,16 +50,20 @@ def spec(number: int, workload: str = "memory", **others: Any) -> ContainerSpec:
     )
 
 
+def annotate(host: Host, name: str, **annotations: str) -> None:
+    path = host.path(f"{bundle_path(name)}/config.json")
+    config = json.loads(path.read_text())
+    config["annotations"] |= {f"migrate.{key}": text for key, text in annotations.items()}
+    path.write_text(json.dumps(config))
+
+
 @contextlib.contextmanager
 def unclad(lab: Lab, container: ContainerSpec, **annotations: str) -> Iterator[None]:
     """A container on A without a client, with annotations."""
     host = lab.host("A")
     try:
         create(host, container)
-        path = host.path(f"{bundle_path(container.name)}/config.json")
-        config = json.loads(path.read_text())
-        config["annotations"] |= {f"migrate.{key}": text for key, text in annotations.items()}
-        path.write_text(json.dumps(config))
+        annotate(host, container.name, **annotations)
         start(host, container.name)
         yield
     finally:
@@ -76,6 +82,35 @@ def drained(
 
 def moves(state: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {one["container"]: (one["state"], one["target"]) for one in state["moves"]}
+
+
+def assert_all_stay_when_cancelled(lab: Lab) -> None:
+    """A drain of A that is cancelled, from elsewhere, while a program of the operator thinks."""
+    host = lab.host("A")
+    hook = "#!/bin/sh\nuntil [ -e /run/go-on ]; do sleep 0.1; done\n"
+    host.write_text("/etc/migrate/drain.d/check", hook, 0o755)
+    lab.client.run(["migrate", "drain-node", *REMOTE, "--to", "B,C,D", "--detach"])
+    moving, ended = '"state":"moving"', '"phase":"ended"'
+    wait_until("one begins", lambda: moving in host.read_text(STATE), deadline_s=60)
+    lab.client.run(["migrate", "drain-node", *REMOTE, "--cancel"])
+    host.write_text("/run/go-on", "")
+    wait_until("the drain ends", lambda: ended in host.read_text(STATE), deadline_s=60)
+    state = json.loads(host.read_text(STATE))
+    cancelled = [one["container"] for one in state["moves"] if "cancelled" in one["why"]]
+    assert cancelled == ["d0", "d1", "d2"]
+    assert state["exit_code"] == 1
+    assert all(running_on(lab, name) == ["A"] for name in cancelled)
+    # As after any drain that has begun.
+    assert host.path("/var/lib/migrate/cordon.json").exists()
+
+
+def predicted_ms(plan: dict[str, Any]) -> dict[str, float]:
+    """The downtimes of what would move."""
+    return {
+        one["container"]: one["predicted_downtime_ms"]
+        for one in plan["moves"]
+        if one["state"] == "waiting"
+    }
 
 
 def assert_paced(host: Host, state: dict[str, Any], *, mib_s: float) -> None:
@@ -102,13 +137,17 @@ def assert_unharmed(guests: list[Resident]) -> None:
 
 
 def test_a_host_is_emptied_and_filled_again(four: Lab) -> None:
-    """The plan first; then three containers with clients, one that must stay and one that can't
-    move: the host is cordoned, takes nothing, and undrain brings home what left."""
+    """The plan first; then, asked by an operator from elsewhere, three containers with clients, of
+    which two keep apart and two together, one that must stay and one that can't move: the host is
+    cordoned, takes nothing, and undrain brings home what left. Before, the same was cancelled."""
     host = four.host("A")
     with contextlib.ExitStack() as stack:
         guests = [stack.enter_context(resident(four, spec(number))) for number in range(3)]
         stack.enter_context(unclad(four, spec(3), policy="leave"))
         stack.enter_context(unclad(four, spec(4, "blocker", args=("io_uring",))))
+        annotate(host, "d0", **{"anti-affinity": "db"})
+        annotate(host, "d1", **{"anti-affinity": "db", "group": "shop"})
+        annotate(host, "d2", group="shop", order="1")
         plan = drained(host, "drain-node", "--to", "B,C,D", "--dry-run", code=1)
         assert {name: state for name, (state, _) in moves(plan).items()} == {
             **dict.fromkeys(("d0", "d1", "d2"), "waiting"),
@@ -118,14 +157,16 @@ def test_a_host_is_emptied_and_filled_again(four: Lab) -> None:
         assert running_on(four, "d0") == ["A"]
         assert not plan["cordoned"]
 
-        host.write_text("/etc/migrate/drain.d/check", PATIENT_HOOK, 0o755)
         shared = ("--max-parallel", "2", "--bandwidth", "16")
-        emptied = drained(host, "drain-node", "--to", "B,C,D", *shared, code=1)
+        assert_all_stay_when_cancelled(four)
+        host.write_text("/etc/migrate/drain.d/check", PATIENT_HOOK, 0o755)
+        emptied = drained(four.client, "drain-node", *REMOTE, "--to", "B,C,D", *shared, code=1)
         assert_paced(host, emptied, mib_s=8)
         where = moves(emptied)
         assert [state for state, _ in where.values()].count("arrived") == 3
         for name in ("d0", "d1", "d2"):
             assert running_on(four, name) == [where[name][1]]
+        assert where["d0"][1] != where["d1"][1] == where["d2"][1]
         assert where["d3"][0] == "left"
         (blocked,) = (one for one in emptied["moves"] if one["container"] == "d4")
         assert blocked["state"] == "stays"
@@ -145,6 +186,12 @@ def test_a_host_is_emptied_and_filled_again(four: Lab) -> None:
         assert [state for state, _ in moves(home).values()].count("home") == 3
         assert all(running_on(four, guest.name) == ["A"] for guest in guests)
         assert not home["cordoned"]
+        again = drained(host, "drain-node", "--to", "B,C,D", "--dry-run", code=1)
+        assert predicted_ms(again) == {
+            one["container"]: round(one["downtime_ms"], 1)
+            for one in emptied["moves"]
+            if one["state"] == "arrived"
+        }
         assert_unharmed(guests)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
-from migrate import cordon, drain_hooks, drain_state
+from migrate import cordon, drain_history, drain_hooks, drain_state
 from migrate.agent.drains import Drains
 from migrate.config import HostPaths
 from migrate.core import messages
@@ -17,11 +19,14 @@ from migrate.drain_unit import unit_text
 from migrate.errors import MigrateError, UsageError
 from migrate.journal import Journal, JournalWriter, Migration
 from migrate.policy import PolicyFile
+from migrate.report import write_report
 from tests.migrate.stage import RECEIVED
+from tests.migrate.test_report import moved
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from migrate.report import Report
 
 TAKEN = (*RECEIVED, "committed")
 
@@ -117,18 +122,59 @@ def test_a_unit_without_a_deadline_or_with_words_of_systemds_is_refused() -> Non
 def test_a_drain_that_was_never_is_told_so_and_one_is_told_as_it_is(paths: HostPaths) -> None:
     assert "never drained" in lines(drain_state.read(paths))[0]
     moves = (
-        messages.DrainMove("a", "runc", 1 << 20, "arrived", "B", seconds=2.0, downtime_ms=500.0),
+        messages.DrainMove(
+            "a",
+            "runc",
+            1 << 20,
+            "arrived",
+            "B",
+            seconds=2.0,
+            downtime_ms=500.0,
+            predicted_downtime_ms=240.4,
+        ),
         messages.DrainMove("b", "runc", 1 << 20, "stays", why="io_uring"),
     )
     drain_state.write(paths, messages.Drained("A", "drain-1", phase="moving", moves=moves))
     state = drain_state.read(paths)
     text = "\n".join(lines(state))
     assert "was interrupted" in text
-    assert "runs on B, after 2.0 s, downtime 500 ms (asked for: 300)" in text
+    assert "runs on B, after 2.0 s, downtime 500 ms, predicted 240 (asked for: 300)" in text
     assert "stays on A: io_uring" in text
     told: dict[str, str] = {}
     assert [line.move.container for line in progress(state, told)] == ["a", "b"]
     assert list(progress(state, told)) == []
+
+
+# ---- what earlier moves tell ----
+
+
+def report_of(paths: HostPaths, migration_id: str, report: Report, at_s: int) -> None:
+    """As a move leaves it, with what it has said."""
+    path = paths.drain / f"{migration_id}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, path)
+    path.with_suffix(".log").touch()
+    os.utime(path, (at_s, at_s))
+
+
+def test_the_last_move_of_a_container_tells_how_it_writes_and_stood_still(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert drain_history.read(paths) == {}
+    report, changed = moved(), msgspec.structs.replace
+    drain_state.write(paths, messages.Drained("A", "drain-1", phase="moving"))
+    report_of(paths, "m1", changed(report, downtime_ms=9.0), 1)
+    report_of(paths, "m2", report, 2)
+    report_of(paths, "m3", changed(report, container="slow", tracker="none"), 3)
+    report_of(paths, "m4", changed(report, container="none", rounds=()), 4)
+    (paths.drain / "m5.json").write_text("{")
+    # Ten pages travelled in the second round, which were written in the 12.5 ms of the first.
+    written = 10 * 4096 / 0.0125
+    assert drain_history.read(paths) == {"sheep": (written, 280.7), "slow": (written, None)}
+    monkeypatch.setattr(drain_history, "KEPT_MAX", 4)
+    drain_history.read(paths)
+    assert sorted(path.stem for path in paths.drain.glob("m*.log")) == ["m2", "m3", "m4"]
+    assert drain_state.read(paths).drain_id == "drain-1"
 
 
 # ---- who gets a container back ----

@@ -65,6 +65,19 @@ def test_the_shortest_interruption_goes_first_and_priority_before_it() -> None:
     assert [name for name, _ in drive(planner([host("A")], guests))] == ["dear", "small", "big"]
 
 
+def test_what_stood_still_for_longer_last_time_goes_later() -> None:
+    """Whatever is usual for its size; not where it is moved otherwise."""
+    guests = [
+        resident("was-slow", 1, past_downtime_ms=9e9),
+        resident("was-quick", 64, past_downtime_ms=1.0),
+        resident("writes", 1, dirty_bytes_s=float(GIB)),
+        resident("stops", 1, policy="stop-and-copy", past_downtime_ms=0.5),
+        resident("new", 1),
+    ]
+    order = [name for name, _ in drive(planner([host("A", 200)], guests))]
+    assert order == ["was-quick", "new", "writes", "stops", "was-slow"]
+
+
 def test_so_many_at_once_as_source_and_target_may() -> None:
     guests = [resident(f"c{number}") for number in range(6)]
     plan = planner([host("A"), host("B")], guests, Limits(per_source=3, per_target=2))
