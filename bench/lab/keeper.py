@@ -73,7 +73,7 @@ class Keeper:
         self._orders = orders
         self._state = paths.state_path(orders.name)
         self._cgroup = paths.cgroup_path(orders.name)
-        self._root = paths.root_path()
+        self._root = paths.root_path(compared=orders.compared)
         self._bytecode = paths.bytecode_path(self._root, Path(orders.source))
         self._hosts: dict[str, sandbox.Started | machine.Machine] = {}
         self._lines: dict[str, Line] = {}

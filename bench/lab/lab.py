@@ -60,10 +60,12 @@ class Lab:
         delay_ms: float = 0.0,
         source: Path = paths.PROJECT,
         machines: bool = False,
+        compared: bool = False,
         owned: bool = True,
     ) -> None:
         """`machines`: hosts are virtual machines with a kernel of their own (bench/vm), which start
-        with the source as it is now. `rate`: of each host's link, both ways, like "1gbit";
+        with the source as it is now. `compared`: hosts have the systems that bench compares with
+        (`scripts/setup --bench`). `rate`: of each host's link, both ways, like "1gbit";
         `delay_ms`: on all that hosts send.
 
         `subnet` is the third byte of the addresses; labs do not see each other, so it need not
@@ -78,6 +80,7 @@ class Lab:
             delay_ms=delay_ms,
             source=str(source),
             machines=machines,
+            compared=compared,
             owner_pid=os.getpid() if owned else None,
         )
         make_plan(self.name, hosts, subnet=subnet, rate=rate, delay_ms=delay_ms)

@@ -1,6 +1,7 @@
 """Where the lab keeps its things on this machine. Knows nothing about hosts or processes.
 
-/var/cache/dolly/root-KEY        root file system of the lab hosts, made by scripts/setup
+/var/cache/dolly/root-KEY        root file system of the lab hosts, made by scripts/setup; a second
+                                 one, by scripts/setup --bench, has what bench compares with
 /var/cache/dolly/machine-KEY     what virtual machines start from, made by scripts/setup --vm
 /var/cache/dolly/workloads-KEY   the C workloads, static, made by scripts/setup
 /var/cache/dolly/bytecode-KEY    what the hosts' Python has compiled, of one root and one source
@@ -27,15 +28,22 @@ CONTROL = "control"
 # The same files in the same order as in scripts/setup.
 RECIPE = ("build", "mirror", "packages", "packages-sid")
 SERVERS = ("packages", "files/etc/nginx/container.conf")
+COMPARED = ("packages", "files/etc/containers/containers.conf")
 
 
-def root_path() -> Path:
-    """The cached root of this checkout's recipe; LabError when scripts/setup has not made it."""
-    parts = [f"root/{name}" for name in RECIPE] + [f"servers/{name}" for name in SERVERS]
-    recipe = b"".join((PROJECT / "bench/lab" / part).read_bytes() for part in parts)
+def root_path(*, compared: bool = False) -> Path:
+    """The cached root of this checkout's recipe: with servers that are moved, or with what bench
+    compares with. LabError when scripts/setup has not made it."""
+    parts = [PROJECT / "bench/lab/root" / name for name in RECIPE]
+    if compared:
+        parts += [PROJECT / "bench/compare/root" / name for name in COMPARED]
+    else:
+        parts += [PROJECT / "bench/lab/servers" / name for name in SERVERS]
+    recipe = b"".join(part.read_bytes() for part in parts)
     root = CACHE / f"root-{hashlib.sha256(recipe).hexdigest()[:16]}"
     if not root.is_dir():
-        raise LabError(f"no lab root at {root}: run scripts/setup")
+        option = " --bench" if compared else ""
+        raise LabError(f"no lab root at {root}: run scripts/setup{option}")
     return root
 
 

@@ -106,6 +106,7 @@ class Orders:
     delay_ms: float
     source: str
     machines: bool  # hosts are virtual machines (bench/vm); the client never is
+    compared: bool  # hosts have the systems that bench compares with
     owner_pid: int | None  # the lab ends with this process; None: it stays until `lab down`
 
 

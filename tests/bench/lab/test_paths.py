@@ -45,6 +45,29 @@ def test_setup_and_the_lab_agree_on_the_roots_key() -> None:
     assert paths.root_path() == paths.CACHE / f"root-{key}"
 
 
+def test_setup_and_the_lab_agree_on_the_key_of_the_other_root(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = (
+        "cat bench/lab/root/{build,mirror,packages,packages-sid} "
+        "bench/compare/root/{packages,files/etc/containers/containers.conf}"
+        " | sha256sum | cut -c1-16"
+    )
+    command = ["bash", "-c", script]
+    key = subprocess.run(
+        command, cwd=paths.PROJECT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert (
+        script.replace("bench/compare", "\\\n    bench/compare")
+        in (paths.PROJECT / "scripts" / "setup").read_text()
+    )
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    (tmp_path / f"root-{key}").mkdir()
+    assert paths.root_path(compared=True) == tmp_path / f"root-{key}"
+    with pytest.raises(LabError, match="run scripts/setup"):
+        paths.root_path()
+
+
 def test_a_root_that_setup_has_not_made_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,0 +1,94 @@
+"""Ours: `migrate NAME --to B`, and `migrate clone`, as a user runs them on A."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any, Final
+
+from bench import containers
+from bench.compare.systems import MOVE_DEADLINE_S, NAME, Moved, MoveError
+
+if TYPE_CHECKING:
+    from bench.compare.systems import Scene
+
+COPY: Final = "dolly"
+COPY_ADDRESS: Final = "10.77.0.60"
+RECEIVED: Final = "/var/lib/migrate/containers"
+REPORT: Final = "/tmp/compare.json"  # noqa: S108  (inside the lab host, whose /tmp is its own)
+KEPT: Final = (
+    "tracker",
+    "downtime_ms",
+    "predicted_downtime_ms",
+    "bytes_sent",
+    "fill_ms",
+    "faults",
+    "held_frames",
+)
+
+
+class Dolly:
+    """`migrate`, with the options of a case."""
+
+    needs_podman = False
+
+    def __init__(self, name: str, *options: str) -> None:
+        self.name = name
+        self._options = options
+
+    def start(self, scene: Scene) -> None:
+        """As every container of the lab."""
+        containers.create(scene.source, scene.spec)
+        containers.start(scene.source, NAME)
+
+    def move(self, scene: Scene) -> Moved:
+        """Returns when all memory is there: the command does."""
+        report = run_reported(scene, ["migrate", NAME, "--to", "B", *self._options])
+        facts = {name: report[name] for name in KEPT} | {"rounds": len(report["rounds"])}
+        return Moved(report["total_ms"], report["downtime_parts_ms"], facts)
+
+    def remove(self, scene: Scene) -> None:
+        """Also what B has made for it."""
+        forget(scene, NAME)
+
+
+class DollyClone:
+    """`migrate clone`: the original runs on, and its client sees a pause."""
+
+    name = "migrate clone"
+    needs_podman = False
+
+    def start(self, scene: Scene) -> None:
+        """As every container of the lab."""
+        containers.create(scene.source, scene.spec)
+        containers.start(scene.source, NAME)
+
+    def move(self, scene: Scene) -> Moved:
+        """One copy, on B."""
+        copy = ["--to", "B", "--name", COPY, "--ip", COPY_ADDRESS]
+        report = run_reported(scene, ["migrate", "clone", NAME, *copy])
+        copying = report["copying"]
+        facts = {name: copying[name] for name in ("tracker", "bytes_sent", "fill_ms")}
+        return Moved(copying["total_ms"], {}, facts | {"pause_ms": report["pause_ms"]})
+
+    def remove(self, scene: Scene) -> None:
+        """Original and copy."""
+        forget(scene, NAME)
+        forget(scene, COPY)
+
+
+def run_reported(scene: Scene, command: list[str]) -> dict[str, Any]:
+    """Run a command of ours on A; its report. Raises MoveError."""
+    done = scene.source.run([*command, "--report", REPORT], check=False, timeout_s=MOVE_DEADLINE_S)
+    if done.returncode != 0:
+        raise MoveError(done.stderr[-3000:])
+    report: dict[str, Any] = json.loads(scene.source.read_text(REPORT))
+    return report
+
+
+def forget(scene: Scene, name: str) -> None:
+    """Remove a container wherever it is, with what an agent has made for it."""
+    scene.source.run(["rm", "-f", REPORT])
+    for host in (scene.source, scene.target):
+        containers.remove(host, name)
+        shutil.rmtree(host.path(f"{RECEIVED}/{name}"), ignore_errors=True)

@@ -1,0 +1,155 @@
+"""One measurement: a container, its client, one move; what the client saw is what counts."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import msgspec
+
+from bench.compare.systems import ImpossibleError, MoveError, Scene
+from bench.containers import ContainerError
+from bench.demo import Workload
+from bench.lab.errors import LabError
+from bench.lab.lab import Lab
+from bench.probe_process import ProbeError, start_probe
+from bench.soak_samples import wait_settled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from bench.compare.cases import Case
+    from bench.compare.systems import System
+    from bench.lab.host import Host
+
+BEFORE_S: Final = 1.0
+AFTER_S: Final = 1.0
+"""A client that was silent through a long downtime sends again within its retransmission timer, and
+is waited for by the probe's own end."""
+SAID_CHARS: Final = 400
+MIB: Final = 1 << 20
+
+
+class Conditions(msgspec.Struct, frozen=True, tag="conditions"):
+    """Of all rows that follow it."""
+
+    at: str
+    kernel: str
+    cores: int
+    memory_mib: int
+    load_before: float
+    versions: dict[str, str]
+
+
+class Row(msgspec.Struct, frozen=True, tag="row"):
+    """One run. client_gap_ms: the longest time between two answers on the client's one connection.
+    wire_mib: what A sent on its link from the begin of the move to its end, the client's part
+    included. outcome "lost": the client or the memory missed something."""
+
+    system: str
+    workload: str
+    memory_mib: int
+    dirty_mib_s: int
+    link: str
+    number: int
+    outcome: Literal["done", "lost", "failed", "impossible"]
+    why: str = ""
+    client_gap_ms: float | None = None
+    total_ms: float | None = None
+    wire_mib: float | None = None
+    parts_ms: dict[str, float] = {}
+    facts: dict[str, Any] = {}
+
+
+def conditions(lab: Lab) -> Conditions:
+    """Of this machine, and of what its lab's hosts have."""
+    host = lab.host("A")
+    versions = {}
+    for name in ("criu", "runc", "podman"):
+        said = host.run(["sh", "-c", f"{name} --version || true"]).stdout
+        if said:
+            versions[name] = said.splitlines()[0].split()[-1]
+    return Conditions(
+        at=time.strftime("%Y-%m-%d"),
+        kernel=platform.release(),
+        cores=os.cpu_count() or 0,
+        memory_mib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB,
+        load_before=round(os.getloadavg()[0], 2),
+        versions=versions,
+    )
+
+
+def run_case(
+    case: Case, systems: Sequence[System], runs: int, begun: Callable[[Lab], None]
+) -> Iterator[Row]:
+    """Every system, `runs` times in turn, in one lab: what changes on the machine meanwhile meets
+    all of them. `begun` hears of the lab. Raises LabError when there is none."""
+    link = case.link
+    compared = any(system.needs_podman for system in systems)
+    with Lab(["A", "B"], rate=link.rate, delay_ms=link.delay_ms, compared=compared) as lab:
+        lab.start_agents()
+        begun(lab)
+        for number in range(1, runs + 1):
+            for system in systems:
+                yield measure(lab, case, system, number)
+
+
+def measure(lab: Lab, case: Case, system: System, number: int) -> Row:
+    """One run; whatever fails is in the row."""
+    workload = Workload(case.workload, case.memory_mib, case.dirty_mib_s)
+    scene = Scene(lab, workload.spec)
+    row = Row(
+        system.name,
+        case.workload,
+        case.memory_mib,
+        case.dirty_mib_s,
+        case.link.name,
+        number,
+        "failed",
+    )
+    with ExitStack() as stack:
+        stack.callback(system.remove, scene)
+        try:
+            system.start(scene)
+            return _watched(scene, system, workload, row, stack)
+        except ImpossibleError as error:
+            return msgspec.structs.replace(row, outcome="impossible", why=str(error))
+        except (MoveError, LabError, ContainerError, ProbeError) as error:
+            return msgspec.structs.replace(row, why=str(error)[-SAID_CHARS:])
+
+
+def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: ExitStack) -> Row:
+    client, spec = scene.lab.client, scene.spec
+    workload.begin(client)
+    if workload.writer is not None:
+        stack.enter_context(workload.writer)
+    probe = stack.enter_context(start_probe(spec.client, spec.ip, spec.port, host=client))
+    for host in scene.lab.hosts:
+        wait_settled(host)
+    time.sleep(BEFORE_S)
+    sent_bytes = _sent_bytes(scene.source)
+    moved = system.move(scene)
+    sent_bytes = _sent_bytes(scene.source) - sent_bytes
+    time.sleep(AFTER_S)
+    seen = probe.stop()
+    verified = workload.verify(client)
+    is_whole = seen.clean and verified
+    return msgspec.structs.replace(
+        row,
+        outcome="done" if is_whole else "lost",
+        why=""
+        if is_whole
+        else f"client: {seen.error or seen.received - seen.sent}; {workload.checks}",
+        client_gap_ms=seen.gap_max_ms,
+        total_ms=round(moved.total_ms, 1),
+        wire_mib=round(sent_bytes / MIB, 1),
+        parts_ms=moved.parts_ms,
+        facts=moved.facts,
+    )
+
+
+def _sent_bytes(host: Host) -> int:
+    return int(host.read_text("/sys/class/net/uplink/statistics/tx_bytes"))
