@@ -40,6 +40,7 @@ import structlog
 from transport import enrolment, tls
 from transport.authority import Authority
 from transport.core.frames import PAGE_BYTES
+from transport.fan import Outlet
 from transport.identity import IdentityPaths, Role, TlsIdentity
 from transport.receiver import DataListener, listen
 from transport.sender import PageSender, default_streams
@@ -213,7 +214,7 @@ def measure(mib: int, repetitions: int, streams: int, source: str) -> dict[str, 
             rates["plain"].append(size_bytes / elapsed_s / 1e6)
             os.truncate(store, 0)
             with PageSender(
-                open_stream, ticket=os.urandom(32), read=read, streams=streams
+                [Outlet(open_stream, os.urandom(32))], read=read, streams=streams
             ) as sender:
                 sender.connect()
                 for number, name in enumerate(("first_round", "later_round")):

@@ -51,6 +51,7 @@ from migrate.core import manifest as manifests
 from migrate.core.manifest import Binding
 from migrate.core.messages import Versions
 from transport.core.frames import PAGE_BYTES
+from transport.fan import Outlet
 from transport.identity import HostIdentity, IdentityPaths, TlsIdentity
 from transport.receiver import DataListener, listen
 from transport.sender import PageSender, default_streams
@@ -210,8 +211,7 @@ class Measurement:
         host = HostIdentity.load(self._paths)
         ticket = os.urandom(32)
         with PageSender(
-            partial(connect_stream, self._port, host.client_context()),
-            ticket=ticket,
+            [Outlet(partial(connect_stream, self._port, host.client_context()), ticket)],
             read=self._memory.read,
             streams=self._streams,
         ) as sender:

@@ -18,6 +18,7 @@ import numpy as np
 from criu_glue.errors import CriuGlueError
 from criu_glue.kernel import PAGE_BYTES
 from criu_glue.page_store import punch_hole
+from criu_glue.store_users import is_alone
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -36,10 +37,12 @@ class FillSourceError(CriuGlueError):
 
 
 class StoreFile:
-    """A task's file in the page store, shared by the task and the children it forks."""
+    """A task's file in the page store, shared by the task and the children it forks, and, where
+    there are several copies of it, by their pagers; `store_user` is what this one is known by."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], store_user: int) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._store_user = store_user
         # Everybody that may still need its content.
         self.users: list[UffdMemory] = []
         self._unpunched: list[tuple[int, int]] = []
@@ -63,11 +66,11 @@ class StoreFile:
             raise
 
     def release(self, start: int, end: int, by: UffdMemory | None = None) -> None:
-        """Give the memory of [start, end) back, now or as soon as nobody needs it any more; `by`
-        is known not to."""
+        """Give the memory of [start, end) back, now or as soon as nobody here needs it any more;
+        `by` is known not to. As long as others fill from the store it stays, until all is wiped."""
         if any(user is not by and user.missing.needs_stored(start, end) for user in self.users):
             self._unpunched.append((start, end))
-        else:
+        elif is_alone(self._store_user):
             punch_hole(self._fd, start, end - start)
 
     def leave(self, user: UffdMemory) -> None:

@@ -1,6 +1,6 @@
 """The pager: fills a restored container's memory on the target, and survives what it can.
 
-    python3 -m criu_glue.pager --work WORK --images IMAGES --store STORE
+    python3 -m criu_glue.pager --work WORK --images IMAGES --store STORE [--on-demand]
 
     keeper (pager_keeper.py)   <-- each makes the other again -->   worker (pager_worker.py)
              \\______________ share all descriptors and the journal _______________/
@@ -8,13 +8,14 @@
 Started before `criu restore --lazy-pages`, best before the freeze, since Python needs 0.3 s; it
 says how far it is in WORK/pager.state (pager_state.py), CRIU may come in phase LISTENING. WORK is
 CRIU's work directory, or its image directory if it has no other. It ends by itself when all is
-filled. Until then the tasks' memory depends on it: it lives in a session of its own, outlives the
+filled, which with --on-demand may be never: then pages come when they are needed, until it is told
+to fill. Until then the tasks' memory depends on it: it lives in a session of its own, outlives the
 agent, has no network, and is the last that the kernel kills for memory. Either process may be
 killed at any moment; the memory is lost when both are dead at the same time. pager_watch.py is for
 those who want to know how it does, and for those who want to end it. Signals to either process:
 
-    SIGUSR1   begin the background fill before CRIU's end of restore; to be sent when CRIU is held
-              at post-restore, never earlier
+    SIGUSR1   begin the background fill: before CRIU's end of restore, or though it was started
+              with --on-demand; to be sent when CRIU is held at post-restore, never earlier
     SIGTERM   ends a pager that holds no task yet; ignored by any other
 
 A pager that failed stays, with the tasks waiting, until they are gone. The process that was started
@@ -35,6 +36,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from criu_glue import store_users
 from criu_glue.lazy_pages_socket import listen
 from criu_glue.no_core import forbid_cores
 from criu_glue.oom import choose_another
@@ -48,7 +50,7 @@ from criu_glue.pager_worker import work
 _CLONE_NEWNET: Final = 0x40000000
 
 
-def command(*, work: Path, images: Path, store: Path) -> list[str]:
+def command(*, work: Path, images: Path, store: Path, on_demand: bool = False) -> list[str]:
     """The argument list that starts a pager, with a PYTHONPATH in which this package is found."""
     return [
         # numpy's algebra library would make a thread for each processor; a process that forks as
@@ -58,6 +60,7 @@ def command(*, work: Path, images: Path, store: Path) -> list[str]:
         f"--work={work}",
         f"--images={images}",
         f"--store={store}",
+        *(["--on-demand"] if on_demand else []),
     ]
 
 
@@ -92,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m criu_glue.pager")
     for name in ("work", "images", "store"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--on-demand", action="store_true")
     options = parser.parse_args(arguments)
     images, store = options.images.absolute(), options.store.absolute()
     try:
@@ -99,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         alive = os.open(make_alive(options.work), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         listener = listen(options.work)
         journal = Journal(state)
+        users = store_users.use(store)
     except OSError as error:
         sys.stderr.write(f"the pager can't begin in {options.work}: {error}\n")
         return 1
@@ -106,7 +111,18 @@ def main(arguments: list[str] | None = None) -> int:
     state.group = os.getpgrp()
     signals = _signals()
     common = frozenset(descriptors())
-    pair = Pair(images, store, state, journal, listener, alive, signals, common)
+    pair = Pair(
+        images,
+        store,
+        state,
+        journal,
+        listener,
+        alive,
+        signals,
+        common,
+        users=users,
+        on_demand=options.on_demand,
+    )
     # No cycles are made from here on, and a collection would make a page fault wait.
     gc.freeze()
     gc.disable()

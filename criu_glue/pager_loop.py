@@ -9,7 +9,8 @@ Everything that another worker needs to go on is in what the pager's processes s
 (pager_pair.py); `begin` takes it up, whether or not there was a worker before.
 
     CRIU announces tasks  ->  faults are served at once
-    "restore finished"    ->  background fill, forked children after those that were restored
+    "restore finished"    ->  background fill where it is wanted, forked children after
+                              those that were restored
     nothing missing       ->  userfaultfd closed, the kernel goes on alone
 """
 
@@ -169,8 +170,9 @@ class Pager:
         return bool(self._memories or self._broken)
 
     def start_filling(self) -> None:
-        """Begin the background fill before CRIU says that the restore is finished; only when all
-        mappings of all tasks are registered, as they are at CRIU's post-restore hook."""
+        """Begin the background fill, though CRIU has not said that the restore is finished or
+        nobody wanted it; only when all mappings of all tasks are registered, as they are at CRIU's
+        post-restore hook."""
         self._state.overture = 1
         self._filling = True
 
@@ -287,7 +289,7 @@ class Pager:
 
     def _open_store(self, task: int) -> StoreFile:
         try:
-            return StoreFile(self._pair.store / pages_file_name(task))
+            return StoreFile(self._pair.store / pages_file_name(task), self._pair.users)
         except OSError as error:
             raise FillSourceError(f"page store of task {task}: {error}") from error
 
@@ -302,7 +304,7 @@ class Pager:
         if not self._is_restored:
             self._state.restored_us = _now_us()
         self._state.set_phase(Phase.FILLING, self._pair.alive)
-        self._filling = True
+        self._filling = self._filling or not self._pair.on_demand
         for memory in list(self._memories.values()):
             self._drop_if_filled(memory)
 
@@ -346,8 +348,7 @@ class Pager:
                 return
             # No room for a forked child's descriptor; children that ended still hold some. The
             # parent waits until the event can be read.
-            for other in [other for other in self._memories.values() if other.is_gone()]:
-                self._drop(other)
+            self._drop_gone()
             return
         for child in events.children:
             self._take(child)
@@ -418,7 +419,14 @@ class Pager:
         self._count_missing()
         if now_s - self._reported_s >= _REPORT_S:
             self._reported_s = now_s
+            if not self._filling:
+                self._drop_gone()
             tell(self._pair.alive)
+
+    def _drop_gone(self) -> None:
+        """Tasks end without a word, and who fills nothing would never find out."""
+        for memory in [memory for memory in self._memories.values() if memory.is_gone()]:
+            self._drop(memory)
 
     def _count_missing(self) -> None:
         missing = sum(memory.missing.bytes for memory in self._memories.values())

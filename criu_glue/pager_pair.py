@@ -49,7 +49,8 @@ class Pair:
     """What both processes of a pager have, whichever was there first.
 
     alive: the FIFO (pager_watch.py). signals: what signals of either process are written to.
-    common: the descriptors of all this, and those that were there before."""
+    common: the descriptors of all this, and those that were there before. users: that this pager
+    needs the store (store_users.py). on_demand: nothing is filled that was not asked for."""
 
     images: Path
     store: Path
@@ -59,6 +60,8 @@ class Pair:
     alive: int
     signals: int
     common: frozenset[int]
+    users: int
+    on_demand: bool
 
 
 class NewRole(BaseException):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from criu_glue.captured import CapturedPages
     from criu_glue.core.pagemap import PageRuns
-    from migrate.copying import Copying
+    from migrate.copying import Rounds
     from migrate.core.confinement import Confinements
     from migrate.freezing import Freezing
     from migrate.report import ReportBuilder
@@ -45,24 +45,24 @@ class Capturing:
     """See the module: `look`, then `capture`, then `send`."""
 
     def __init__(
-        self, copying: Copying, freezing: Freezing, report: ReportBuilder, session: Path
+        self, rounds: Rounds, freezing: Freezing, report: ReportBuilder, session: Path
     ) -> None:
-        self._copying = copying
+        self._rounds = rounds
         self._freezing = freezing
         self._report = report
         self._room_bytes = 0
-        self._snapshot = RootfsSnapshot(
-            copying.facts.container.rootfs, session / "rootfs", config.SNAPSHOT_BYTES_MAX
+        self.snapshot = RootfsSnapshot(
+            rounds.facts.container.rootfs, session / "rootfs", config.SNAPSHOT_BYTES_MAX
         )
 
     async def look(self) -> None:
         """Before the last pass over the root file system."""
-        await asyncio.to_thread(self._snapshot.look)
+        await asyncio.to_thread(self.snapshot.look)
 
     async def capture(self) -> Capture:
         """Freeze, keep everything, and let the container run on."""
         self._room_bytes = free_memory_bytes() // 2
-        container, memory = self._copying.facts.container, self._copying.memory
+        container, memory = self._rounds.facts.container, self._rounds.memory
         marks = await self._freezing.freeze()
         await asyncio.to_thread(check_tree, container)
         files = asyncio.create_task(asyncio.to_thread(self._take_files))
@@ -85,26 +85,24 @@ class Capturing:
         await self._freezing.undo()
         assert self._freezing.given_back_us is not None
         pause_ms = (self._freezing.given_back_us - marks["unplug"]) / 1000
-        tell_written_by_criu(self._copying, stored)
+        tell_written_by_criu(self._rounds, stored)
         return Capture((missing, rest, code), held_back, pause_ms)
 
     async def send(self, capture: Capture) -> None:
-        """All of it, but the request for the restore."""
-        memory, image_dir = self._copying.memory, self._freezing.image_dir
+        """Memory and images, to all targets; the files are ready in `snapshot` then."""
+        memory, image_dir = self._rounds.memory, self._freezing.image_dir
         if (dumped := await asyncio.to_thread(memory.send_dumped, image_dir)) is not None:
             self._report.add_round(dumped)
         for pages in capture.pages:
             if pages.runs:
                 self._report.add_round(await asyncio.to_thread(memory.send_captured, pages))
         self._report.add_images(await asyncio.to_thread(send_images, memory, image_dir))
-        await asyncio.to_thread(self._snapshot.fill)
-        rootfs = self._copying.rootfs
-        await rootfs.send_snapshot(self._snapshot.copy, self._snapshot.changed)
+        await asyncio.to_thread(self.snapshot.fill)
 
     def _take_files(self) -> None:
-        self._snapshot.take(mapped_files(self._copying.facts.container))
+        self.snapshot.take(mapped_files(self._rounds.facts.container))
 
     async def _keep(self, runs: list[tuple[int, PageRuns]]) -> CapturedPages:
-        kept = await asyncio.to_thread(self._copying.memory.capture, runs, self._room_bytes)
+        kept = await asyncio.to_thread(self._rounds.memory.capture, runs, self._room_bytes)
         self._room_bytes -= kept.size_bytes
         return kept

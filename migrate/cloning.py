@@ -1,22 +1,27 @@
-"""The coordinator of a copy: the container runs on, and what it was at one moment runs elsewhere.
+"""The coordinator of copies: the container runs on, and what it was at one moment runs elsewhere.
 
-    preflight ─ session ─ rounds ─ prepare ─ freeze, keep, thaw ─ send ─ restore ─ run ─ fill
-                                            └── `capturing.py` ──┘
-                 the container stands still:  ^^^^^^^^^^^^^^^^^^^
+    preflight ─ sessions ─ rounds ─ prepare ─ freeze, keep, thaw ─ send ─ restore ─ run ─ fill
+                                             └── `capturing.py` ──┘
+                  the container stands still:  ^^^^^^^^^^^^^^^^^^^
 
-There is no handover: the container is this host's at every moment. To the journal it is a migration
-that is undone when it has what it wants, so that whatever happens to this process, a recovery does
-what is right already: it thaws and plugs, and the target keeps nothing that it was not told to run
-(decision 0023). Nothing is decided by the order of events as in `coordinator.py`, so there is no
-table: one step follows the other, and the first that fails ends it.
+One pre-copy serves all hosts, and the copies on one have what came there once (`host_copies.py`).
+A host that fails is left out, and so is a copy; the others go on.
+
+There is no handover: the container is this host's at every moment. To the journal each copy is a
+migration that is undone when it has what it wants, so that whatever happens to this process, a
+recovery does what is right already: it thaws and plugs, and the targets keep nothing that they were
+not told to run (decisions 0023, 0024). Nothing is decided by the order of events as in
+`coordinator.py`, so there is no table: one step follows the other, and the first that fails
+everywhere ends it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -27,7 +32,7 @@ from criu_glue.errors import CriuGlueError
 from migrate import config, copy_identity, preflight, progress, recovery
 from migrate.capturing import Capturing
 from migrate.copy_session import CopySession
-from migrate.copying import Copying
+from migrate.copying import Rounds
 from migrate.core.states import SourceState as S
 from migrate.core.throttling import Act
 from migrate.driver import quietly
@@ -40,59 +45,53 @@ from migrate.errors import (
     remedy_of,
     runs_on,
 )
+from migrate.first_steps import FirstSteps, make_directory
 from migrate.freezing import Freezing
-from migrate.mounts import mount_tmpfs
-from migrate.report import CloneReport, CopyReport, ReportBuilder
+from migrate.host_copies import HostCopies
+from migrate.report import CloneReport, CopyReport, ReportBuilder, error_report
 from migrate.standstill import restore_request
 from migrate.target_link import TargetLink
 from migrate.throttle import Throttle
 from migrate.undertaking import Undertaking, of_below
 from transport.errors import TransportError
-from transport.sender import default_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     from migrate.brakes import BrakePlan
     from migrate.capturing import Capture
-    from migrate.core.messages import CopySignal
+    from migrate.copies_wanted import Alike, Wanted
+    from migrate.copy_identity import CopyIdentity
     from migrate.facts import ContainerFacts
-    from migrate.network_identity import IP
     from migrate.options import Options
     from migrate.progress import Observer
     from migrate.report import Outcome
     from migrate.runtimes.base import Runtime
+    from migrate.undertaking import Entry
 
 log = structlog.get_logger()
 
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """The copy that is asked for. addresses: its own, one of each family that it is to have. hook,
-    signal: as `copy_identity.CopyIdentity` has them."""
-
-    name: str
-    addresses: tuple[IP, ...]
-    hook: str = ""
-    signal: CopySignal | None = None
-
-
 class Cloning:
-    """One copy. `run` returns the report or raises what ended it, with `report` set."""
+    """Copies of one container. `run` returns the report or raises what ended it; `report` is set.
+
+    `options.target` names all hosts, for people.
+    """
 
     def __init__(
         self,
         options: Options,
-        wanted: Wanted,
+        wanted: Sequence[Wanted],
+        alike: Alike,
         runtime: Runtime,
         paths: config.HostPaths,
         observer: Observer,
         migration_id: str,
     ) -> None:
-        self._options = options
-        self._wanted = wanted
+        self._wanted = tuple(wanted)
+        self._alike = alike
         self._runtime = runtime
         self._paths = paths
         self._observer = observer
@@ -100,24 +99,28 @@ class Cloning:
         self._host = socket.gethostname()
         self._directory = paths.session(migration_id, "source")
         self._builder = ReportBuilder(migration_id, options.container, self._host, options.target)
-        self._builder.runtime = runtime.name
+        self._first = FirstSteps(options, runtime, paths, self._host, self._builder, observer)
         self._begun = Undertaking(migration_id, runtime, paths, self._host)
-        self._copy: CopySession | None = None
+        self._entries: list[Entry] = []
+        self._sessions: list[CopySession] = []
+        self._hosts: list[HostCopies] = []
         self._throttle: Throttle | None = None
-        self._copying: Copying | None = None
+        self._rounds: Rounds | None = None
         self._freezing: Freezing | None = None
         self._working: asyncio.Task[None] | None = None
         self._phase = "preflight"
         self._pause_ms: float | None = None
         self._is_told_to_run = False
-        self._is_made = False
+        self._made: list[CopySession] = []
+        self._errors: dict[str, MigrateError] = {}
         self._recorded: S | None = None
         self.report: CloneReport | None = None
 
     async def run(self) -> CloneReport:
-        """Make the copy. Raises MigrateError; the container runs on, unless that says otherwise."""
+        """Make the copies. Raises MigrateError when there is none; the container runs on, unless
+        that says otherwise."""
         try:
-            await self._begun.begin(self._options.container, self._options.target)
+            await self._begun.begin(self._options.container, self._wanted[0].host)
             self._recorded = S.NEW
             self._working = asyncio.create_task(self._steps())
             try:
@@ -135,22 +138,74 @@ class Cloning:
             await self._close()
 
     async def cancel(self) -> None:
-        """The user wants it to end. A copy that runs already stays."""
+        """The user wants it to end. Copies that run already stay."""
         if self._working is not None and not self._is_told_to_run:
             self._working.cancel()
 
+    @property
+    def _options(self) -> Options:
+        return self._first.options
+
     async def _steps(self) -> None:
-        facts = await self._preflight()
-        copy = await self._open(facts)
-        copying = await self._begin_copying(facts, copy)
-        await _or_failure(copying.copy_rootfs(), copy)
-        while copying.has_rounds and await _or_failure(self._round(copying), copy):
+        self._enter("preflight")
+        hosts = tuple(dict.fromkeys(one.host for one in self._wanted))
+        facts = await self._first.check(hosts, is_copied=True)
+        await self._open(facts)
+        rounds = await self._begin_rounds(facts)
+        await self._on_each(HostCopies.copy_rootfs)
+        while rounds.has_rounds and await self._meanwhile(self._round(rounds)):
             pass
-        capturing = await _or_failure(self._prepare(facts, copy, copying), copy)
+        capturing = await self._prepare(facts, rounds)
         capture = await self._stand_still(capturing)
-        await _or_failure(capturing.send(capture), copy)
-        await self._restore(copy, copying, capture)
-        await self._let_run(copy)
+        await self._meanwhile(capturing.send(capture))
+        await self._on_each(lambda host: host.send_snapshot(capturing.snapshot))
+        await self._restore(rounds, capture)
+        await self._let_run()
+
+    # --- all hosts at once ---
+
+    async def _on_each(self, step: Callable[[HostCopies], Coroutine[Any, Any, None]]) -> None:
+        """One step on all hosts; one that fails in it is left out. Raises what the last one ended
+        with."""
+
+        async def on(host: HostCopies) -> None:
+            try:
+                await host.or_failure(step(host))
+            except (MigrateError, TransportError, OSError, TimeoutError) as error:
+                await self._leave_out(host, self._translated(error, host.host))
+
+        await asyncio.gather(*(on(host) for host in self._hosts))
+
+    async def _meanwhile(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """The result of `work`, which is for all hosts; those that fail meanwhile are left out."""
+        running = asyncio.create_task(work)
+        try:
+            while not running.done():
+                ways: set[asyncio.Future[Any]] = {running, *(host.failed for host in self._hosts)}
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                for host in [one for one in self._hosts if one.failed.done()]:
+                    error = host.failed.exception()
+                    assert error is not None
+                    await self._leave_out(host, self._translated(error, host.host))
+            return await running
+        finally:
+            running.cancel()
+
+    async def _leave_out(self, host: HostCopies, error: MigrateError) -> None:
+        """Go on without this host. Raises `error` when it is the last."""
+        error.at(host=host.host, phase=self._phase)
+        if self._hosts == [host]:
+            raise error
+        if host in self._hosts:
+            self._hosts.remove(host)
+            if self._rounds is not None:
+                self._rounds.leave_out(host.first.link)
+            await host.give_up(error)
+
+    def _left_out(self, copy: CopySession, error: MigrateError) -> None:
+        name = copy.identity.name
+        self._errors[name] = error.at(host=copy.host, phase=self._phase)
+        self._first.warn(f"there will be no copy {name} on {copy.host}: {error.message}")
 
     # --- while the container runs ---
 
@@ -158,92 +213,98 @@ class Cloning:
         self._phase = phase
         self._observer.tell(progress.Phase(phase, detail))
 
-    async def _preflight(self) -> ContainerFacts:
-        self._enter("preflight")
-        options = self._options
-        checked = await asyncio.to_thread(
-            preflight.check_source,
-            self._runtime,
-            options.container,
-            options.shared,
-            restore=options.restore,
-            streams=options.streams or default_streams(),
-            host=self._host,
-            paths=self._paths,
-            target=options.target,
-            is_copied=True,
-        )
-        self._options = replace(options, restore=checked.restore)
-        self._builder.restore = checked.restore
-        self._builder.memory_bytes = checked.facts.memory_bytes
-        self._builder.add_versions(self._host, checked.facts.versions)
-        for caution in checked.cautions:
-            self._warn(f"{caution.message}; {caution.remedy}")
-        return checked.facts
-
-    async def _open(self, facts: ContainerFacts) -> CopySession:
-        options = self._options
-        wanted = self._wanted
-        identity = replace(
-            copy_identity.identity_of(facts.network, wanted.name, wanted.addresses),
-            hook=wanted.hook,
-            signal=wanted.signal,
-        )
-        taken = preflight.judge_addresses(identity.addresses, preflight.own_addresses())
+    async def _open(self, facts: ContainerFacts) -> None:
+        """A session for each copy."""
+        await self._enter_all()
+        identities = {one.name: one for one in self._identities(facts)}
+        own = [address for one in identities.values() for address in one.addresses]
+        taken = preflight.judge_addresses(own, preflight.own_addresses())
         if taken:
             raise PreflightRefused(taken, host=self._host)
-        for address in copy_identity.left_out(facts.network, identity):
-            self._warn(f"the copy has none for the address {address}; give one more --ip")
-        link = TargetLink(options.target, options.port, self._paths, options.way)
-        await self._record(S.PRECOPY, "preflight_passed")
-        self._copy = CopySession(link, identity, patience_s=options.link_patience_s)
-        opened = await self._copy.open(
-            facts.open_session(
-                migration_id=self._migration_id,
-                attempt=self._begun.attempt,
-                host=self._host,
-                streams=options.streams or default_streams(),
-                restore=options.restore,
-                dry_run=False,
-                patience_s=options.link_patience_s,
-                copy=identity,
-            )
-        )
-        await self._note(peer_host=opened.host, port=options.port)
-        self._builder.add_versions(options.target, opened.versions)
-        for caution in opened.cautions:
-            self._warn(f"{options.target}: {caution.message}; {caution.remedy}")
-        return self._copy
+        for address in copy_identity.left_out(facts.network, list(identities.values())):
+            self._first.warn(f"no copy has one for the address {address}; give one more --ip")
+        await self._record_all(S.PRECOPY, "preflight_passed")
+        of_host: dict[str, list[CopySession]] = {}
+        for one, entry in zip(self._wanted, self._entries, strict=True):
+            link = TargetLink(one.host, one.port, self._paths, self._options.way)
+            patience_s = self._options.link_patience_s
+            copy = CopySession(link, identities[one.name], entry, patience_s=patience_s)
+            self._sessions.append(copy)
+            of_host.setdefault(one.host, []).append(copy)
+        self._hosts = [
+            HostCopies(copies, facts, self._options, self._observer, self._left_out)
+            for copies in of_host.values()
+        ]
+        await self._on_each(lambda host: self._open_on(host, facts))
 
-    async def _begin_copying(self, facts: ContainerFacts, copy: CopySession) -> Copying:
-        assert copy.link.opened is not None
+    async def _enter_all(self) -> None:
+        """Each copy has an entry in the journal, the first one that of the freeze."""
+        container = self._options.container
+        self._entries = [self._begun.entry]
+        for one in self._wanted[1:]:
+            entry = await self._begun.enter(secrets.token_hex(6), container, one.host)
+            self._entries.append(entry)
+
+    def _identities(self, facts: ContainerFacts) -> Iterator[CopyIdentity]:
+        """The first copy of each host receives; those that come after it have what it has."""
+        alike = self._alike
+        entries: dict[str, Entry] = {}
+        hosts = [one.host for one in self._wanted]
+        is_eager = self._options.restore == "eager"
+        for place, (one, entry) in enumerate(zip(self._wanted, self._entries, strict=True)):
+            first = entries.setdefault(one.host, entry)
+            is_alone = hosts.count(one.host) == 1
+            yield replace(
+                copy_identity.identity_of(facts.network, one.name, one.addresses),
+                hook=alike.hook,
+                signal=alike.signal,
+                beside="" if first is entry else first.migration_id,
+                number=hosts[:place].count(one.host),
+                fill=is_eager or (is_alone if alike.fill is None else alike.fill),
+            )
+
+    async def _open_on(self, host: HostCopies, facts: ContainerFacts) -> None:
+        async def open_one(copy: CopySession) -> None:
+            opened = await copy.open(self._first.request(facts, copy.entry, copy.identity))
+            await self._first.heard(copy.entry, opened, copy.link.port)
+
+        await host.each(open_one)
+
+    async def _begin_rounds(self, facts: ContainerFacts) -> Rounds:
         self._phase = "precopy"
-        await asyncio.to_thread(self._make_directory, facts)
-        self._throttle = Throttle(
-            facts.container.cgroup, self._directory, self._note_brake, self._warn
+        await asyncio.to_thread(
+            make_directory, self._directory, facts, more_bytes=config.SNAPSHOT_BYTES_MAX
         )
-        self._copying = Copying(
+        self._throttle = Throttle(
+            facts.container.cgroup, self._directory, self._note_brake, self._first.warn
+        )
+        for number, host in enumerate(self._hosts):
+            host.begin(self._directory / f"host-{number}", self._host)
+        by_link = {host.first.link: host for host in self._hosts}
+
+        def lost(link: TargetLink, error: TransportError) -> None:
+            by_link[link].fail(of_below(error, self._host, link.host, self._phase))
+
+        self._rounds = Rounds(
             facts,
             self._options,
-            copy.link,
+            list(by_link),
             self._directory,
             self._host,
             self._observer,
             self._builder,
             self._throttle,
+            lost,
         )
-        self._copying.clocks = await copy.talk.relate_clocks()
-        await self._copying.start(copy.link.opened, self._runtime, self._migration_id)
-        return self._copying
+        # The slowest of them decides when all of it is there.
+        clocks = [await host.first.talk.relate_clocks() for host in self._hosts]
+        self._rounds.clocks = max(clocks, key=lambda one: one.error_us)
+        await self._meanwhile(self._rounds.start(self._runtime, self._migration_id))
+        return self._rounds
 
-    def _make_directory(self, facts: ContainerFacts) -> None:
-        self._directory.mkdir(mode=0o700, parents=True)
-        room = facts.memory_bytes + config.SESSION_RESERVE_BYTES + config.SNAPSHOT_BYTES_MAX
-        mount_tmpfs(self._directory, room)
-
-    async def _round(self, copying: Copying) -> bool:
+    async def _round(self, rounds: Rounds) -> bool:
         """One round; whether there is to be another one."""
-        reaction = await copying.run_round()
+        reaction = await rounds.run_round()
         if reaction.act is Act.ABORT:
             raise NotConverging(
                 reaction.reason,
@@ -252,33 +313,37 @@ class Cloning:
             )
         return reaction.act is not Act.FREEZE
 
-    async def _prepare(
-        self, facts: ContainerFacts, copy: CopySession, copying: Copying
-    ) -> Capturing:
-        """Both runtimes come as far as their gates; the last passes that the container runs
+    async def _prepare(self, facts: ContainerFacts, rounds: Rounds) -> Capturing:
+        """All runtimes come as far as their gates; the last passes that the container runs
         through."""
-        self._enter("prepare", f"{copy.host} starts its restore")
+        names = " and ".join(host.host for host in self._hosts)
+        self._enter("prepare", f"restores are started on {names}")
         container = facts.container
-        await copy.prepare(container.descriptors)
+
+        async def prepare(copy: CopySession) -> None:
+            await copy.prepare(container.descriptors)
+            await copy.prepared()
+
+        await self._on_each(lambda host: host.each(prepare))
         self._freezing = Freezing(
             container, self._runtime, facts.network, self._directory, self._host
         )
         plan = await self._freezing.prepare(
-            self._migration_id, self._paths, parent=copying.memory.pages.parent
+            self._migration_id, self._paths, parent=rounds.memory.pages.parent
         )
-        await self._note(
+        await self._begun.entry.note(
             guard=msgspec.to_builtins(plan),
             network=msgspec.to_builtins(facts.network_handle),
             bundle=str(container.bundle),
         )
-        capturing = Capturing(copying, self._freezing, self._builder, self._directory)
+        capturing = Capturing(rounds, self._freezing, self._builder, self._directory)
         await capturing.look()
-        await copying.copy_rootfs()
-        await copying.last_round()
-        await copy.prepared()
+        await self._on_each(HostCopies.copy_rootfs)
+        await self._meanwhile(rounds.last_round())
         return capturing
 
     async def _stand_still(self, capturing: Capturing) -> Capture:
+        """Nobody is waited for: not even whether a target fails is heard of."""
         assert self._throttle is not None
         self._enter("freeze")
         await self._record(S.FROZEN, "target_prepared")
@@ -292,27 +357,46 @@ class Cloning:
 
     # --- while it runs on ---
 
-    async def _restore(self, copy: CopySession, copying: Copying, capture: Capture) -> None:
+    async def _restore(self, rounds: Rounds, capture: Capture) -> None:
+        """The copies of a host one after the other, so that each gets its processors."""
         assert self._freezing is not None
-        self._enter("restore", f"on {copy.host}")
+        self._enter("restore", "on " + " and ".join(host.host for host in self._hosts))
         stored = await asyncio.to_thread(images.store_ranges, self._freezing.image_dir)
-        carried = await asyncio.to_thread(copying.memory.sender.carried)
-        request = restore_request(copy.sealed(self._host, carried), stored, capture.confinement)
-        await copy.restore(request, lazy=self._options.restore == "lazy")
+        carried = await asyncio.to_thread(rounds.memory.sender.carried)
+        is_lazy = self._options.restore == "lazy"
 
-    async def _let_run(self, copy: CopySession) -> None:
+        async def restore(copy: CopySession) -> None:
+            signed = copy.sealed(self._host, carried)
+            request = restore_request(signed, stored, capture.confinement)
+            await copy.restore(request, lazy=is_lazy)
+
+        await self._on_each(lambda host: host.each(restore))
+
+    async def _let_run(self) -> None:
         self._is_told_to_run = True
-        await copy.run()
-        self._is_made = True
-        await quietly(self._note(copied=copy.identity.name))
-        where = ", ".join(copy.identity.addresses)
-        self._enter("copied", f"{copy.identity.name} runs on {copy.host} {where}".rstrip())
-        fill = None
+        await asyncio.gather(*(self._run(copy) for host in self._hosts for copy in host.copies))
+        if not self._made:
+            raise next(iter(self._errors.values()))
+        filled = [copy for copy in self._made if copy.is_filled]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(config.FILL_DEADLINE_S):
-                fill = await copy.talk.wait_filled()
+                await asyncio.gather(*(self._filled(copy) for copy in filled))
+
+    async def _run(self, copy: CopySession) -> None:
+        try:
+            await copy.run()
+        except MigrateError as error:
+            self._left_out(copy, _unknown(copy, error))
+            return
+        self._made.append(copy)
+        await quietly(copy.entry.note(copied=copy.identity.name))
+        where = ", ".join(copy.identity.addresses)
+        self._enter("copied", f"{copy.identity.name} runs on {copy.host} {where}".rstrip())
+
+    async def _filled(self, copy: CopySession) -> None:
+        fill = await copy.talk.wait_filled()
         if fill is None:
-            self._warn(f"the fill on {copy.host} was not heard of")
+            self._first.warn(f"the fill on {copy.host} was not heard of")
         else:
             self._builder.add_fill(fill)
             self._observer.tell(progress.Filled(fill.fill_ms, fill.faults))
@@ -321,92 +405,100 @@ class Cloning:
 
     async def _give_up(self, error: MigrateError) -> None:
         """The container first, then everything else. Raises RollbackFailed."""
-        log.info("the copy is given up", why=str(error))
-        if self._copying is not None:
-            self._copying.abort()
+        log.info("the copies are given up", why=str(error))
+        if self._rounds is not None:
+            self._rounds.abort()
         if self._throttle is not None:
             await self._throttle.lift()
         if self._freezing is not None:
             await self._freezing.undo()
         error.at(container_state=runs_on(self._host))
-        if self._copy is not None:
-            await self._copy.abandon(error.message)
+        await asyncio.gather(*(copy.abandon(error.message) for copy in self._sessions))
 
     async def _close(self) -> None:
-        if self._copying is not None:
-            await quietly(self._copying.close())
+        if self._rounds is not None:
+            await quietly(self._rounds.close())
         if self._throttle is not None:
             await quietly(self._throttle.close())
-        if self._copy is not None:
-            await self._copy.close()
+        for copy in self._sessions:
+            await copy.close()
         # Without one the freeze could not be undone, which is left to a recovery.
         if self.report is not None and self._recorded is not None:
-            if self._recorded in (S.PRECOPY, S.FROZEN):
-                await self._record_quietly(S.ROLLING_BACK, "given_back")
             await asyncio.to_thread(recovery.wipe, self._directory)
-            await self._record_quietly(S.ABORTED, "cloned" if self._is_made else "rolled_back")
+            await self._end_entries()
         await self._begun.close()
 
+    async def _end_entries(self) -> None:
+        made = {copy.entry.migration_id for copy in self._made}
+        for entry in self._entries or [self._begun.entry]:
+            if self._recorded is not S.NEW:
+                await self._record_quietly(S.ROLLING_BACK, "given_back", entry)
+            event = "cloned" if entry.migration_id in made else "rolled_back"
+            await self._record_quietly(S.ABORTED, event, entry)
+
     async def _record(self, state: S, event: str) -> None:
+        """Of the freeze."""
         await self._begun.ledger.record(str(state), event)
         self._recorded = state
 
-    async def _record_quietly(self, state: S, event: str) -> None:
+    async def _record_all(self, state: S, event: str) -> None:
+        for entry in self._entries[1:]:
+            await entry.ledger.record(str(state), event)
+        await self._record(state, event)
+
+    async def _record_quietly(self, state: S, event: str, entry: Entry | None = None) -> None:
         """What a recovery would come to as well may be missing."""
         try:
-            await self._record(state, event)
+            if entry is None:
+                await self._record(state, event)
+            else:
+                await entry.ledger.record(str(state), event)
         except JournalError as error:
-            self._warn(f"{state} is not in the journal: {error.message}")
-
-    async def _note(self, **facts: Any) -> None:
-        await self._begun.journal.note(self._migration_id, "source", **facts)
+            self._first.warn(f"{state} is not in the journal: {error.message}")
 
     async def _note_brake(self, plan: BrakePlan) -> None:
-        await self._note(brake=msgspec.to_builtins(plan))
+        await self._begun.entry.note(brake=msgspec.to_builtins(plan))
 
     def _built(self, outcome: Outcome, error: MigrateError | None = None) -> CloneReport:
-        identity = self._copy.identity if self._copy else None
-        copy = CopyReport(
-            self._wanted.name, self._options.target, identity.addresses if identity else ()
-        )
+        copies = []
+        for one in self._wanted:
+            why = self._errors.get(one.name, error)
+            addresses = tuple(str(address) for address in one.addresses)
+            copies.append(
+                CopyReport(one.name, one.host, addresses, error_report(why) if why else None)
+            )
         copying = self._builder.build(outcome, error)
-        return CloneReport((copy,), self._pause_ms, copying)
+        return CloneReport(tuple(copies), self._pause_ms, copying)
 
-    def _translated(self, cause: BaseException) -> MigrateError:
+    def _translated(self, cause: BaseException, target: str = "") -> MigrateError:
+        """What `cause` means, for what goes to all targets or to one."""
         match cause:
             case MigrateError():
                 return cause
             case asyncio.CancelledError():
-                return Cancelled("the copy was cancelled")
+                return Cancelled("the copies were cancelled")
             case TransportError() | CriuGlueError() | TimeoutError():
-                return of_below(cause, self._host, self._options.target, self._phase)
+                return of_below(cause, self._host, target or self._options.target, self._phase)
             case OSError():
                 return MigrateError(str(cause), remedy=remedy_of(cause))
             case _:
-                log.exception("the copy failed", exc_info=cause)
+                log.exception("the copies failed", exc_info=cause)
                 return MigrateError(f"{self._phase}: {type(cause).__name__}: {cause}")
 
     async def _explained(self, error: MigrateError) -> MigrateError:
-        """What is to be said of the copy, or of the container, in place of what came of it."""
-        options = self._options
-        if self._is_told_to_run and not self._is_made:
-            # A target that did not say that the copy runs lets it run, or wipes it.
-            return MigrateError(
-                f"it is not known whether {self._wanted.name} runs on {options.target}:"
-                f" {error.message}",
-                host=error.host,
-                phase=error.phase,
-                remedy=f"see on {options.target}: migrate status {self._migration_id}",
-            )
-        if self._copying is not None and await asyncio.to_thread(self._has_ended):
-            return MigrateError(
-                f"{options.container} has ended while it was copied: {error.message}",
-                host=self._host,
-                phase=error.phase,
-                container_state="does not run",
-                remedy="start it, and copy it then",
-            )
-        return error
+        """What is to be said of the container, in place of what came of it."""
+        container = self._options.container
+        if self._rounds is None or self._is_told_to_run:
+            return error
+        if not await asyncio.to_thread(self._has_ended):
+            return error
+        return MigrateError(
+            f"{container} has ended while it was copied: {error.message}",
+            host=self._host,
+            phase=error.phase,
+            container_state="does not run",
+            remedy="start it, and copy it then",
+        )
 
     def _has_ended(self) -> bool:
         """Whether the container runs no more, as far as its runtime can tell. Blocking."""
@@ -414,19 +506,12 @@ class Cloning:
             return self._runtime.state(self._options.container) in (None, "stopped")
         return False
 
-    def _warn(self, message: str) -> None:
-        self._builder.warn(message)
-        self._observer.tell(progress.Warned(message))
 
-
-async def _or_failure(work: Coroutine[Any, Any, _T], copy: CopySession) -> _T:
-    """The result of `work`, or what ended the copy on its target meanwhile."""
-    running = asyncio.create_task(work)
-    try:
-        ways: set[asyncio.Future[Any]] = {running, copy.failed}
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        if copy.failed.done():
-            copy.failed.result()
-        return await running
-    finally:
-        running.cancel()
+def _unknown(copy: CopySession, error: MigrateError) -> MigrateError:
+    """A target that did not say that the copy runs lets it run, or wipes it."""
+    return MigrateError(
+        f"it is not known whether {copy.identity.name} runs on {copy.host}: {error.message}",
+        host=error.host,
+        phase=error.phase,
+        remedy=f"see on {copy.host}: migrate status {copy.entry.migration_id}",
+    )

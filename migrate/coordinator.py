@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
-from migrate import config, network, peer, preflight, progress, recovery, signing
+from migrate import config, network, peer, progress, recovery, signing
 from migrate.conversation import Conversation
 from migrate.copying import Copying
 from migrate.core import messages, source_machine
@@ -42,14 +41,13 @@ from migrate.errors import (
     held_on,
     runs_on,
 )
+from migrate.first_steps import FirstSteps, make_directory
 from migrate.freezing import Freezing
-from migrate.mounts import mount_tmpfs
 from migrate.report import ReportBuilder
 from migrate.standstill import Standstill
 from migrate.target_link import TargetLink
 from migrate.throttle import Throttle
 from migrate.undertaking import BELOW, Undertaking, of_below
-from transport.sender import default_streams
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -107,8 +105,7 @@ class Coordinator:
         self._session = paths.session(migration_id, "source")
         self.report: Report | None = None
         self._builder = ReportBuilder(migration_id, options.container, self._host, options.target)
-        self._builder.restore = options.restore
-        self._builder.runtime = runtime.name
+        self._first = FirstSteps(options, runtime, paths, self._host, self._builder, observer)
         self._begun = Undertaking(migration_id, runtime, paths, self._host)
         self._commit_is_unknown = False
         self._target: Conversation | None = None
@@ -211,7 +208,7 @@ class Coordinator:
                 if state in (S.PRECOPY, S.FROZEN, S.COMMITTED):
                     raise
                 if not self._commit_is_unknown or await self._is_uncommitted():
-                    self._warn(f"{state} is not in the journal: {error.message}")
+                    self._first.warn(f"{state} is not in the journal: {error.message}")
                     self._begun.ledger.owe(str(state), event)
                     return
                 if time.monotonic() > limit_s:
@@ -235,25 +232,9 @@ class Coordinator:
 
     async def _run_preflight(self) -> E:
         self._observer.tell(progress.Phase("preflight"))
-        checked = await asyncio.to_thread(
-            preflight.check_source,
-            self._runtime,
-            self.options.container,
-            self.options.shared,
-            restore=self.options.restore,
-            streams=self.options.streams or default_streams(),
-            host=self._host,
-            paths=self._paths,
-            target=self.options.target,
-        )
-        self._facts = checked.facts
-        self.options = replace(self.options, restore=checked.restore)
-        self._builder.restore = checked.restore
-        self._deadlines_s |= deadlines_s(checked.restore)
-        self._builder.memory_bytes = checked.facts.memory_bytes
-        self._builder.add_versions(self._host, checked.facts.versions)
-        for caution in checked.cautions:
-            self._warn(f"{caution.message}; {caution.remedy}")
+        self._facts = await self._first.check((self.options.target,))
+        self.options = self._first.options
+        self._deadlines_s |= deadlines_s(self.options.restore)
         return E.PREFLIGHT_PASSED
 
     async def _open_session(self) -> E:
@@ -262,27 +243,14 @@ class Coordinator:
         self._target = target = Conversation(
             link, self._post_heard, self._note, patience_s=self.options.link_patience_s
         )
-        request = self._facts.open_session(
-            migration_id=self.migration_id,
-            attempt=self._begun.attempt,
-            host=self._host,
-            streams=self.options.streams or default_streams(),
-            restore=self.options.restore,
-            dry_run=False,
-            patience_s=self.options.link_patience_s,
-        )
-        opened = await link.open_session(request)
-        await self._begun.journal.note(
-            self.migration_id, "source", peer_host=opened.host, port=self.options.port
-        )
-        self._builder.add_versions(self.options.target, opened.versions)
-        for caution in opened.cautions:
-            self._warn(f"{self.options.target}: {caution.message}; {caution.remedy}")
+        entry = self._begun.entry
+        opened = await link.open_session(self._first.request(self._facts, entry))
+        await self._first.heard(entry, opened, self.options.port)
         await target.connect()
         self._clocks = await target.relate_clocks()
-        await asyncio.to_thread(self._make_session_directory)
+        await asyncio.to_thread(make_directory, self._session, self._facts)
         self._throttle = Throttle(
-            self._facts.container.cgroup, self._session, self._note_brake, self._warn
+            self._facts.container.cgroup, self._session, self._note_brake, self._first.warn
         )
         self._copying = Copying(
             self._facts,
@@ -295,16 +263,11 @@ class Coordinator:
             self._throttle,
         )
         self._copying.clocks = self._clocks
-        await self._copying.start(opened, self._runtime, self.migration_id)
+        await self._copying.start(self._runtime, self.migration_id)
         return E.SESSION_OPENED
 
-    def _make_session_directory(self) -> None:
-        assert self._facts is not None
-        self._session.mkdir(mode=0o700, parents=True)
-        mount_tmpfs(self._session, self._facts.memory_bytes + config.SESSION_RESERVE_BYTES)
-
     async def _note_brake(self, plan: BrakePlan) -> None:
-        await self._begun.journal.note(self.migration_id, "source", brake=msgspec.to_builtins(plan))
+        await self._begun.entry.note(brake=msgspec.to_builtins(plan))
 
     async def _copy_rootfs(self) -> None:
         assert self._copying is not None
@@ -338,9 +301,7 @@ class Coordinator:
         plan = await self._freezing.prepare(
             self.migration_id, self._paths, parent=self._copying.memory.pages.parent
         )
-        await self._begun.journal.note(
-            self.migration_id,
-            "source",
+        await self._begun.entry.note(
             guard=msgspec.to_builtins(plan),
             network=msgspec.to_builtins(self._facts.network_handle),
             bundle=str(container.bundle),
@@ -527,7 +488,8 @@ class Coordinator:
             marks = Marks.from_names(self._standstill.marks, self._target.marks)
         except MarksError:
             # It was said by an agent that had not seen all of it, or in a word without marks.
-            self._warn(f"the downtime is not known: {self.options.target} was lost in between")
+            lost = f"{self.options.target} was lost in between"
+            self._first.warn(f"the downtime is not known: {lost}")
         else:
             self._builder.add_downtime(downtime_parts(marks, self._clocks), self._clocks)
         so_far = self._builder.build("done")
@@ -535,7 +497,8 @@ class Coordinator:
         async with asyncio.timeout(config.FILL_DEADLINE_S):
             fill = await self._target.wait_filled()
         if fill is None:
-            self._warn(f"the fill on {self.options.target} was not heard of: the link was lost")
+            target = self.options.target
+            self._first.warn(f"the fill on {target} was not heard of: the link was lost")
         else:
             self._builder.add_fill(fill)
             self._observer.tell(progress.Filled(fill.fill_ms, fill.faults))
@@ -563,7 +526,3 @@ class Coordinator:
             # Before anything is written down here: clients wait for what they have sent.
             await self._forward_frames()
         await self.driver.post(kind, from_peer=True)
-
-    def _warn(self, message: str) -> None:
-        self._builder.warn(message)
-        self._observer.tell(progress.Warned(message))

@@ -39,17 +39,29 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class CopyIdentity:
     """A copy in the eyes of its host and its network. renamed: (the original's address, its own),
-    one of a pair each. hook, signal: how it learns that it is one (`core.messages.CopyOf`)."""
+    one of a pair each. hook, signal: how it learns that it is one; beside, number, fill: where its
+    memory comes from (`core.messages.CopyOf`)."""
 
     name: str
     network: NetworkIdentity
     renamed: tuple[tuple[str, str], ...]
     hook: str = ""
     signal: CopySignal | None = None
+    beside: str = ""
+    number: int = 0
+    fill: bool = True
 
     def of(self, original: str) -> CopyOf:
         """As a target is told it."""
-        return CopyOf(original, self.renamed, self.hook or UNSET, self.signal or UNSET)
+        return CopyOf(
+            original,
+            self.renamed,
+            self.hook or UNSET,
+            self.signal or UNSET,
+            self.beside or UNSET,
+            self.number,
+            self.fill,
+        )
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -84,9 +96,9 @@ def identity_of(
     return CopyIdentity(name, network, told)
 
 
-def left_out(original: NetworkIdentity, copy: CopyIdentity) -> list[str]:
-    """Addresses of the original that the copy has none for."""
-    renamed = {old for old, _ in copy.renamed}
+def left_out(original: NetworkIdentity, copies: Sequence[CopyIdentity]) -> list[str]:
+    """Addresses of the original that its copies have none for; all of them have as many."""
+    renamed = {old for old, _ in copies[0].renamed}
     return [str(one) for one in _addresses(original) if str(one) not in renamed]
 
 

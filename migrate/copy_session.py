@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from migrate.core.manifest import SignedManifest
     from migrate.core.messages import OpenSession, SessionOpened
     from migrate.target_link import TargetLink
+    from migrate.undertaking import Entry
     from transport.core.transcript import Carried
 
 _FAILURES = frozenset({E.TARGET_FAILED, E.TARGET_ABORTED, E.LINK_LOST, E.TARGET_REFUSED})
@@ -36,9 +37,12 @@ _FAILURES = frozenset({E.TARGET_FAILED, E.TARGET_ABORTED, E.LINK_LOST, E.TARGET_
 class CopySession:
     """See the module. `failed` is done, with an exception, when the target can't go on."""
 
-    def __init__(self, link: TargetLink, identity: CopyIdentity, *, patience_s: float) -> None:
+    def __init__(
+        self, link: TargetLink, identity: CopyIdentity, entry: Entry, *, patience_s: float
+    ) -> None:
         self.link = link
         self.identity = identity
+        self.entry = entry
         self.talk = Conversation(link, self._hear, self._note, patience_s=patience_s)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.failed.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
@@ -57,6 +61,11 @@ class CopySession:
         """What was asked; there is one from `open` on."""
         assert self._request is not None
         return self._request
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether all of its memory is to be brought in."""
+        return self.identity.fill
 
     async def open(self, request: OpenSession) -> SessionOpened:
         """Ask for the session. Raises SessionRefused, Unreachable."""

@@ -14,71 +14,70 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from migrate import config, progress, tracking
 from migrate.core import convergence, throttling
 from migrate.errors import MigrateError
 from migrate.precopy import MemorySource
-from migrate.rootfs import RootfsPassRun, RootfsSource
+from migrate.rootfs import RootfsSource
 from transport import tls
+from transport.fan import Outlet
 from transport.sender import PageSender, default_streams
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from migrate.core.clock_relation import ClockRelation
-    from migrate.core.messages import SessionOpened
     from migrate.facts import ContainerFacts
     from migrate.options import Options
     from migrate.progress import Observer
     from migrate.report import ReportBuilder
+    from migrate.rootfs import RootfsPass, RootfsPassRun
     from migrate.runtimes.base import Runtime
     from migrate.target_link import TargetLink
     from migrate.throttle import Throttle
+    from transport.errors import TransportError
     from transport.sender import RoundStats
     from transport.worker import ReadPages
 
 PROGRESS_PERIOD_S = 0.2
 
 
-class Copying:
-    """See the module. One event loop; what blocks runs in threads. `close` it in any case."""
+class Rounds:
+    """A container's memory, in rounds, to one target or to several at once. See the module. One
+    event loop; what blocks runs in threads. `close` it in any case.
+
+    `links` have their sessions opened. `lost` hears, in the event loop, of a target that the
+    streams can't reach any more while there are others.
+    """
 
     def __init__(
         self,
         facts: ContainerFacts,
         options: Options,
-        link: TargetLink,
+        links: Sequence[TargetLink],
         session: Path,
         host: str,
         observer: Observer,
         report: ReportBuilder,
         throttle: Throttle,
+        lost: Callable[[TargetLink, TransportError], None] = lambda *_: None,
     ) -> None:
         self.facts = facts
         self._options = options
-        self._link = link
+        self._links = links
         self._session = session
         self._host = host
         self._observer = observer
         self._report = report
         self._throttle = throttle
+        self._lost = lost
         self._throttling = throttling.Throttling()
         self._limits = convergence.Limits(options.max_downtime_ms, options.rounds_max)
         self._history = convergence.History()
         self.clocks: ClockRelation | None = None
-        self.rootfs = RootfsSource(
-            facts.container.rootfs,
-            session,
-            link.rootfs_channel,
-            host=host,
-            target=options.target,
-            patience_s=options.link_patience_s,
-            mib_s=options.bandwidth_mib_s,
-        )
-        self.final_rootfs: RootfsPassRun | None = None
         self._memory: MemorySource | None = None
 
     @property
@@ -92,7 +91,7 @@ class Copying:
         """Whether the tracker tells pages apart; without, all memory is copied in the freeze."""
         return self.memory.pages.name != tracking.NONE
 
-    async def start(self, opened: SessionOpened, runtime: Runtime, migration_id: str) -> None:
+    async def start(self, runtime: Runtime, migration_id: str) -> None:
         """Choose the tracker and open the streams; the report and the observer hear of it."""
         choice = await asyncio.to_thread(tracking.choose, self._options, self.facts, self._host)
         if choice.warning:
@@ -102,8 +101,7 @@ class Copying:
         pages = await asyncio.to_thread(
             tracking.page_source, choice, self.facts, runtime, self._session, self._throttle
         )
-        make_sender = partial(self._make_sender, opened)
-        self._memory = MemorySource(pages, make_sender, self._throttle.paused)
+        self._memory = MemorySource(pages, self._make_sender, self._throttle.paused)
         await asyncio.to_thread(self._memory.sender.connect)
         report, options = self._report, self._options
         report.tracker, report.tracker_reason = choice.name, choice.reason
@@ -119,12 +117,6 @@ class Copying:
                 self.facts.memory_bytes,
             )
         )
-
-    async def copy_rootfs(self) -> None:
-        """A pass over the root file system while the container runs."""
-        done = await self.rootfs.start(gated=False).wait()
-        detail = f"{progress.mib(done.bytes_sent)} sent in {done.duration_ms / 1000:.2f} s"
-        self._observer.tell(progress.Phase("rootfs", detail))
 
     async def run_round(self) -> throttling.Reaction:
         """One round, and what follows from it; the container is slowed already where that does."""
@@ -142,14 +134,6 @@ class Copying:
         self._throttling = reaction.throttling
         return reaction
 
-    async def make_ready(self) -> None:
-        """Everything that can be done before the freeze, and then a last short round."""
-        self.final_rootfs = self.rootfs.start(gated=True)
-        # A break of the link is waited for within it.
-        deadline_s = config.PREPARE_DEADLINE_S + self._options.link_patience_s
-        await self.final_rootfs.wait_ready(deadline_s)
-        await self.last_round()
-
     async def last_round(self) -> None:
         """A short round that keeps the final delta small."""
         if self.has_rounds:
@@ -160,7 +144,6 @@ class Copying:
         """Make everything that is under way fail soon."""
         if self._memory is not None:
             self._memory.sender.abort()
-        self.rootfs.cancel()
 
     async def close(self) -> None:
         """Give the tasks back untouched and end the streams. Idempotent."""
@@ -181,16 +164,32 @@ class Copying:
         self._observer.tell(progress.Throttled(round(100 * share, 1), brake, reaction.reason))
         return reaction
 
-    def _make_sender(self, opened: SessionOpened, read: ReadPages) -> PageSender:
-        link = self._link
-        address, port = link.way.to(self._options.target, opened.data_port)
+    def leave_out(self, link: TargetLink) -> None:
+        """Send nothing more to this target, there being others."""
+        if self._memory is not None:
+            self._memory.sender.leave_out(self._links.index(link))
+
+    def _make_sender(self, read: ReadPages) -> PageSender:
         return PageSender(
-            lambda _: tls.connect(address, port, link.context, server_name=opened.host),
-            ticket=bytes.fromhex(opened.ticket),
+            [self._outlet(link) for link in self._links],
             read=read,
             streams=self._options.streams or default_streams(),
             patience_s=self._options.link_patience_s,
             bytes_s=self._options.bandwidth_mib_s * (1 << 20),
+        )
+
+    def _outlet(self, link: TargetLink) -> Outlet:
+        opened, loop = link.opened, asyncio.get_running_loop()
+        assert opened is not None
+
+        def lost(error: TransportError) -> None:
+            loop.call_soon_threadsafe(self._lost, link, error)
+
+        address, port = link.way.to(link.host, opened.data_port)
+        return Outlet(
+            lambda _: tls.connect(address, port, link.context, server_name=opened.host),
+            bytes.fromhex(opened.ticket),
+            lost,
         )
 
     async def _watched_round(self) -> RoundStats:
@@ -244,3 +243,61 @@ class Copying:
         """Tell and report something that the user should know."""
         self._report.warn(message)
         self._observer.tell(progress.Warned(message))
+
+
+class Copying(Rounds):
+    """The same for one target, with the root file system."""
+
+    def __init__(
+        self,
+        facts: ContainerFacts,
+        options: Options,
+        link: TargetLink,
+        session: Path,
+        host: str,
+        observer: Observer,
+        report: ReportBuilder,
+        throttle: Throttle,
+    ) -> None:
+        super().__init__(facts, options, [link], session, host, observer, report, throttle)
+        self.rootfs = rootfs_source(facts, options, link, session, host)
+        self.final_rootfs: RootfsPassRun | None = None
+
+    async def copy_rootfs(self) -> None:
+        """A pass over the root file system while the container runs."""
+        self._observer.tell(told_pass(await self.rootfs.start(gated=False).wait()))
+
+    async def make_ready(self) -> None:
+        """Everything that can be done before the freeze, and then a last short round."""
+        self.final_rootfs = self.rootfs.start(gated=True)
+        # A break of the link is waited for within it.
+        deadline_s = config.PREPARE_DEADLINE_S + self._options.link_patience_s
+        await self.final_rootfs.wait_ready(deadline_s)
+        await self.last_round()
+
+    def abort(self) -> None:
+        """Make everything that is under way fail soon."""
+        super().abort()
+        self.rootfs.cancel()
+
+
+def rootfs_source(
+    facts: ContainerFacts, options: Options, link: TargetLink, work: Path, host: str
+) -> RootfsSource:
+    """The container's root file system on its way from `host` to one target; `work` is a directory
+    for that alone."""
+    return RootfsSource(
+        facts.container.rootfs,
+        work,
+        link.rootfs_channel,
+        host=host,
+        target=link.host,
+        patience_s=options.link_patience_s,
+        mib_s=options.bandwidth_mib_s,
+    )
+
+
+def told_pass(done: RootfsPass) -> progress.Phase:
+    """What is told of a pass over the root file system."""
+    detail = f"{progress.mib(done.bytes_sent)} sent in {done.duration_ms / 1000:.2f} s"
+    return progress.Phase("rootfs", detail)

@@ -97,7 +97,7 @@ def residents(
                     streams=default_streams(),
                     host=host,
                     paths=paths,
-                    target=targets[0],
+                    targets=(targets[0],),
                 )
         except PreflightRefused as error:
             why = "; ".join(message for _, message, _ in error.refusals)

@@ -71,7 +71,7 @@ async def dry_run(
         streams=options.streams or default_streams(),
         host=host,
         paths=paths,
-        target=options.target,
+        targets=(options.target,),
     )
     facts = checked.facts
     tracker = await asyncio.to_thread(tracking.choose, options, facts, host)

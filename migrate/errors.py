@@ -22,6 +22,8 @@ EXIT_REFUSED: Final = 2
 """Refused before anything was touched: wrong usage, or preflight found a blocker."""
 EXIT_IN_DOUBT: Final = 3
 """The container is held and this process cannot decide alone: its operator has to."""
+EXIT_PARTLY: Final = 4
+"""Some of the copies that were asked for run, and the others are not there."""
 
 
 def runs_on(host: str) -> str:
@@ -213,6 +215,12 @@ class InDoubt(MigrateError):
     """The source has committed and does not know whether the target runs the container."""
 
     exit_code = EXIT_IN_DOUBT
+
+
+class CopiesMissing(MigrateError):
+    """Not all of the copies that were asked for could be made."""
+
+    exit_code = EXIT_PARTLY
 
 
 class JournalError(MigrateError):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MS_NOSUID, _MS_NODEV = 2, 4
+_MS_BIND = 4096
 _MNT_DETACH = 2
 # The same on all architectures but alpha (include/uapi/asm-generic/unistd.h).
 _SYS_FSOPEN, _SYS_FSCONFIG = 430, 431
@@ -35,6 +36,14 @@ def mount_tmpfs(directory: Path, size_bytes: int) -> None:
     if _libc.mount(b"tmpfs", os.fsencode(directory), b"tmpfs", flags, options) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"mounting a tmpfs on {directory}: {os.strerror(code)}")
+
+
+def mount_again(directory: Path, on: Path) -> None:
+    """Have what is in `directory` in the directory `on` too; its file system stays until it is
+    unmounted from both. Raises OSError."""
+    if _libc.mount(os.fsencode(directory), os.fsencode(on), None, _MS_BIND, None) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mounting {directory} on {on}: {os.strerror(code)}")
 
 
 @cache

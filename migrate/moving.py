@@ -118,7 +118,7 @@ def carry_out(
     make: Callable[[progress.Observer], _Work[_ReportT]],
     telling: Telling,
     table: Callable[[_ReportT], Table],
-) -> None:
+) -> _ReportT:
     """Let a coordinator do its work, shown and reported as it is wanted. Raises MigrateError."""
     console = Console(stderr=telling.as_json)
     observer: progress.JsonLines | progress.Terminal
@@ -139,6 +139,7 @@ def carry_out(
         click.echo(msgspec.json.encode(report).decode())
     else:
         console.print(table(report))
+    return report
 
 
 async def _run(work: _Work[_ReportT]) -> _ReportT:

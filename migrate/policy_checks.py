@@ -63,11 +63,22 @@ _MIB: Final = 1 << 20
 
 
 class Load(NamedTuple):
-    """What one session that is under way has asked for."""
+    """What one session that is under way has asked for. sessions: 0 of one that shares another's
+    transfer."""
 
     host: str
     memory_bytes: int
     rootfs_bytes: int
+    sessions: int
+
+    @classmethod
+    def of(cls, host: str, request: OpenSession) -> Load:
+        """A copy that shares the page store of another one takes of memory what it writes."""
+        copy_of = request.copy_of
+        shares = bool(copy_of and copy_of.beside)
+        is_whole = not copy_of or not shares or copy_of.fill
+        memory_bytes = request.memory_bytes if is_whole else request.shared_bytes
+        return cls(host, memory_bytes, request.rootfs_bytes, 0 if shares else 1)
 
 
 def judge_send(policy: Policy, container: str, target: str) -> list[Refusal]:
@@ -176,12 +187,14 @@ def judge_tasks(policy: Policy, confinements: Confinements) -> list[Refusal]:
 def judge_quotas(policy: Policy, request: OpenSession, others: Sequence[Load]) -> list[Refusal]:
     """Whether it may come beside the sessions that are under way."""
     quotas = policy.receive.quotas
-    of_host = sum(1 for one in others if one.host == request.host)
-    memory_bytes = request.memory_bytes + sum(one.memory_bytes for one in others)
-    rootfs_bytes = request.rootfs_bytes + sum(one.rootfs_bytes for one in others)
+    loads = [Load.of(request.host, request), *others]
+    of_all = sum(one.sessions for one in loads)
+    of_host = sum(one.sessions for one in loads if one.host == request.host)
+    memory_bytes = sum(one.memory_bytes for one in loads)
+    rootfs_bytes = sum(one.rootfs_bytes for one in loads)
     asked: tuple[tuple[str, int, int | None, str], ...] = (
-        ("sessions", len(others) + 1, quotas.sessions, "sessions"),
-        ("sessions_per_host", of_host + 1, quotas.sessions_per_host, f"sessions of {request.host}"),
+        ("sessions", of_all, quotas.sessions, "sessions"),
+        ("sessions_per_host", of_host, quotas.sessions_per_host, f"sessions of {request.host}"),
         ("memory_mib", -(-memory_bytes // _MIB), quotas.memory_mib, "MiB of memory"),
         ("rootfs_mib", -(-rootfs_bytes // _MIB), quotas.rootfs_mib, "MiB of files"),
     )

@@ -89,12 +89,12 @@ def check_source(
     streams: int,
     host: str,
     paths: HostPaths,
-    target: str,
+    targets: Sequence[str],
     is_copied: bool = False,
 ) -> SourceCheck:
     """Look at the container and at this host. Blocking. Raises PreflightRefused, MigrateError.
 
-    is_copied: it is to stay, and a copy of it to run on the target.
+    is_copied: it is to stay, and copies of it to run on the targets.
     """
     rules = policy.load(paths.policy)
     # First, since without descriptors nothing else can be looked at.
@@ -102,9 +102,11 @@ def check_source(
     if refusals:
         raise PreflightRefused(refusals, host=host)
     container = runtime.inspect(name)
-    refusals = policy_checks.judge_send(rules, name, target)
-    if is_copied:
-        refusals += policy_checks.judge_clone(rules, name, target=target)
+    refusals = []
+    for target in targets:
+        refusals += policy_checks.judge_send(rules, name, target)
+        if is_copied:
+            refusals += policy_checks.judge_clone(rules, name, target=target)
     if is_copied and not runtime.can_copy:
         text = f"copies of {runtime.name}'s containers can't be made: they would share its cgroup"
         refusals.append(Refusal("runtime", text, "copy containers of runc"))
@@ -306,11 +308,18 @@ def judge_room(request: OpenSession, free_bytes: int, disk_bytes: int) -> list[R
     """Whether memory and disk suffice. Pure.
 
     Memory that CRIU itself restores is there twice for a while, in the images and in the tasks;
-    what the pager fills is given back as it goes.
+    what the pager fills is given back as it goes. Copies that come before this one by the same
+    transfer have not written their files yet.
     """
     refusals = []
-    twice = request.memory_bytes if request.restore == "eager" else request.shared_bytes
-    needed = request.memory_bytes + twice + MEMORY_RESERVE_BYTES
+    copy_of = request.copy_of
+    before = copy_of.number if copy_of else 0
+    memory_bytes = request.memory_bytes
+    if copy_of and copy_of.beside and not copy_of.fill:
+        # It shares what the first copy brings, and takes for itself what it will write.
+        memory_bytes = request.shared_bytes
+    twice = memory_bytes if request.restore == "eager" else request.shared_bytes
+    needed = memory_bytes + twice + MEMORY_RESERVE_BYTES
     if free_bytes < needed:
         refusals.append(
             Refusal(
@@ -319,12 +328,13 @@ def judge_room(request: OpenSession, free_bytes: int, disk_bytes: int) -> list[R
                 "free memory here, or choose another host",
             )
         )
-    if disk_bytes < request.rootfs_bytes + DISK_RESERVE_BYTES:
+    rootfs_bytes = (before + 1) * request.rootfs_bytes
+    if disk_bytes < rootfs_bytes + DISK_RESERVE_BYTES:
         refusals.append(
             Refusal(
                 "disk",
                 f"{disk_bytes >> 20} MiB of disk are free, the root file system takes"
-                f" {request.rootfs_bytes >> 20} MiB",
+                f" {rootfs_bytes >> 20} MiB",
                 "free disk space here, or choose another host",
             )
         )

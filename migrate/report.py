@@ -136,11 +136,13 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class CopyReport(msgspec.Struct, frozen=True):
-    """A copy of a container: its name, the host that it is for, and its own addresses."""
+    """A copy of a container: its name, the host that it is for, and its own addresses. error: why
+    there is none."""
 
     name: str
     host: str
     addresses: tuple[str, ...]
+    error: ErrorReport | None = None
 
 
 class CloneReport(msgspec.Struct, frozen=True):
@@ -151,6 +153,11 @@ class CloneReport(msgspec.Struct, frozen=True):
     copies: tuple[CopyReport, ...]
     pause_ms: float | None
     copying: Report
+
+
+def error_report(error: MigrateError) -> ErrorReport:
+    """What a report says of an error."""
+    return ErrorReport(error.message, error.host, error.phase, error.container_state, error.remedy)
 
 
 class ReportBuilder:
@@ -255,13 +262,7 @@ class ReportBuilder:
                 if self._clocks
                 else None
             ),
-            error=(
-                ErrorReport(
-                    error.message, error.host, error.phase, error.container_state, error.remedy
-                )
-                if error
-                else None
-            ),
+            error=error_report(error) if error else None,
             versions=dict(self._versions),
             images_bytes=self._images.bytes_raw if self._images else None,
             freeze_reason=self._decision.reason if self._decision else "",
@@ -328,7 +329,8 @@ def clone_table(report: CloneReport) -> Table:
     """The same for copies."""
     table = _table()
     for copy in report.copies:
-        table.add_row("copy", f"{copy.name} on {copy.host} {' '.join(copy.addresses)}".rstrip())
+        text = f"{copy.name} on {copy.host} {' '.join(copy.addresses)}".rstrip()
+        table.add_row("copy", f"none: {text}: {copy.error.message}" if copy.error else text)
     if report.pause_ms is not None:
         table.add_row("paused", f"the original stood still for {report.pause_ms:.0f} ms")
     for label, text in _summary(report.copying):

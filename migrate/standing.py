@@ -277,7 +277,8 @@ def _explain_target(view: _View) -> _Explained:
         return f"is frozen on {here}", stopped, remedy
     match view.state:
         case TargetState.RUNNING:
-            return runs_on(here), "the rest of its memory is brought in", ""
+            how = "what it needs" if view.migration.facts.get("on_demand") else "the rest"
+            return runs_on(here), f"{how} of its memory is brought in", ""
         case TargetState.COMMITTED if view.driver is None:
             why = f"{here} went down before it was known whether it had run here"
             return "", why, f"{view.recover} --force-target (it had) | --force-source (it had not)"

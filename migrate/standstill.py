@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from criu_glue.core.pagemap import PageRuns
-    from migrate.copying import Copying
+    from migrate.copying import Copying, Rounds
     from migrate.core.confinement import Confinements
     from migrate.core.manifest import SignedManifest
     from migrate.freezing import Freezing
@@ -147,12 +147,12 @@ def mapped_files(container: Container) -> list[str]:
     return [name for name in names if (container.rootfs / name).is_file()]
 
 
-def tell_written_by_criu(copying: Copying, stored: Mapping[int, PageRuns]) -> None:
+def tell_written_by_criu(rounds: Rounds, stored: Mapping[int, PageRuns]) -> None:
     """CRIU 4.2 leaves no page of a task out when a stack pointer of it lies at the begin of a page
     (`criu/mem.c: is_stack` compares the wrong bits): right, but slow."""
     written = sorted(task for task, runs in stored.items() if not len(runs))
     if written:
-        copying.warn(
+        rounds.warn(
             f"CRIU wrote all memory of the tasks {written} itself while the container stood"
             " still, which it does when a stack pointer lies at the begin of a page"
         )

@@ -64,7 +64,7 @@ class TargetLink:
     def __init__(self, host: str, port: int, paths: config.HostPaths, way: Way = DIRECT) -> None:
         self.host = host
         self.way = way
-        self._port = port
+        self.port = port
         self.identity = own_identity(paths)
         self._http: aiohttp.ClientSession | None = None
         self._control: aiohttp.ClientWebSocketResponse | None = None
@@ -254,7 +254,7 @@ class TargetLink:
         return self._http
 
     def _url(self, path: str) -> str:
-        return f"https://{self.host}:{self._port}{path}"
+        return f"https://{self.host}:{self.port}{path}"
 
     def _session_url(self, channel: str) -> str:
         assert self.opened is not None
@@ -265,7 +265,7 @@ class TargetLink:
         try:
             yield
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise unreachable(self.host, self._port, error, is_first=is_first) from error
+            raise unreachable(self.host, self.port, error, is_first=is_first) from error
 
 
 def unreachable(host: str, port: int, error: Exception, *, is_first: bool = False) -> Unreachable:

@@ -1,4 +1,4 @@
-"""What a coordinator has from its first act to its last: the journal, its claim, its attempt.
+"""What a coordinator has from its first act to its last: the journal, its claims, its attempts.
 
 Before it begins, what dead coordinators of this host have left is recovered. Errors of the packages
 below become MigrateErrors here.
@@ -7,7 +7,7 @@ below become MigrateErrors here.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from criu_glue.errors import CriuGlueError
 from migrate import config, recovery
@@ -48,12 +48,34 @@ def of_below(
             return DeadlineExceeded(f"{doing} took too long", host=host)
 
 
+class Entry:
+    """One migration in the journal of this host, which this process drives: its attempt, and a
+    ledger of its states."""
+
+    def __init__(
+        self, journal: JournalWriter, migration_id: str, attempt: int, host: str, claim: Claim
+    ) -> None:
+        self.migration_id = migration_id
+        self.attempt = attempt
+        self.host = host
+        self.ledger = Ledger(journal, migration_id, "source")
+        self._journal = journal
+        self._claim = claim
+
+    async def note(self, **facts: Any) -> None:
+        """Add to what is kept for a recovery. Raises JournalError."""
+        await self._journal.note(self.migration_id, "source", **facts)
+
+    def release(self) -> None:
+        """It is in nobody's hands any more."""
+        self._claim.release()
+
+
 class Undertaking:
     """See the module: `begin`, and `close` in any case. Until `begin` there is nothing."""
 
     journal: JournalWriter
-    ledger: Ledger
-    attempt: int
+    entry: Entry
 
     def __init__(
         self, migration_id: str, runtime: Runtime, paths: config.HostPaths, host: str
@@ -63,7 +85,17 @@ class Undertaking:
         self._paths = paths
         self._host = host
         self._opened: JournalWriter | None = None
-        self._claim: Claim | None = None
+        self._entries: list[Entry] = []
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of the migration that it was begun for."""
+        return self.entry.ledger
+
+    @property
+    def attempt(self) -> int:
+        """Of the same."""
+        return self.entry.attempt
 
     async def begin(self, container: str, target: str) -> None:
         """Raises JournalUnusable, UsageError where the container is in other hands, and what kept
@@ -80,24 +112,30 @@ class Undertaking:
         if self._opened is not None:
             await asyncio.to_thread(self._opened.close)
             self._opened = None
-        if self._claim is not None:
-            self._claim.release()
-            self._claim = None
+        while self._entries:
+            self._entries.pop().release()
 
-    async def _begin(self, container: str, target: str) -> None:
-        self._opened = self.journal = await asyncio.to_thread(JournalWriter, self._paths.journal)
-        self.ledger = Ledger(self.journal, self.migration_id, "source")
-        await self._settle_former(container)
-        self._claim = Claim.take(self._paths.claim(self.migration_id, "source"), "coordinator")
-        self.attempt = await self.journal.claim_attempt()
+    async def enter(self, migration_id: str, container: str, target: str) -> Entry:
+        """One more migration of the same undertaking. Raises JournalError, and MigrateError where
+        it can't be claimed."""
+        claim = Claim.take(self._paths.claim(migration_id, "source"), "coordinator")
+        attempt = await self.journal.claim_attempt()
+        entry = Entry(self.journal, migration_id, attempt, target, claim)
+        self._entries.append(entry)
         await self.journal.begin(
-            self.migration_id,
+            migration_id,
             "source",
-            attempt=self.attempt,
+            attempt=attempt,
             container=container,
             runtime=self._runtime.name,
             peer=target,
         )
+        return entry
+
+    async def _begin(self, container: str, target: str) -> None:
+        self._opened = self.journal = await asyncio.to_thread(JournalWriter, self._paths.journal)
+        await self._settle_former(container)
+        self.entry = await self.enter(self.migration_id, container, target)
 
     async def _settle_former(self, container: str) -> None:
         """Recover what dead coordinators of this host have left; refuse a second migration of the

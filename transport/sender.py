@@ -1,4 +1,5 @@
-"""The sending side of a transfer: rounds of pages, and files, over several streams.
+"""The sending side of a transfer: rounds of pages, and files, over several streams, to one or
+more targets.
 
 ::
 
@@ -35,15 +36,16 @@ from transport.core.frames import FRAME_PAGES_MAX, FRAME_RAW_BYTES_MAX, STREAMS_
 from transport.core.tables import encode_file
 from transport.core.transcript import Carried, StreamDigest
 from transport.errors import AbortedError, SourceFailedError, TransportError
-from transport.pace import Pace
-from transport.stream import REOPEN_PATIENCE_S, OutFrame, OutStream
+from transport.fan import Fan, Targets
+from transport.stream import REOPEN_PATIENCE_S
 from transport.worker import FileJob, Job, Ledger, PageJob, Progress, ReadPages, Runs, Worker
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
+
+    from transport.fan import Outlet
 
 STREAMS = 4
 """Enough to keep four cores busy and to fill a link with a long round trip."""
@@ -75,8 +77,8 @@ def default_streams() -> int:
 class PageSender:
     """Sends memory and files of one session. Calls are made one after another, from any thread.
 
-    `open_stream(index)` connects to the target, TLS done (`transport.tls.connect`); the sender
-    greets with `ticket` (32 bytes) itself. `read` is called from all threads (`ReadPages`).
+    `outlets`: the targets, which all get the same; one that can't go on is left out (`fan.py`).
+    `read` is called from all threads (`ReadPages`).
     `streams` is `default_streams()` unless given. A broken stream is tried to be reopened for
     `patience_s`. All streams together send at most `bytes_s` a second, TLS's own bytes excluded.
     After a TransportError the sender is finished: every later call raises.
@@ -84,9 +86,8 @@ class PageSender:
 
     def __init__(
         self,
-        open_stream: Callable[[int], ssl.SSLSocket],
+        outlets: Sequence[Outlet],
         *,
-        ticket: bytes,
         read: ReadPages,
         streams: int | None = None,
         table_bytes: int = TABLE_BYTES,
@@ -102,15 +103,13 @@ class PageSender:
         self._calls = threading.Lock()
         self._changed = threading.Condition()
         self._error: TransportError | None = None
-        self._stopped = threading.Event()
-        self._patience_s = patience_s
-        self._pace = Pace(bytes_s, self._stopped, clock)
+        self._targets = Targets(outlets, bytes_s, clock)
         self._number = 0
         self._workers = []
         self._mail: list[queue.SimpleQueue[_Call | None]] = []
         self._threads = []
         for index in range(streams):
-            make_stream = partial(self._make_stream, index, ticket, open_stream)
+            make_stream = partial(Fan, index, self._targets, patience_s=patience_s)
             worker = Worker(make_stream, read=read, ledger=self._ledger, encoder=Encoder())
             mail: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
             thread = threading.Thread(
@@ -209,6 +208,11 @@ class PageSender:
         with self._calls, self._ledger.lock:
             self._ledger.hashes.forget(task)
 
+    def leave_out(self, number: int) -> None:
+        """Send nothing more to outlet `number`, unless it is the last that is left. From any
+        thread."""
+        self._targets.lose(number, AbortedError("it was left out"))
+
     def abort(self) -> None:
         """Make the running call, and every later one, raise AbortedError soon. From any thread."""
         self._fail(AbortedError("the transfer was aborted"))
@@ -223,23 +227,6 @@ class PageSender:
             thread.join(JOIN_DEADLINE_S)
         if any(thread.is_alive() for thread in self._threads):
             raise TransportError("a thread of the transfer does not end: reading memory hangs")
-
-    def _make_stream(
-        self,
-        index: int,
-        ticket: bytes,
-        open_stream: Callable[[int], ssl.SSLSocket],
-        applied: Callable[[OutFrame], None],
-    ) -> OutStream:
-        return OutStream(
-            index,
-            ticket=ticket,
-            open_stream=open_stream,
-            stopped=self._stopped,
-            applied=applied,
-            pace=self._pace,
-            patience_s=self._patience_s,
-        )
 
     def _timed(self, jobs: Iterator[Job]) -> RoundStats:
         before, before_s = self.progress, self._clock()
@@ -274,9 +261,8 @@ class PageSender:
             if self._error is None:
                 self._error = error
             self._changed.notify_all()
-        self._stopped.set()
-        for worker, mail in zip(self._workers, self._mail, strict=True):
-            worker.stream.cut()
+        self._targets.stop()
+        for mail in self._mail:
             mail.put(None)
 
     def _run(self, worker: Worker, mail: queue.SimpleQueue[_Call | None]) -> None:

@@ -141,6 +141,11 @@ class OutStream:
         """How many were given to `send`, all of them in `digest`."""
         return self._outbox.next_sequence - 1
 
+    @property
+    def reopened(self) -> int:
+        """Connections that were replaced after a break."""
+        return max(self.opened - 1, 0)
+
     def ensure_open(self) -> None:
         """Open the stream if it is not, or was closed by the other side while it was idle."""
         if self._socket is not None and not self._outbox.pending and self._readable(self._socket):

@@ -32,13 +32,14 @@ from transport.core.frames import (
 from transport.core.tables import RunKind, encode_file, encode_runs
 from transport.core.transcript import Pieces, piece_digest
 from transport.errors import SourceFailedError
-from transport.stream import Delivery, OutFrame, OutStream
+from transport.stream import Delivery, OutFrame
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transport.codec import Encoder
     from transport.core.dedup import PageHashes
+    from transport.fan import Fan
 
 Runs: TypeAlias = npt.NDArray[np.uint64]
 ReadPages: TypeAlias = Callable[[int, Runs, memoryview], npt.NDArray[np.bool_]]
@@ -147,11 +148,11 @@ class FrameBuffer:
 
 
 class Worker:
-    """One thread's part of a sender. Others may call `progress` and `stream.cut` only."""
+    """One thread's part of a sender. Others may call `progress` only."""
 
     def __init__(
         self,
-        make_stream: Callable[[Callable[[OutFrame], None]], OutStream],
+        make_stream: Callable[[Callable[[OutFrame], None]], Fan],
         *,
         read: ReadPages,
         ledger: Ledger,
@@ -176,7 +177,7 @@ class Worker:
             vanished_pages=counts.vanished_pages,
             bytes_raw=counts.bytes_raw,
             bytes_sent=stream.bytes_sent,
-            reopened=max(stream.opened - 1, 0),
+            reopened=stream.reopened,
         )
 
     def carry(self, number: int, job: Job) -> None:

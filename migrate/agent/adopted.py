@@ -87,7 +87,7 @@ class AdoptedRestoring:
             return None
         self._pager = await PagerProcess.adopt(self.plan.work_dir)
         on_lost = partial(stop_on_zeros, self.plan, self._runtime)
-        return await self._pager.wait_filled(config.FILL_DEADLINE_S, on_lost=on_lost)
+        return await self._pager.wait_filled(self.plan.fill_deadline_s, on_lost=on_lost)
 
     async def abort(self) -> None:
         """Nothing restored remains, neither do the processes that did it."""

@@ -236,8 +236,9 @@ class Agent:
         """Why the container can't come or may not. Blocking."""
         rules = self._policy.current()
         others = [
-            policy_checks.Load(one.peer, one.request.memory_bytes, one.request.rootfs_bytes)
+            policy_checks.Load.of(one.peer, one.request)
             for one in self._sessions.live()
+            if not one.is_on_demand
         ]
         return [
             *policy_checks.judge_quotas(rules, message, others),

@@ -68,12 +68,17 @@ class PagerProcess:
         self._alive = pager_watch.open_alive(work_dir)
 
     @classmethod
-    async def start(cls, work_dir: Path, store_dir: Path, image_dir: Path) -> Self:
-        """Start the pager of one restore; returns when CRIU may be started. Raises RestoreFailed,
-        and TimeoutError after PREPARE_DEADLINE_S."""
+    async def start(
+        cls, work_dir: Path, store_dir: Path, image_dir: Path, *, on_demand: bool = False
+    ) -> Self:
+        """Start the pager of one restore; returns when CRIU may be started. on_demand: it is to
+        bring what is needed and nothing else. Raises RestoreFailed, and TimeoutError after
+        PREPARE_DEADLINE_S."""
         with (work_dir / "pager.log").open("wb") as log:
             process = Outliving(
-                pager.command(work=work_dir, images=image_dir, store=store_dir),
+                pager.command(
+                    work=work_dir, images=image_dir, store=store_dir, on_demand=on_demand
+                ),
                 env={**os.environ, "PYTHONPATH": str(SOURCE)},
                 stdout=log.fileno(),
                 stderr=log.fileno(),
@@ -99,7 +104,7 @@ class PagerProcess:
 
     async def wait_filled(
         self,
-        deadline_s: float,
+        deadline_s: float | None,
         on_progress: Callable[[int, int], None] = lambda *_: None,
         on_lost: Callable[[int], Awaitable[None]] = _nobody_asks,
     ) -> FillResult:

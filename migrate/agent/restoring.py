@@ -75,7 +75,8 @@ class RestorePlan:
     """What is restored and where: all paths are the agent's own, none came from the wire.
 
     root_group: which group of the host is root's in the container's user namespace, if it has one.
-    renaming: of a copy, whose original runs on.
+    renaming: of a copy, whose original runs on. fill: whether all of a lazy restore's memory is
+    brought in, needed or not.
     """
 
     container: str
@@ -85,6 +86,7 @@ class RestorePlan:
     ports: tuple[Port, ...]
     root_group: int | None
     renaming: Renaming | None = None
+    fill: bool = True
 
     @property
     def image_dir(self) -> Path:
@@ -100,6 +102,11 @@ class RestorePlan:
     def work_dir(self) -> Path:
         """Logs, sockets and the programs of the hold."""
         return self.session / "work"
+
+    @property
+    def fill_deadline_s(self) -> float | None:
+        """For the last page to come; without a fill it may never be needed."""
+        return config.FILL_DEADLINE_S if self.fill else None
 
     @property
     def confinement(self) -> Path:
@@ -165,7 +172,9 @@ class Restoring:
             ),
         )
         if plan.lazy:
-            self._pager = await PagerProcess.start(plan.work_dir, plan.memory_dir, plan.image_dir)
+            self._pager = await PagerProcess.start(
+                plan.work_dir, plan.memory_dir, plan.image_dir, on_demand=not plan.fill
+            )
         command = self._runtime.restore_command(
             plan.container, plan.bundle, plan.image_dir, plan.work_dir, lazy=plan.lazy
         )
@@ -340,7 +349,7 @@ class Restoring:
         if self._pager is None:
             return None
         on_lost = partial(stop_on_zeros, self.plan, self._runtime)
-        return await self._pager.wait_filled(config.FILL_DEADLINE_S, on_lost=on_lost)
+        return await self._pager.wait_filled(self.plan.fill_deadline_s, on_lost=on_lost)
 
     async def abort(self) -> None:
         """Undo all of it: nothing restored remains, neither do the processes that did it."""

@@ -31,6 +31,7 @@ from migrate.agent.copy_hook import first_task
 from migrate.agent.ending import end_unheard
 from migrate.agent.pager_process import PagerLost
 from migrate.agent.restoring import CopyRefused, Renaming, RestorePlan, Restoring
+from migrate.agent.shared_workspace import SharedWorkspace
 from migrate.agent.ticket import Ticket
 from migrate.agent.workspace import Workspace
 from migrate.announce import Announcer
@@ -87,7 +88,9 @@ class Session:
         journal: JournalWriter,
         data: Front,
         ticket: Ticket,
+        first: Session | None = None,
     ) -> None:
+        """`first`: whose transfer brings this copy too."""
         self.request = request
         self.peer = peer
         self.ticket = ticket
@@ -97,7 +100,9 @@ class Session:
         self._journal = journal
         self._ledger = Ledger(journal, request.migration_id, "target")
         self._data = data
-        self.workspace = Workspace(request, paths)
+        self.workspace: Workspace = (
+            SharedWorkspace(request, paths, first.workspace) if first else Workspace(request, paths)
+        )
         self.passes = Passes(self.workspace.rootfs, self.workspace.work_dir)
         self._network: network.NetworkHandle | None = None
         self._announcer: Announcer | None = None
@@ -117,7 +122,7 @@ class Session:
         self._entered_one = asyncio.Event()
         self._descriptors: tuple[str, str, str] | None = None
         self._restore: messages.Restore | None = None
-        self.is_receiving = True
+        self.is_receiving = first is None
         self._marks: dict[str, int] = {}
         self._fill: messages.FillDone | None = None
         self._error: messages.WireError | None = None
@@ -286,6 +291,7 @@ class Session:
             "target",
             network=msgspec.to_builtins(planned),
             made_bundle=True,
+            on_demand=not self._fills,
         )
         await asyncio.to_thread(network.recreate, identity, planned)
         self._network = planned
@@ -306,6 +312,7 @@ class Session:
 
     async def _prepare(self) -> E:
         assert self._descriptors is not None
+        self.workspace.check_in_time()
         plan = self._restore_plan()
         orphaned = holder.command(
             self._paths, self.request.migration_id, "target", plan.work_dir / "hold"
@@ -351,6 +358,7 @@ class Session:
             ports=self._network.ports,
             root_group=host_root(self._spec, "gidMappings"),
             renaming=self._renaming(),
+            fill=self._fills,
         )
 
     @property
@@ -358,6 +366,15 @@ class Session:
         group = self._runtime.restored_cgroup(self.workspace.bundle, self.request.container)
         assert group is not None
         return group
+
+    @property
+    def _fills(self) -> bool:
+        return not self.request.copy_of or self.request.copy_of.fill
+
+    @property
+    def is_on_demand(self) -> bool:
+        """Whether all that is left to do is to bring memory that may never be needed."""
+        return self.driver.state is S.RUNNING and not self._fills
 
     def _renaming(self) -> Renaming | None:
         if not (copy_of := self.request.copy_of):

@@ -112,6 +112,7 @@ class Sessions:
             journal=self._journal,
             data=self.data,
             ticket=ticket,
+            first=self._first_of(message, peer),
         )
         task = self._launch(session, session.run)
         either: set[asyncio.Future[Any]] = {session.ready, task}
@@ -121,6 +122,18 @@ class Sessions:
             raise failure
         if failure is not None or not session.ready.done():
             raise MigrateError(f"the session could not be started: {failure!r}")
+
+    def _first_of(self, message: messages.OpenSession, peer: str) -> Session | None:
+        """The session whose transfer brings this copy too, if another one's does. MigrateError."""
+        if not message.copy_of or not message.copy_of.beside:
+            return None
+        first = self.find(message.copy_of.beside, peer)
+        copy_of = first.request.copy_of if first else None
+        if not first or not copy_of or copy_of.beside or not first.is_receiving:
+            raise MigrateError("there is no transfer for this copy to share any more")
+        if copy_of.container != message.copy_of.container:
+            raise MigrateError(f"that transfer is of {copy_of.container}")
+        return first
 
     async def adopt_former(self) -> None:
         """Go on with what an agent before this one was at, and remove what it has left."""

@@ -2,6 +2,7 @@
 
 RUN/sessions/ID.target/        a tmpfs of its own: only this container's memory can fill it
     img/  mem/  work/          this process's alone
+    pristine/                  of a copy: the images as they arrived, for `shared_workspace.py`
     lent/{img,mem,kept}/       the agent's front writes there what arrives, until `take_over`
 STATE/containers/NAME/         config.json and rootfs/: stays when the migration succeeds
 """
@@ -22,6 +23,7 @@ from migrate.agent.lending import LendingError, LentDirectory
 from migrate.core import messages
 from migrate.errors import MigrateError, ProtocolError, remedy_of
 from migrate.mounts import mount_tmpfs, unmount
+from migrate.runtimes.command import DESCRIPTORS_NAME
 from migrate.runtimes.oci import has_user_namespace
 from transport import ledger
 
@@ -51,6 +53,8 @@ class Workspace:
         self._request = request
         self.quota_bytes = int(request.memory_bytes * (1 + GROWTH)) + config.SESSION_RESERVE_BYTES
         self._store: PageStore | None = None
+        # What the streams have carried; None until it is taken over.
+        self.carried: Carried | None = None
         self._lent: tuple[LentDirectory, ...] = ()
         self._made_session = False
         self._made_bundle = False
@@ -69,6 +73,11 @@ class Workspace:
     def memory_dir(self) -> Path:
         """The page store's."""
         return self.session / "mem"
+
+    @property
+    def pristine_dir(self) -> Path:
+        """The images of a copy, as they arrived."""
+        return self.session / "pristine"
 
     @property
     def _kept_dir(self) -> Path:
@@ -105,11 +114,8 @@ class Workspace:
             mount_tmpfs(self.session, self.quota_bytes)
             self.work_dir.mkdir(mode=0o700)
             (self.session / REQUEST_NAME).write_bytes(messages.encode(self._request))
-            for directory in (self.image_dir, self.memory_dir, self._kept_dir, self._lending_dir):
-                directory.mkdir(mode=0o700)
-            for name in ("mem", "img", "kept"):
-                lent = LentDirectory(self._lending_dir / name, front_user())
-                self._lent = (*self._lent, lent)
+            self.image_dir.mkdir(mode=0o700)
+            self._make_receiving()
             self.bundle.parent.mkdir(parents=True, exist_ok=True)
             self.bundle.mkdir(mode=0o700)
             self._made_bundle = True
@@ -122,6 +128,17 @@ class Workspace:
                 f"the session's directories can't be made: {error}",
                 remedy=remedy_of(cause) if isinstance(cause, OSError) else "",
             ) from error
+
+    def _make_receiving(self) -> None:
+        """Where memory comes to, and where from."""
+        for directory in (self.memory_dir, self._kept_dir, self._lending_dir):
+            directory.mkdir(mode=0o700)
+        for name in ("mem", "img", "kept"):
+            lent = LentDirectory(self._lending_dir / name, front_user())
+            self._lent = (*self._lent, lent)
+
+    def check_in_time(self) -> None:
+        """Whether the restore may be prepared still."""
 
     def lend(self) -> list[int]:
         """The directories that what arrives is written into, as descriptors for whoever writes:
@@ -147,7 +164,17 @@ class Workspace:
         images.inherit(self.image_dir, is_image_name, FILES_MAX)
         kept.inherit(self._kept_dir, ledger.FILES.__contains__, len(ledger.FILES))
         self._store = PageStore(self.memory_dir, quota_bytes=self.quota_bytes)
-        return ledger.carried_in(self._kept_dir)
+        if self._request.copy_of:
+            self._keep_pristine()
+        self.carried = ledger.carried_in(self._kept_dir)
+        return self.carried
+
+    def _keep_pristine(self) -> None:
+        """By other names: whoever changes an image replaces it (`criu_glue/images.py`)."""
+        self.pristine_dir.mkdir(mode=0o700)
+        for path in self.image_dir.iterdir():
+            if path.name != DESCRIPTORS_NAME:
+                os.link(path, self.pristine_dir / path.name)
 
     def wipe_session(self) -> None:
         """Give back the memory: the images and the page store. Idempotent; blocking."""
@@ -157,6 +184,9 @@ class Workspace:
             self._store.close()
             self._store = None
         if self._made_session:
+            # Copies that share the page store keep this file system.
+            for directory in (self.image_dir, self.pristine_dir):
+                shutil.rmtree(directory, ignore_errors=True)
             unmount(self.session)
             shutil.rmtree(self.session, ignore_errors=True)
 

@@ -1,9 +1,9 @@
-"""`migrate clone`: a copy of a running container, memory and all, on another host or beside it."""
+"""`migrate clone`: copies of a running container, memory and all, on other hosts or beside it."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
+import socket
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import click
 
 from migrate import config
 from migrate.commands.copied_how import copied_how, host_and_port
-from migrate.errors import UsageError
+from migrate.errors import CopiesMissing, UsageError, runs_on
 from migrate.logs import log_to_stderr
 from migrate.options import Options
 from migrate.report import clone_table
@@ -21,24 +21,40 @@ from migrate.runtimes.base import validate_name
 
 if TYPE_CHECKING:
     from migrate.core.messages import CopySignal
-    from migrate.network_identity import IP
 
 
 @click.command()
 @click.argument("name")
-@click.option("--to", "target", required=True, metavar="HOST", help="Where the copy is to run.")
+@click.option(
+    "--to",
+    "targets",
+    required=True,
+    metavar="HOST[,HOST…]",
+    help="Where the copies are to run, by turns; this host's own name: beside the original.",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(1),
+    help="How many copies, of all hosts together; one on each if not given.",
+)
 @click.option(
     "--name",
-    "copy_name",
+    "pattern",
     metavar="NAME",
-    help="Of the copy, also its host name; NAME-1 if not given.",
+    help="Of the copy, also its host name. {n} stands for its number; NAME-{n} if not given.",
 )
 @click.option(
     "--ip",
     "addresses",
     multiple=True,
-    metavar="ADDRESS",
-    help="The copy's own, in place of the container's of that family, whose prefix it gets.",
+    metavar="ADDRESS|FIRST-LAST",
+    help="The copies' own, in place of the container's of that family, whose prefix they get.",
+)
+@click.option(
+    "--fill/--no-fill",
+    default=None,
+    help="Whether all memory is brought in, or what a copy needs when it needs it; by default that"
+    " of a copy that is alone on its host.",
 )
 @click.option(
     "--hook",
@@ -60,9 +76,11 @@ if TYPE_CHECKING:
 )
 def clone(
     name: str,
-    target: str,
-    copy_name: str | None,
+    targets: str,
+    count: int | None,
+    pattern: str | None,
     addresses: tuple[str, ...],
+    fill: bool | None,
     hook: str,
     copy_signal: CopySignal | None,
     runtime: str,
@@ -70,40 +88,36 @@ def clone(
     report_path: Path | None,
     **asked: Any,
 ) -> None:
-    """Make a copy of the container NAME, which runs on, on another host or beside it.
+    """Make copies of the container NAME, which runs on, on other hosts or beside it.
 
-    The container stands still for a moment and keeps its connections. The copy goes on from that
+    The container stands still for a moment and keeps its connections. A copy goes on from that
     moment under a name and addresses of its own; its connections are closed, its listening sockets
     listen. What no copy can have of its own are secrets that the original has in its memory.
+
+    Exit code 4: some of the copies run, and the others are not there.
     """
-    from migrate.cloning import Cloning, Wanted
+    from migrate.cloning import Cloning
+    from migrate.copies_wanted import NUMBER, Alike, wanted_copies
     from migrate.moving import Telling, carry_out, new_migration_id
 
     if report_path is not None and not report_path.parent.is_dir():
         raise click.BadParameter(f"{report_path.parent} is no directory", param_hint="--report")
-    if "," in target or "@" in target:
-        raise UsageError(
-            f"no copy can be made on {target}: it has to be one host of the fleet",
-            remedy="make one copy after the other",
-        )
+    if "@" in targets:
+        raise UsageError(f"no copy can be made on {targets}: they have to be hosts of the fleet")
+    hosts = [host_and_port(one) for one in targets.split(",")]
+    wanted = wanted_copies(hosts, count, pattern or f"{name}-{NUMBER}", addresses)
     log_to_stderr(logging.WARNING)
     driver = known.having(name) if runtime == "auto" else known.drivers()[runtime]
-    host, port = host_and_port(target)
-    options = Options(validate_name(name), host, port, **asked)
-    wanted = Wanted(
-        validate_name(copy_name or f"{name}-1"),
-        tuple(map(_address, addresses)),
-        validate_name(hook) if hook else "",
-        copy_signal,
-    )
+    alike = Alike(fill, validate_name(hook) if hook else "", copy_signal)
+    options = Options(validate_name(name), ",".join(host for host, _ in hosts), **asked)
     make = partial(
-        Cloning, options, wanted, driver, config.HostPaths(), migration_id=new_migration_id()
+        Cloning, options, wanted, alike, driver, config.HostPaths(), migration_id=new_migration_id()
     )
-    carry_out(make, Telling(False, as_json, report_path), clone_table)
-
-
-def _address(text: str) -> IP:
-    try:
-        return ipaddress.ip_address(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--ip") from error
+    report = carry_out(make, Telling(False, as_json, report_path), clone_table)
+    missing = [copy.name for copy in report.copies if copy.error]
+    if missing:
+        raise CopiesMissing(
+            f"{len(missing)} of {len(report.copies)} copies were not made: {', '.join(missing)}",
+            container_state=runs_on(socket.gethostname()),
+            remedy="the warnings say why; the other copies run",
+        )

@@ -53,6 +53,8 @@ MAX_LABELS: Final = 16
 """Of a security module, on the tasks of one container. Most have one."""
 MAX_MARKS: Final = 64
 MAX_RENAMED: Final = 16
+MAX_COPIES: Final = 64
+"""Of one transfer, on one host."""
 MAX_REFUSALS: Final = 64
 MAX_BYTES: Final = 1 << 50
 """1 PiB: no memory or file system is larger, and sums of a thousand of them fit 64 bits."""
@@ -143,12 +145,18 @@ CopySignal: TypeAlias = Literal["HUP", "USR1", "USR2"]
 class CopyOf(Part, frozen=True):
     """What a container is a copy of, which runs on. renamed: (the original's address, the copy's),
     of sockets that are bound to one. hook: of the target's own programs, those that the copy meets
-    before its first instruction. signal: what its first task is sent when it runs."""
+    before its first instruction. signal: what its first task is sent when it runs. beside: the
+    session, of the same source, in which another copy comes to the same host: nothing is sent for
+    this one, it has what that one has received. number: how many such copies come before this one.
+    fill: whether all of its memory is to be brought in; otherwise what it needs, when it does."""
 
     container: ContainerName
     renamed: Annotated[tuple[tuple[IpText, IpText], ...], Meta(max_length=MAX_RENAMED)]
     hook: Code | msgspec.UnsetType = msgspec.UNSET
     signal: CopySignal | msgspec.UnsetType = msgspec.UNSET
+    beside: MigrationId | msgspec.UnsetType = msgspec.UNSET
+    number: Annotated[int, Meta(ge=0, le=MAX_COPIES)] = 0
+    fill: bool = True
 
 
 # --- source to target ---

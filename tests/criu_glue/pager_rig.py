@@ -89,12 +89,12 @@ class Task:
 class Restore:
     """One restore: images and store in a directory, a pager process, CRIU played by the test."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, store: Path | None = None) -> None:
         self.work = directory / "work"
         self.images = directory / "img"
         for path in (self.work, self.images):
             path.mkdir()
-        self.store = PageStore(directory / "mem", quota_bytes=1 << 30)
+        self.store = PageStore(store or directory / "mem", quota_bytes=1 << 30)
         self.tasks: list[Task] = []
         self.process: subprocess.Popen[bytes] | None = None
         self._criu: socket.socket | None = None
@@ -123,9 +123,10 @@ class Restore:
         vmas = [(page * PAGE_BYTES, pages) for page, pages in mapped or lazy]
         write_task(self.images, number, entries, vmas)
 
-    def start_pager(self) -> None:
+    def start_pager(self, *, on_demand: bool = False) -> None:
+        where = self.store.directory
         self.process = subprocess.Popen(
-            pager.command(work=self.work, images=self.images, store=self.store.directory),
+            pager.command(work=self.work, images=self.images, store=where, on_demand=on_demand),
             env={**os.environ, "PYTHONPATH": str(PROJECT)},
         )
         self.wait_for(Phase.LISTENING)
@@ -280,10 +281,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def new_restore() -> Iterator[Restore]:
-    """A restore in a directory on a tmpfs; everything ends with it."""
+def new_restore(store: Path | None = None) -> Iterator[Restore]:
+    """A restore in a directory on a tmpfs; everything ends with it, but another one's store."""
     directory = Path(tempfile.mkdtemp(prefix="pager-", dir="/dev/shm"))
-    restore = Restore(directory)
+    restore = Restore(directory, store)
     try:
         yield restore
     finally:

@@ -57,6 +57,36 @@ def test_what_is_filled_leaves_the_store(restore: Restore) -> None:
     assert restore.store.stored_bytes() == 0
 
 
+def test_copies_are_filled_from_one_store_as_they_need_it(restore: Restore) -> None:
+    """It stays whole as long as another one fills from it, whoever of whose pager dies meanwhile;
+    the last one gives it back as ever."""
+    pages, whole_bytes = 2048, 2048 * PAGE_BYTES
+    with new_restore(restore.store.directory) as beside:
+        restore.has_task(5, [(BASE_PAGE, pages)])
+        beside.has_task(5, [(BASE_PAGE, pages)], content=False)
+        tasks = []
+        for one in (restore, beside):
+            one.start_pager(on_demand=True)
+        for one in (restore, beside):
+            one.connect()
+            tasks.append(one.announce(5, pages=pages))
+            one.finish()
+            one.wait_for(Phase.FILLING)
+        first, second = tasks
+        assert first.do(["walk_down", BASE, 16, BASE_PAGE]) == [[]]
+        restore.kill_worker()
+        assert first.do(["resident", BASE, pages])[0] < pages
+        assert second.do(["resident", BASE, pages]) == [0]
+        os.kill(restore.worker_pid(), signal.SIGUSR1)
+        restore.wait_until_done()
+        assert first.do(["resident", BASE, pages]) == [pages]
+        assert first.do(["wrong", BASE, pages, BASE_PAGE]) == [[]]
+        assert restore.store.stored_bytes() == whole_bytes
+        assert second.do(["wrong", BASE, pages, BASE_PAGE]) == [[]]
+        beside.wait_until_done()
+        assert restore.store.stored_bytes() == 0
+
+
 def test_zeros_take_no_memory(restore: Restore) -> None:
     """Holes of the store, zeros that it holds, and memory that was never lazy."""
     restore.has_task(5, [(BASE_PAGE, 64), (BASE_PAGE + 128, 64)], [(BASE_PAGE, 256)], content=False)

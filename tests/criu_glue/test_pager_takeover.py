@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from criu_glue import pager_watch
+from criu_glue import pager_watch, store_users
 from criu_glue.core.fill_journal import Kind
 from criu_glue.core.pagemap import PAGE_BYTES
 from criu_glue.lazy_pages_socket import RESTORE_FINISHED, listen
@@ -36,7 +36,8 @@ class Takeover:
         restore.connect()
         self.connection = self.listener.accept()[0].detach()
         alive = os.open(pager_watch.make_alive(restore.work), os.O_RDWR | os.O_NONBLOCK)
-        self._descriptors = [alive, *os.pipe()]
+        users = store_users.use(restore.store.directory)
+        self._descriptors = [alive, *os.pipe(), users]
         self.pair = Pair(
             images=restore.images,
             store=restore.store.directory,
@@ -47,6 +48,8 @@ class Takeover:
             signals=self._descriptors[1],
             # The test plays CRIU in this process too; its end of the connection is not the pager's.
             common=frozenset(descriptors()) - {self.connection},
+            users=users,
+            on_demand=False,
         )
         self.pager: Pager | None = None
 

@@ -16,6 +16,7 @@ from tests.migrate.test_front import SOURCE, TARGET, Directories, Rig
 from tests.transport.transfer_parts import DEADLINE_S, Memory
 from transport import tls
 from transport.core.frames import Hello
+from transport.fan import Outlet
 from transport.identity import HostIdentity, IdentityPaths, Peer
 from transport.sender import PageSender
 
@@ -104,7 +105,7 @@ class Scene:
         def opened(_index: int) -> ssl.SSLSocket:
             return tls.connect(ADDRESS, self.ports[1], context, server_name=TARGET)
 
-        with PageSender(opened, ticket=ticket, read=memory.read, streams=2) as sender:
+        with PageSender([Outlet(opened, ticket)], read=memory.read, streams=2) as sender:
             sender.send_round(1, [(1, memory.runs)])
         assert self.rig.sessions[ticket].memory(memory, 1) == memory.content.tobytes()
         assert self.process.is_running()

@@ -53,9 +53,13 @@ def test_a_copy_goes_on_beside_its_original(agents: Lab) -> None:
         assert done.code == 0, done.stderr or done.stdout
         report = done.report
         assert report is not None
-        assert report["copies"] == [{"name": COPY, "host": "B", "addresses": [IP, IP6]}]
+        assert report["copies"] == [
+            {"name": COPY, "host": "B", "addresses": [IP, IP6], "error": None}
+        ]
         assert report["pause_ms"] > 0
-        assert (report["copying"]["outcome"], report["copying"]["warnings"]) == ("done", [])
+        assert report["copying"]["outcome"] == "done"
+        # By chance a stack pointer lies at the begin of a page.
+        assert all("stack pointer" in text for text in report["copying"]["warnings"])
         # Everything at first, then only what was written.
         first, *later = (one["pages"] for one in report["copying"]["rounds"])
         assert later

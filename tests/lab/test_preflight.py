@@ -30,7 +30,8 @@ from migrate.errors import PreflightRefused
 from migrate.runtimes.runc import Runc
 try:
     checked = preflight.check_source(
-        Runc(), "pf1", given, restore="lazy", streams=4, host="A", paths=HostPaths(), target="B"
+        Runc(), "pf1", given, restore="lazy", streams=4, host="A", paths=HostPaths(),
+        targets=["B"],
     )
     request = checked.facts.open_session(
         migration_id="m1", attempt=1, host="A", streams=4, restore="lazy", dry_run=True)

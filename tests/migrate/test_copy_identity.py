@@ -65,7 +65,7 @@ def test_a_copy_has_what_is_its_own_and_keeps_the_rest() -> None:
     assert [one.source for one in copy.network.routes] == ["10.0.0.9", "fd00::9"]
     assert copy.network.hostname == "sheep"
     assert copy.renamed == (("10.0.0.5", "10.0.0.9"), ("fd00::5", "fd00::9"))
-    assert left_out(ORIGINAL, copy) == []
+    assert left_out(ORIGINAL, [copy]) == []
     assert (copy.network.neighbours, copy.network.ports) == (ORIGINAL.neighbours, ORIGINAL.ports)
 
 
@@ -73,7 +73,7 @@ def test_an_address_that_it_is_given_none_for_is_left_out_with_its_routes() -> N
     copy = identity_of(ORIGINAL, "sheep", [IP4])
     validate(copy.network)
     assert [one.family for one in copy.network.routes] == ["inet"]
-    assert left_out(ORIGINAL, copy) == ["fd00::5"]
+    assert left_out(ORIGINAL, [copy]) == ["fd00::5"]
 
 
 @pytest.mark.parametrize(

@@ -81,11 +81,12 @@ def test_exit_codes() -> None:
         if isinstance(kind, type) and issubclass(kind, MigrateError)
     ]
     by_code = {
-        code: {kind.__name__ for kind in kinds if kind.exit_code == code} for code in (1, 2, 3)
+        code: {kind.__name__ for kind in kinds if kind.exit_code == code} for code in (1, 2, 3, 4)
     }
     assert by_code[2] == {"UsageError", "PreflightRefused", "SessionRefused", "JournalUnusable"}
     assert by_code[3] == {"InDoubt", "RollbackFailed"}
-    assert len(by_code[1]) == len(kinds) - 6
+    assert by_code[4] == {"CopiesMissing"}
+    assert len(by_code[1]) == len(kinds) - 7
     assert all(kind.__doc__ for kind in kinds)
 
 

@@ -32,6 +32,7 @@ from transport import tls
 from transport.core.frames import Hello
 from transport.core.transcript import Carried
 from transport.errors import StreamRefusedError
+from transport.fan import Outlet
 from transport.identity import HostIdentity, IdentityPaths, Peer
 from transport.ledger import carried_in
 from transport.sender import PageSender
@@ -110,7 +111,7 @@ class Rig:
         def open_stream(_: int) -> ssl.SSLSocket:
             return tls.connect("127.0.0.1", at, context, server_name=TARGET)
 
-        return PageSender(open_stream, ticket=TICKET, read=read or memory.read, streams=2)
+        return PageSender([Outlet(open_stream, TICKET)], read=read or memory.read, streams=2)
 
 
 @pytest.fixture

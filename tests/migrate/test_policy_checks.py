@@ -260,11 +260,27 @@ def test_what_may_leave() -> None:
     ],
 )
 def test_quotas(quotas: str, said: list[str]) -> None:
-    others = [Load("alpha.example", 100 * MIB, 10 * MIB), Load("beta", 100 * MIB, 10 * MIB)]
+    others = [Load("alpha.example", 100 * MIB, 10 * MIB, 1), Load("beta", 100 * MIB, 10 * MIB, 1)]
     policy = parse(f"[receive.quotas]\n{quotas}")
     found = judge_quotas(policy, REQUEST, others)
     assert [one.code for one in found] == ["quota"] * len(said)
     assert all(text in one.message for text, one in zip(said, found, strict=True))
+
+
+def test_a_copy_that_shares_a_transfer_counts_as_what_it_takes() -> None:
+    first = msgspec.structs.replace(REQUEST, copy_of=CopyOf("ram", (), fill=False))
+    shares = CopyOf("ram", (), beside="m0", number=1, fill=False)
+    beside = msgspec.structs.replace(REQUEST, copy_of=shares)
+    filled = msgspec.structs.replace(REQUEST, copy_of=msgspec.structs.replace(shares, fill=True))
+    whole = (REQUEST.memory_bytes, REQUEST.rootfs_bytes)
+    assert Load.of("alpha", REQUEST) == ("alpha", *whole, 1)
+    assert Load.of("alpha", first) == ("alpha", *whole, 1)
+    assert Load.of("alpha", filled) == ("alpha", *whole, 0)
+    assert Load.of("alpha", beside) == ("alpha", REQUEST.shared_bytes, REQUEST.rootfs_bytes, 0)
+    policy = parse("[receive.quotas]\nsessions_per_host = 1")
+    others = [Load.of(REQUEST.host, first)] + 9 * [Load.of(REQUEST.host, beside)]
+    assert judge_quotas(policy, beside, others) == []
+    assert len(judge_quotas(policy, REQUEST, others)) == 1
 
 
 @pytest.mark.parametrize("broken", [None, 7, "x", [7], [{}], {"devices": 7}, {"devices": [7]}])

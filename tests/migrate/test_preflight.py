@@ -95,6 +95,17 @@ def test_disk() -> None:
     assert codes(judge_room(request(), 0, 0)) == ["memory", "disk"]
 
 
+def test_a_copy_that_shares_a_transfer_needs_room_for_what_it_takes() -> None:
+    """Its files, and those of the copies before it, which have not written theirs yet."""
+    copy_of = messages.CopyOf("ram", (), beside="m0", number=2, fill=False)
+    memory = 2 * 64 * MIB + MEMORY_RESERVE_BYTES
+    disk = 3 * 100 * MIB + DISK_RESERVE_BYTES
+    assert judge_room(request(copy_of=copy_of), memory, disk) == []
+    assert codes(judge_room(request(copy_of=copy_of), memory - 1, disk - 1)) == ["memory", "disk"]
+    filled = messages.CopyOf("ram", (), beside="m0", number=2)
+    assert codes(judge_room(request(copy_of=filled), memory, disk)) == ["memory"]
+
+
 def test_a_target_shows_only_what_its_own_operator_shares() -> None:
     there = frozenset({"/srv/shared/a", "/etc"})
     mounts = [

@@ -23,6 +23,7 @@ from tests.transport.transfer_parts import (
 from transport import tls
 from transport.core.frames import Hello, StreamKind
 from transport.errors import StreamRefusedError
+from transport.fan import Outlet
 from transport.identity import HostIdentity, Peer, Role
 from transport.sender import PageSender
 
@@ -118,7 +119,7 @@ class Shown:
             return tls.connect("127.0.0.1", port, context, server_name=TARGET_NAME)
 
         memory = Memory(10)
-        return PageSender(opened, ticket=self.ticket.secret, read=memory.read, streams=streams)
+        return PageSender([Outlet(opened, self.ticket.secret)], read=memory.read, streams=streams)
 
     def refused(self, sender: PageSender) -> str:
         """Connects in vain; what the log says: a line for each stream that was not let in or had

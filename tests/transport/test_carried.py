@@ -24,6 +24,7 @@ from transport import tls
 from transport.core import frames, tables
 from transport.core.frames import PAGE_BYTES, Codec, FrameHeader, FrameType, Status
 from transport.core.transcript import PIECE_BYTES, Carried, file_digest, piece_digest
+from transport.fan import Outlet
 from transport.identity import Peer
 from transport.inbound import PageSink
 from transport.sender import PageSender
@@ -37,7 +38,7 @@ def sender_for(source: ssl.SSLContext, target: Target) -> Callable[..., PageSend
         def opened(_index: int) -> ssl.SSLSocket:
             return tls.connect("127.0.0.1", port, source, server_name=TARGET_NAME)
 
-        return PageSender(opened, ticket=target.ticket, read=memory.read, **options)
+        return PageSender([Outlet(opened, target.ticket)], read=memory.read, **options)
 
     return make
 

@@ -30,6 +30,7 @@ from transport import tls
 from transport.core import frames
 from transport.core.frames import HEADER_BYTES, PAGE_BYTES, Hello, Status, StreamKind
 from transport.door import Door
+from transport.fan import Outlet
 from transport.identity import HostIdentity
 from transport.sender import PageSender
 
@@ -47,7 +48,7 @@ def others(target: Target, source: ssl.SSLContext) -> Callable[[], None]:
 
     def check() -> None:
         memory.rewrite(*range(300))
-        with PageSender(opened, ticket=target.ticket, read=memory.read, streams=2) as sender:
+        with PageSender([Outlet(opened, target.ticket)], read=memory.read, streams=2) as sender:
             sender.send_round(next(numbers), [(42, memory.runs)])
         assert target.sink.memory(42, memory.base, 300) == memory.content.tobytes()
 

@@ -41,6 +41,7 @@ from transport.errors import (
     TargetFullError,
     TransportError,
 )
+from transport.fan import Outlet
 from transport.identity import HostIdentity, peer_of
 from transport.receiver import DataListener, listen
 from transport.sender import PageSender
@@ -61,7 +62,7 @@ def sender_for(source: ssl.SSLContext, target: Target) -> Callable[..., PageSend
         port = options.pop("port", target.port)
         ticket = options.pop("ticket", target.ticket)
         options.setdefault("read", memory.read)
-        return PageSender(partial(connect, port, source), ticket=ticket, **options)
+        return PageSender([Outlet(partial(connect, port, source), ticket)], **options)
 
     return make
 
@@ -431,7 +432,7 @@ def test_abort_ends_attempts_to_reopen(
         attempts.append(index)
         raise ConnectionRefusedError("nobody there")
 
-    with PageSender(open_stream, ticket=target.ticket, read=Memory(1).read, streams=1) as sender:
+    with PageSender([Outlet(open_stream, target.ticket)], read=Memory(1).read, streams=1) as sender:
         with running(sender.connect) as raised:
             wait_until(lambda: len(attempts) >= 2, "an attempt was repeated")
             sender.abort()
@@ -483,7 +484,7 @@ def test_another_host_with_the_right_ticket_is_refused(
 ) -> None:
     context = HostIdentity.load(fleet.host("thief.test")).client_context()
     opening = partial(connect, target.port, context)
-    sender = PageSender(opening, ticket=target.ticket, read=Memory(1).read, streams=1)
+    sender = PageSender([Outlet(opening, target.ticket)], read=Memory(1).read, streams=1)
     with sender, pytest.raises(StreamRefusedError):
         sender.connect()
     wait_until(lambda: len(log.complaints) == 1, "it is logged")
@@ -498,7 +499,7 @@ def test_a_source_whose_identity_is_taken_back_between_rounds_hears_why(
     here, there = (HostIdentity.load(fleet.host(name)) for name in (SOURCE_NAME, TARGET_NAME))
     with Target(there.server_context(), tmp_path, log) as target:
         opening = partial(connect, target.port, here.client_context())
-        with PageSender(opening, ticket=target.ticket, read=memory.read, streams=2) as sender:
+        with PageSender([Outlet(opening, target.ticket)], read=memory.read, streams=2) as sender:
             sender.send_round(1, [(TASK, memory.runs)])
             there.take_revocations(fleet.revoke(here.paths))
             memory.rewrite(*range(600))

@@ -105,13 +105,18 @@ CONFINEMENT = Confinements(
 FROM_SOURCE: list[tuple[m.SourceMessage, bytes]] = [
     (OPEN, OPEN_BYTES),
     (
-        msgspec.structs.replace(OPEN, copy_of=m.CopyOf("ram", (("10.0.0.4", "10.0.0.5"),))),
-        OPEN_BYTES[:-1] + b',"copy_of":{"container":"ram","renamed":[["10.0.0.4","10.0.0.5"]]}}',
+        msgspec.structs.replace(
+            OPEN,
+            copy_of=m.CopyOf("ram", (("10.0.0.4", "10.0.0.5"),), beside="m0", number=1, fill=False),
+        ),
+        OPEN_BYTES[:-1] + b',"copy_of":{"container":"ram","renamed":[["10.0.0.4","10.0.0.5"]]'
+        b',"beside":"m0","number":1,"fill":false}}',
     ),
     (
         msgspec.structs.replace(OPEN, copy_of=m.CopyOf("ram", (), "fresh", "USR1")),
         OPEN_BYTES[:-1]
-        + b',"copy_of":{"container":"ram","renamed":[],"hook":"fresh","signal":"USR1"}}',
+        + b',"copy_of":{"container":"ram","renamed":[],"hook":"fresh","signal":"USR1","number":0,'
+        b'"fill":true}}',
     ),
     (
         m.Prepare(("/dev/null", "pipe:[5]", "pipe:[6]")),

@@ -1,0 +1,65 @@
+"""Which copies a command line asks for."""
+
+from __future__ import annotations
+
+import pytest
+
+from migrate.copies_wanted import wanted_copies
+from migrate.core.messages import MAX_COPIES
+from migrate.errors import MigrateError
+
+B, C = ("B", 7337), ("C", 7400)
+
+
+def said(*arguments: object) -> list[tuple[str, ...]]:
+    found = wanted_copies(*arguments)  # type: ignore[arg-type]
+    return [(one.host, one.name, *map(str, one.addresses)) for one in found]
+
+
+def test_one_copy_on_each_host_by_turns() -> None:
+    assert said([B], None, "ram-{n}", []) == [("B", "ram-1")]
+    assert said([B], None, "ram", ["10.0.0.7", "fd00::7"]) == [("B", "ram", "10.0.0.7", "fd00::7")]
+    assert said([B, C], None, "ram-{n}", []) == [("B", "ram-1"), ("C", "ram-2")]
+    assert [one[0] for one in said([B, C], 5, "ram-{n}", [])] == ["B", "C", "B", "C", "B"]
+    assert [one.port for one in wanted_copies([B, C], 3, "{n}ram", [])] == [7337, 7400, 7337]
+
+
+def test_addresses_come_from_lists_and_ranges_of_each_family() -> None:
+    given = ["10.0.0.7-10.0.0.8/24", "fd00::7", "10.0.0.20", "fd00::a-fd00::ff"]
+    assert said([B], 3, "ram-{n}", given) == [
+        ("B", "ram-1", "10.0.0.7", "fd00::7"),
+        ("B", "ram-2", "10.0.0.8", "fd00::a"),
+        ("B", "ram-3", "10.0.0.20", "fd00::b"),
+    ]
+    # However large it is.
+    assert said([B], 1, "ram", ["10.0.0.0-10.255.255.255", "::1-ffff::"]) == [
+        ("B", "ram", "10.0.0.0", "::1")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "count", "pattern", "given", "match"),
+    [
+        ([B, B], None, "ram-{n}", [], "named twice"),
+        ([("", 7337)], None, "ram-{n}", [], "not at all"),
+        ([B, C], 1, "ram-{n}", [], "1 copies are too few for 2 hosts"),
+        ([B], MAX_COPIES + 1, "ram-{n}", [], "can be made at once"),
+        ([B], 2, "ram", [], "can't all be called ram"),
+        ([B], 1, "../ram", [], "name"),
+        ([B], 3, "ram-{n}", ["10.0.0.7-10.0.0.8"], "3 copies need 3 IPv4 addresses, and 2 are"),
+        ([B], 2, "ram-{n}", ["10.0.0.7", "10.0.0.8", "fd00::7"], "2 IPv6 addresses, and 1 are"),
+        ([B], 1, "ram", ["10.0.0.7", "10.0.0.8"], "1 copy needs 1 IPv4 addresses, and 2 are"),
+        ([B], 2, "ram-{n}", ["10.0.0.7", "10.0.0.7"], "twice"),
+        ([B], 1, "ram", ["10.0.0"], "no address"),
+        ([B], 1, "ram", ["10.0.0.7-"], "no address"),
+        ([B], 1, "ram", ["10.0.0.8-10.0.0.7"], "no range"),
+        ([B], 1, "ram", ["10.0.0.8-fd00::7"], "no range"),
+        ([B], 1, "ram", ["10.0.0.250-10.0.1.7/24"], "10.0.1.7 is not in 10.0.0.0/24"),
+        ([B], 1, "ram", ["10.0.0.250-10.0.0.251/33"], "no address"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    hosts: list[tuple[str, int]], count: int | None, pattern: str, given: list[str], match: str
+) -> None:
+    with pytest.raises(MigrateError, match=match):
+        wanted_copies(hosts, count, pattern, given)
