@@ -235,8 +235,10 @@ class Drain:
                 self._begin(move)
             self._note_stays(planner)
             await asyncio.sleep(LOOK_S)
-            for name, move in list(planner.under_way.items()):
-                look = await self._look(move)
+            under_way = list(planner.under_way.items())
+            # At once: a host that does not answer is waited for some seconds.
+            looks = await asyncio.gather(*(self._look(move) for _, move in under_way))
+            for (name, move), look in zip(under_way, looks, strict=True):
                 if look.state != "moving":
                     await self._ended(move, look, planner, self._now_s() - begun_s[name])
             for name in [name for name, task in self._checks.items() if task.done()]:
