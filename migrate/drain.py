@@ -284,7 +284,10 @@ class Drain:
         beginning = self._beginnings[migration_id]
         if not beginning.done():
             return Look("moving")
-        begun = beginning.result()
+        try:
+            begun = beginning.result()
+        except (MigrateError, OSError) as error:
+            return Look("undone", str(error))
         if begun.state != "moving":
             return begun
         return await asyncio.to_thread(self._own.look, migration_id)
