@@ -1,15 +1,15 @@
-"""The demo of copies: a redis on lab host A, sheep of it on B and C, each of a moment of its own.
+"""The demo of copies: a redis on lab host A, sheep of it on B and C, made by one command.
 
-While a client streams to the original and a writer changes it, `migrate clone` is run once for each
-sheep. Then all of them are asked for what the original had before, each is told something that the
-others must not know, and the client says how long the original kept it waiting.
+While a client streams to the original and a writer changes it, `migrate clone` makes all sheep of
+one moment. Then all of them are asked for what the original had before, each is told something that
+the others must not know, and the client says how long the original kept it waiting.
 """
 
 from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from rich.table import Table
 
@@ -27,21 +27,18 @@ if TYPE_CHECKING:
 
 MIB: Final = 1 << 20
 FOLDS: Final = ("B", "C")
-ADDRESS: Final = "10.77.0.{}"
-FIRST: Final = 60
-"""The last byte of the first sheep's address: containers of a lab have up to 100."""
+POOLS: Final = ("10.77.0.60-10.77.0.99/24", "fd77::60-fd77::99")
+"""The sheep's addresses: containers of a lab have up to 100."""
 REPORT: Final = "/tmp/dolly-clone.json"  # noqa: S108  (inside the host, whose /tmp is its own)
 CLONE_DEADLINE_S: Final = 600.0
 
 
-class Sheep:
-    """A copy: where it runs, at which address, and the report of its making."""
+class Sheep(NamedTuple):
+    """A copy: where it runs, at which address."""
 
-    def __init__(self, name: str, host: str, address: str, report: dict[str, Any]) -> None:
-        self.name = name
-        self.host = host
-        self.address = address
-        self.report = report
+    name: str
+    host: str
+    address: str
 
 
 def run_flock(count: int, workload: Workload, options: Sequence[str], console: Console) -> bool:
@@ -59,7 +56,8 @@ def run_flock(count: int, workload: Workload, options: Sequence[str], console: C
         probe = stack.enter_context(
             start_probe(workload.spec.client, spec.ip, spec.port, host=lab.client)
         )
-        flock = [_clone(lab, number, spec.name, options) for number in range(count)]
+        report = _clone(lab, count, spec.name, options)
+        flock = [Sheep(one["name"], one["host"], one["addresses"][0]) for one in report["copies"]]
         keys = _redis(lab.client, spec.ip, "DBSIZE")
         same = all(
             (_redis(lab.client, one.address, "GET", "told"), one_size) == ("before", keys)
@@ -72,7 +70,7 @@ def run_flock(count: int, workload: Workload, options: Sequence[str], console: C
         apart = apart and _redis(lab.client, spec.ip, "GET", "told") == "before"
         client = probe.stop()
         verified = workload.verify(lab.client)
-    _show(flock, console)
+    _show(flock, report, console)
     console.print(f"every sheep has the same {keys} keys: {_said(same)}; then each says its own")
     console.print(f"name, and the original what it said before: {_said(apart)}")
     console.print(
@@ -83,32 +81,37 @@ def run_flock(count: int, workload: Workload, options: Sequence[str], console: C
     return same and apart and verified and client.clean
 
 
-def _clone(lab: Lab, number: int, original: str, options: Sequence[str]) -> Sheep:
-    """Run the command on A, its terminal being ours."""
-    name, host = f"sheep-{number + 1}", FOLDS[number % len(FOLDS)]
-    address = ADDRESS.format(FIRST + number)
-    source = lab.host("A")
-    command = ["migrate", "clone", original, "--to", host, "--name", name, "--ip", address]
-    process = source.popen([*command, "--report", REPORT, *options], stdout=None, stderr=None)
+def _clone(lab: Lab, count: int, original: str, options: Sequence[str]) -> dict[str, Any]:
+    """Run the command on A, its terminal being ours; the report."""
+    source, hosts = lab.host("A"), FOLDS[:count]
+    command = ["migrate", "clone", original, "--to", ",".join(hosts), "--count", str(count)]
+    command += ["--name", "sheep-{n}", "--report", REPORT, *options]
+    command += [word for pool in POOLS for word in ("--ip", pool)]
+    process = source.popen(command, stdout=None, stderr=None)
     code = process.wait(CLONE_DEADLINE_S)
     if code != 0:
         raise SystemExit(code)
-    return Sheep(name, host, address, json.loads(source.read_text(REPORT)))
+    report: dict[str, Any] = json.loads(source.read_text(REPORT))
+    return report
 
 
 def _redis(client: Host, address: str, *words: str) -> str:
     return client.run(["redis-cli", "-h", address, *words]).stdout.strip()
 
 
-def _show(flock: Sequence[Sheep], console: Console) -> None:
+def _show(flock: Sequence[Sheep], report: dict[str, Any], console: Console) -> None:
     table = Table()
-    for heading in ("sheep", "host", "address", "the original stood still", "sent"):
+    for heading in ("sheep", "host", "address"):
         table.add_column(heading)
     for one in flock:
-        sent = one.report["copying"]["bytes_sent"] / MIB
-        pause = f"{one.report['pause_ms']:.0f} ms"
-        table.add_row(one.name, one.host, one.address, pause, f"{sent:.0f} MiB")
+        table.add_row(*one)
     console.print(table)
+    copying = report["copying"]
+    console.print(
+        f"the original stood still for {report['pause_ms']:.0f} ms,"
+        f" {copying['bytes_sent'] / MIB:.0f} MiB were sent, all within"
+        f" {copying['total_ms'] / 1000:.1f} s"
+    )
 
 
 def _said(is_so: bool) -> str:
