@@ -9,6 +9,7 @@ import pytest
 from bench.containers import ContainerSpec
 from bench.lab.lab import Lab
 from tests.lab.migrating import Resident, migrate, resident, running_on, wait_clean
+from tests.vm.kernels import trackers
 
 PAGE_BYTES: Final = 4096
 MEMORY_MIB: Final = 24
@@ -36,7 +37,7 @@ def test_memory_moves_there_and_back(machines: Lab) -> None:
     )
     pages = (MEMORY_MIB << 20) // PAGE_BYTES
     with resident(machines, spec, rate_per_s=20) as guest:
-        for source, target, tracker in (("A", "B", "write-protect"), ("B", "A", "soft-dirty")):
+        for source, target, tracker in zip("AB", "BA", trackers(machines), strict=False):
             report = move(guest, source, target, "--tracker", tracker, *OPTIONS)
             assert report["tracker"] == tracker
             first, *later = report["rounds"]
@@ -47,3 +48,16 @@ def test_memory_moves_there_and_back(machines: Lab) -> None:
             guest.wait_answers()
         client = guest.stop_probe()
     assert client.clean, client
+
+
+def test_a_container_of_crun_moves_there_and_back(machines: Lab) -> None:
+    for host in machines.hosts:
+        host.write_text("/etc/migrate/policy.toml", '[receive]\nruntimes = ["runc", "crun"]\n')
+    spec = ContainerSpec("vm-crun", "memory", args=WRITING, address="10.77.0.65/24", runtime="crun")
+    with resident(machines, spec, rate_per_s=20) as guest:
+        for source, target in (("A", "B"), ("B", "A")):
+            report = move(guest, source, target, "--tracker", "soft-dirty", *OPTIONS)
+            assert (report["runtime"], report["tracker"]) == ("crun", "soft-dirty")
+            guest.verify()
+            guest.wait_answers()
+        assert guest.stop_probe().clean

@@ -1,4 +1,4 @@
-"""Trackers on a kernel that notes soft-dirty pages, which the one below a lab may not do.
+"""Every tracker on a kernel that has all of them, which the one below a lab may not have.
 
 The memory workload writes to 512 KiB of 128 MiB without a pause, so a round after the first has
 those pages, and what the program keeps of them besides.
@@ -7,29 +7,39 @@ those pages, and what the program keeps of them besides.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from bench.containers import ContainerSpec
+from bench.containers import ContainerSpec, pid
+from bench.lab.host import Host
 from bench.lab.lab import Lab
 from tests.criu_glue.soft_dirty_scenes import SCENES
 from tests.lab.inside import inside
 from tests.lab.migrating import Resident, migrate, resident, running_on, wait_clean
+from tests.vm.kernels import trackers
 
 PAGE_BYTES: Final = 4096
 MEMORY_MIB: Final = 128
 PAGES: Final = (MEMORY_MIB << 20) // PAGE_BYTES
 LATER_SHARE_MAX: Final = 0.01
-WRITING: Final = ("1", "--hot-mib", "0.5")
+# What can be compressed costs an emulated processor less on its way.
+WRITING: Final = ("1", "--hot-mib", "0.5", "--text", "90")
 # A round of a slow machine is long, and a container that writes all the time does not converge.
 OPTIONS: Final = ("--max-rounds", "3", "--on-stall", "freeze")
 # How the target's CRIU fails: after all tasks were restored (FI_POST_RESTORE).
 FAILING: Final = {"CRIU_FAULT": "6"}
 PUPPET: Final = Path(__file__).parents[1] / "criu_glue/programs/puppet.c"
+KINDS: Final = Path(__file__).parent / "programs/kinds_memory.c"
+HUGE_PAGES: Final = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+TRANSPARENT: Final = "/sys/kernel/mm/transparent_hugepage/enabled"
+# A move of this memory takes a minute where other work goes on beside.
+LONG_S: Final = 4 * 3600
 PLAY: Final = """
 from tests.criu_glue.soft_dirty_scenes import play_all
 answer(play_all(Path(given)))
@@ -61,28 +71,33 @@ def move(guest: Resident, source: str, target: str, tracker: str) -> dict[str, A
     wait_clean(lab.host(source))
     wait_clean(lab.host(target), guest.name)
     first, *later = report["rounds"]
-    # For the table of docs/facts.md; shown by pytest -s.
+    # For the table of decision 0022; shown by pytest -s.
     shown = ("rounds", "stills_ms", "downtime_ms", "downtime_parts_ms", "bytes_sent")
     print(tracker, json.dumps({name: report[name] for name in shown}))
     assert first["pages"] + first["zero_pages"] >= PAGES * 99 // 100
     assert len(later) >= 2
     assert all(one["pages"] < PAGES * LATER_SHARE_MAX for one in later), report["rounds"]
+    assert len(report["stills_ms"]) == (0 if tracker == "write-protect" else len(later))
     guest.verify()
     guest.wait_answers()
     return report
 
 
-def test_crius_own_rounds_there_and_back(machines: Lab) -> None:
-    with resident(machines, spec_of("vm-predump", 67), rate_per_s=20) as guest:
-        move(guest, "A", "B", "predump")
-        move(guest, "B", "A", "predump")
+@pytest.mark.timeout(LONG_S)
+def test_every_tracker_there_and_back(machines: Lab) -> None:
+    """One after the other with the same container, so that they can be compared."""
+    with resident(machines, spec_of("vm-trackers", 62), rate_per_s=20) as guest:
+        for tracker in trackers(machines):
+            move(guest, "A", "B", tracker)
+            move(guest, "B", "A", tracker)
         assert guest.stop_probe().clean
 
 
-def test_after_a_failed_restore_all_is_sent_again(machines: Lab) -> None:
+@pytest.mark.parametrize(("tracker", "last"), [("soft-dirty", 63), ("predump", 64)])
+def test_after_a_failed_restore_all_is_sent_again(machines: Lab, tracker: str, last: int) -> None:
     """The migration that failed has cleared the bits: they say nothing any more."""
-    source, options = machines.host("A"), ("--tracker", "soft-dirty", *OPTIONS)
-    with resident(machines, spec_of("vm-again", 63), rate_per_s=20) as guest:
+    source, options = machines.host("A"), ("--tracker", tracker, *OPTIONS)
+    with resident(machines, spec_of("vm-again", last), rate_per_s=20) as guest:
         machines.kill_agent("B")
         machines.start_agent("B", env=FAILING)
         failed = migrate(source, guest.name, "B", *options)
@@ -94,5 +109,49 @@ def test_after_a_failed_restore_all_is_sent_again(machines: Lab) -> None:
         wait_clean(source, guest.name)
         guest.verify()
         guest.wait_answers()
-        move(guest, "A", "B", "soft-dirty")
+        move(guest, "A", "B", tracker)
         assert guest.stop_probe().clean
+
+
+@pytest.fixture
+def _huge_pages(machines: Lab) -> Iterator[None]:
+    """Both machines have some of either kind, and use transparent ones wherever they can."""
+    settings = ((TRANSPARENT, "always", "madvise"), (HUGE_PAGES, "8", "0"))
+    try:
+        for host in machines.hosts:
+            for path, value, _ in settings:
+                host.write_text(path, value)
+        yield
+    finally:
+        for host in machines.hosts:
+            for path, _, before in settings:
+                host.write_text(path, before)
+
+
+@pytest.mark.usefixtures("_huge_pages")
+def test_memory_of_every_kind(machines: Lab, tmp_path: Path) -> None:
+    """Huge pages of both kinds, what is locked, and what grows downwards."""
+    program = tmp_path / "kinds_memory"
+    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
+    subprocess.run(["gcc", *flags, "-o", program, KINDS], check=True)
+    spec = ContainerSpec("vm-kinds", "memory", args=("1",), address="10.77.0.70/24")
+    with resident(machines, spec, program=program, rate_per_s=20) as guest:
+        host = machines.host("A")
+        assert kinds_of(host, guest.name) >= {"ht", "lo", "huge"}
+        report = migrate(host, guest.name, "B", "--tracker", "soft-dirty", *OPTIONS).done
+        assert any("transparent huge pages" in text for text in report["warnings"])
+        assert running_on(machines, guest.name) == ["B"]
+        # A lazy restore fills memory page by page: nothing is transparently huge after it.
+        assert kinds_of(machines.host("B"), guest.name) >= {"ht", "lo"}
+        guest.verify()
+        guest.wait_answers()
+        assert guest.stop_probe().clean
+
+
+def kinds_of(host: Host, name: str) -> set[str]:
+    """The flags of all mappings of a container's first process (proc(5): VmFlags), and "huge" if
+    it has transparent huge pages."""
+    rows = host.read_text(f"/proc/{pid(host, name)}/smaps").splitlines()
+    flags = {flag for row in rows if row.startswith("VmFlags:") for flag in row.split()[1:]}
+    is_huge = any(re.fullmatch(r"AnonHugePages: +[1-9]\d* kB", row) for row in rows)
+    return flags | ({"huge"} if is_huge else set())
