@@ -59,6 +59,7 @@ MATRIX: Final[Sequence[tuple[Case, tuple[System, ...]]]] = (
     *((Case(256, link=link), (LAZY, StopAndCopy(), Podman())) for link in (GIGABIT, FAR)),
     *((Case(256, dirty_mib_s=rate), (LAZY,)) for rate in (0, 200)),
     (Case(256, "redis", dirty_mib_s=8), (LAZY, StopAndCopy(), Podman())),
+    (Case(1024, "redis", dirty_mib_s=8), (LAZY,)),
 )
 
 QUICK: Final[Sequence[tuple[Case, tuple[System, ...]]]] = (

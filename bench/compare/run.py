@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from bench.compare.systems import ImpossibleError, MoveError, Scene
+from bench.compare.throughput import Around, around
 from bench.containers import ContainerError
 from bench.demo import Workload
 from bench.lab.errors import LabError
 from bench.lab.lab import Lab
-from bench.probe_process import ProbeError, start_probe
+from bench.load import Load
+from bench.probe_process import ProbeError, ProbeProcess, start_probe
 from bench.soak_samples import wait_settled
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ class Conditions(msgspec.Struct, frozen=True, tag="conditions"):
 class Row(msgspec.Struct, frozen=True, tag="row"):
     """One run. client_gap_ms: the longest time between two answers on the client's one connection.
     wire_mib: what A sent on its link from the begin of the move to its end, the client's part
-    included. outcome "lost": the client or the memory missed something."""
+    included. throughput: of a load besides the client, if there was one. outcome "lost": the client
+    or the memory missed something."""
 
     system: str
     workload: str
@@ -62,6 +65,7 @@ class Row(msgspec.Struct, frozen=True, tag="row"):
     wire_mib: float | None = None
     parts_ms: dict[str, float] = {}
     facts: dict[str, Any] = {}
+    throughput: Around | None = None
 
 
 def conditions(lab: Lab) -> Conditions:
@@ -129,11 +133,14 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
     probe = stack.enter_context(start_probe(spec.client, spec.ip, spec.port, host=client))
     for host in scene.lab.hosts:
         wait_settled(host)
+    load = stack.enter_context(_load(scene, workload)) if workload.kind == "redis" else None
     time.sleep(BEFORE_S)
+    begun_s = time.monotonic()
     sent_bytes = _sent_bytes(scene.source)
     moved = system.move(scene)
     sent_bytes = _sent_bytes(scene.source) - sent_bytes
     time.sleep(AFTER_S)
+    throughput = _throughput(load, begun_s) if load is not None else None
     seen = probe.stop()
     verified = workload.verify(client)
     is_whole = seen.clean and verified
@@ -148,7 +155,27 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
         wire_mib=round(sent_bytes / MIB, 1),
         parts_ms=moved.parts_ms,
         facts=moved.facts,
+        throughput=throughput,
     )
+
+
+def _load(scene: Scene, workload: Workload) -> ProbeProcess:
+    spec = scene.spec
+    arguments = [spec.ip, str(spec.port), f"--mib={workload.memory_mib}"]
+    process = ProbeProcess("bench.load", arguments, host=scene.lab.client)
+    process.wait_connected()
+    return process
+
+
+def _throughput(process: ProbeProcess, begun_s: float) -> Around:
+    """Raises ProbeError."""
+    load = Load(**process.stop_raw())
+    try:
+        if load.error:
+            raise ValueError(load.error)
+        return around(load.answers, load.bin_ms, (begun_s - load.started_monotonic_s) * 1000)
+    except ValueError as error:
+        raise ProbeError(f"the load: {error}") from error
 
 
 def _sent_bytes(host: Host) -> int:

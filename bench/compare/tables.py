@@ -15,7 +15,6 @@ from bench.compare.run import Conditions, Row
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-LINE_BYTES_MAX: Final = 64 << 10
 _DECODER: Final = msgspec.json.Decoder(Conditions | Row)
 
 
@@ -98,6 +97,7 @@ def render(results: Results) -> str:
         parts += [f"## {case}", _downtimes(systems)]
     parts += ["## What the downtime consists of", _breakdown(results.rows)]
     parts += ["## What had been predicted", _predictions(results.rows)]
+    parts += ["## What a loaded Redis answers meanwhile", _throughputs(results.rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -144,6 +144,27 @@ def _breakdown(rows: Iterable[Row]) -> str:
                     for name in names
                 )
                 lines.append(f"- {case}: **{system}**: {said} ms")
+    return "\n".join(lines)
+
+
+def _throughputs(rows: Iterable[Row]) -> str:
+    """Medians, of moves under load."""
+    lines = [
+        "| | n | answers/s before | while copied | lost | 90 % again after, ms: median | p95 |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    loaded = [row for row in rows if row.throughput is not None and row.outcome == "done"]
+    for case, systems in by_case(loaded).items():
+        for system, of_system in systems.items():
+            seen = [row.throughput for row in of_system if row.throughput is not None]
+            before = statistics.median(one.before_per_s for one in seen)
+            during = statistics.median(one.during_per_s for one in seen)
+            lost = statistics.median(1 - one.during_per_s / one.before_per_s for one in seen)
+            again = Spread.of([math.inf if (x := one.recovered_ms) is None else x for one in seen])
+            lines.append(
+                f"| {case}: {system} | {len(seen)} | {before:.0f} | {during:.0f} | {lost:.0%} |"
+                f" {again.median:.0f} | {again.p95:.0f} |"
+            )
     return "\n".join(lines)
 
 

@@ -23,6 +23,14 @@ class Careless(StopAndCopy):
         return moved
 
 
+def test_the_throughput_of_a_loaded_server_is_seen_around_its_move() -> None:
+    (row,) = run_case(Case(8, "redis", dirty_mib_s=1), (LAZY,), 1, lambda _: None)
+    assert row.outcome == "done", row
+    assert row.throughput is not None
+    assert row.throughput.before_per_s > 0
+    assert row.throughput.gap_ms > 0
+
+
 def test_every_way_moves_a_container_and_leaves_nothing() -> None:
     labs: list[Lab] = []
     rows = []
