@@ -10,6 +10,7 @@ container has failed its check. Only programs that nobody but root can have writ
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 from typing import TYPE_CHECKING, Final, Literal
@@ -41,19 +42,23 @@ def refused(program: Path) -> str:
 
 def _ask(program: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [program, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            timeout=HOOK_DEADLINE_S,
-            check=False,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        return f"took longer than {HOOK_DEADLINE_S:.0f} s"
     except OSError as error:
         return f"can't be run: {error.strerror}"
-    said = done.stdout.strip()[-_SAID_CHARS_MAX:]
-    return f"ended with {done.returncode}: {said}" if done.returncode else ""
+    with process:
+        try:
+            said, _ = process.communicate(timeout=HOOK_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            # With what it has started: nobody waits for that any more.
+            os.killpg(process.pid, signal.SIGKILL)
+            return f"took longer than {HOOK_DEADLINE_S:.0f} s"
+    last = said.strip()[-_SAID_CHARS_MAX:]
+    return f"ended with {process.returncode}: {last}" if process.returncode else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -20,12 +21,11 @@ from migrate.errors import MigrateError, UsageError
 from migrate.journal import Journal, JournalWriter, Migration
 from migrate.policy import PolicyFile
 from migrate.report import write_report
+from tests.lab.waiting import wait_until
 from tests.migrate.stage import RECEIVED
 from tests.migrate.test_report import moved
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from migrate.report import Report
 
 TAKEN = (*RECEIVED, "committed")
@@ -82,10 +82,21 @@ def test_programs_are_asked_in_their_order_until_one_says_no(tmp_path: Path) -> 
     assert (tmp_path / "said").read_text() == "before c S T\nafter c S T\n"
 
 
-def test_a_program_that_hangs_says_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drain_hooks, "HOOK_DEADLINE_S", 0.2)
-    program(tmp_path / "hooks", "slow", "exec sleep 60")
+def test_a_program_that_hangs_says_no_and_ends_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drain_hooks, "HOOK_DEADLINE_S", 3.0)
+    program(tmp_path / "hooks", "slow", f"sleep 61.25 & echo $! >{tmp_path}/pid; wait")
     assert "took longer" in drain_hooks.ask(tmp_path / "hooks", "before", "c", "S", "T")
+    pid = (tmp_path / "pid").read_text().strip()
+
+    def has_ended() -> bool:
+        try:
+            return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    wait_until("its child ends", has_ended, deadline_s=20)
 
 
 @pytest.mark.parametrize(("mode", "why"), [(0o775, "others than root"), (0o644, "no program")])
