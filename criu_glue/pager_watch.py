@@ -64,6 +64,21 @@ def start_ticks(pid: int) -> int | None:
     return int(stat[stat.rindex(")") + 2 :].split()[_START_TIME_AFTER_NAME])
 
 
+def fill(work: Path) -> None:
+    """Have a pager bring everything that is missing, needed or not. A pager that has just ended
+    hears nothing."""
+    try:
+        state = PagerState.read(work)
+    except PagerStateError:
+        return
+    for pid, ticks in _processes(state):
+        with contextlib.suppress(ProcessLookupError):
+            if start_ticks(pid) == ticks:
+                # Whichever of the two gets it.
+                os.kill(pid, signal.SIGUSR1)
+                return
+
+
 def kill(work: Path, deadline_s: float) -> None:
     """End whatever processes a pager consists of now; returns when there are none. Blocking.
 
@@ -95,11 +110,13 @@ def _groups(work: Path) -> Iterator[int]:
         state = PagerState.read(work)
     except PagerStateError:
         return
-    for pid, ticks in (
-        (state.keeper, state.keeper_ticks),
-        (state.worker, state.worker_ticks),
-    ):
+    for pid, ticks in _processes(state):
         with contextlib.suppress(ProcessLookupError):
             if pid and start_ticks(pid) == ticks and os.getpgid(pid) == state.group:
                 yield state.group
                 return
+
+
+def _processes(state: PagerState) -> tuple[tuple[int, int], ...]:
+    """Their pids, and the start times that they had when they said so."""
+    return ((state.keeper, state.keeper_ticks), (state.worker, state.worker_ticks))

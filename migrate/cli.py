@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from transport.ssh.asking import Asking
 
 _ELSEWHERE: Final = {
-    **{name: name for name in ("ca", "clone", "hosts", "identity", "once", "operator")},
-    **{name: name for name in ("policy", "service", "verify")},
+    **{name: name for name in ("ca", "clone", "fill", "hosts", "identity", "once")},
+    **{name: name for name in ("operator", "policy", "service", "verify")},
     **dict.fromkeys(("cordon", "drain-node", "uncordon", "undrain"), "drain"),
 }
 """Commands that a module of `migrate/commands` has."""

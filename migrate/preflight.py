@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from migrate import address_probe, blockers, cordon, facts, network, policy, policy_checks
+from migrate import address_probe, arriving, blockers, cordon, facts, network, policy, policy_checks
 from migrate.container_checks import is_below, judge_container, judge_spec
 from migrate.errors import PreflightRefused, runs_on
 from migrate.host_checks import (
@@ -132,6 +132,7 @@ def check_source(
             )
         )
     if container.status == "running":
+        refusals += arriving.refusals(paths, name)
         inside = blockers.find(container.cgroup, container.pid)
         refusals += inside.refusals
         cautions += inside.cautions

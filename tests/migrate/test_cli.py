@@ -14,7 +14,7 @@ from migrate.cli import cli
 COMMANDS = {
     *("agent", "ca", "cancel", "clone", "container", "hosts", "identity", "log", "once"),
     *("operator", "policy", "recover", "service", "status", "verify"),
-    *("cordon", "drain-node", "uncordon", "undrain"),
+    *("cordon", "drain-node", "fill", "uncordon", "undrain"),
 }
 HEAVY = {"aiohttp", "asyncio", "cryptography", "numpy", "paramiko", "pyroute2", "rich"}
 
