@@ -67,7 +67,7 @@ class CapturedPages:
     def read(self, task: int, runs: PageRuns, out: memoryview) -> npt.NDArray[np.bool_]:
         """As `TaskMemory.read`, of pages that were captured; others count as not there."""
         captured = self._tasks[task]
-        wanted = _addresses(runs)
+        wanted = page_addresses(runs)
         at = np.searchsorted(captured.addresses, wanted).clip(max=len(captured.addresses) - 1)
         buffer = np.frombuffer(out, dtype=np.uint8)[: len(wanted) * PAGE_BYTES]
         np.take(captured.content, at, axis=0, out=buffer.reshape(-1, PAGE_BYTES), mode="clip")
@@ -76,17 +76,17 @@ class CapturedPages:
 
 
 def _read(reader: _Reader, task: int, runs: PageRuns) -> _Pages:
-    addresses = _addresses(runs)
+    addresses = page_addresses(runs)
     content = np.empty((len(addresses), PAGE_BYTES), dtype=np.uint8)
     present = np.zeros(len(addresses), dtype=np.bool_)
     for begin in range(0, len(addresses), _PART_PAGES):
         part = slice(begin, begin + _PART_PAGES)
         out = content[part].reshape(-1).data
-        present[part] = reader.read(task, _as_runs(addresses[part]), out)
+        present[part] = reader.read(task, page_runs(addresses[part]), out)
     return _Pages(addresses, content, present)
 
 
-def _addresses(runs: PageRuns) -> npt.NDArray[np.uint64]:
+def page_addresses(runs: PageRuns) -> npt.NDArray[np.uint64]:
     """Of every page of the runs."""
     counts = runs[:, 1].astype(np.int64)
     firsts = np.repeat(runs[:, 0], counts)
@@ -94,7 +94,7 @@ def _addresses(runs: PageRuns) -> npt.NDArray[np.uint64]:
     return firsts + within.astype(np.uint64) * np.uint64(PAGE_BYTES)
 
 
-def _as_runs(addresses: npt.NDArray[np.uint64]) -> PageRuns:
+def page_runs(addresses: npt.NDArray[np.uint64]) -> PageRuns:
     """The shortest runs that are these pages."""
     begins = np.flatnonzero(np.diff(addresses, prepend=np.uint64(0)) != PAGE_BYTES)
     if len(addresses) and (not len(begins) or begins[0] != 0):

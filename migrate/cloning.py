@@ -30,7 +30,7 @@ import structlog
 from criu_glue import images
 from criu_glue.errors import CriuGlueError
 from migrate import config, copy_identity, preflight, progress, recovery
-from migrate.capturing import Capturing
+from migrate.capturing import Capturing, send
 from migrate.copy_session import CopySession
 from migrate.copying import Rounds
 from migrate.core.states import SourceState as S
@@ -57,11 +57,13 @@ from transport.errors import TransportError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
+    from pathlib import Path
 
     from migrate.brakes import BrakePlan
     from migrate.capturing import Capture
     from migrate.copies_wanted import Alike, Wanted
     from migrate.copy_identity import CopyIdentity
+    from migrate.core.confinement import Confinements
     from migrate.facts import ContainerFacts
     from migrate.options import Options
     from migrate.progress import Observer
@@ -157,9 +159,12 @@ class Cloning:
             pass
         capturing = await self._prepare(facts, rounds)
         capture = await self._stand_still(capturing)
-        await self._meanwhile(capturing.send(capture))
+        assert self._freezing is not None
+        image_dir = self._freezing.image_dir
+        sent = send(capture, capturing.snapshot, rounds.memory, image_dir, self._builder)
+        await self._meanwhile(sent)
         await self._on_each(lambda host: host.send_snapshot(capturing.snapshot))
-        await self._restore(rounds, capture)
+        await self._restore(rounds, image_dir, capture.confinement)
         await self._let_run()
 
     # --- all hosts at once ---
@@ -285,7 +290,7 @@ class Cloning:
         def lost(link: TargetLink, error: TransportError) -> None:
             by_link[link].fail(of_below(error, self._host, link.host, self._phase))
 
-        self._rounds = Rounds(
+        self._rounds = self._new_rounds(
             facts,
             self._options,
             list(by_link),
@@ -302,6 +307,9 @@ class Cloning:
         await self._meanwhile(self._rounds.start(self._runtime, self._migration_id))
         return self._rounds
 
+    def _new_rounds(self, *given: Any) -> Rounds:
+        return Rounds(*given)
+
     async def _round(self, rounds: Rounds) -> bool:
         """One round; whether there is to be another one."""
         reaction = await rounds.run_round()
@@ -316,15 +324,9 @@ class Cloning:
     async def _prepare(self, facts: ContainerFacts, rounds: Rounds) -> Capturing:
         """All runtimes come as far as their gates; the last passes that the container runs
         through."""
-        names = " and ".join(host.host for host in self._hosts)
-        self._enter("prepare", f"restores are started on {names}")
         container = facts.container
 
-        async def prepare(copy: CopySession) -> None:
-            await copy.prepare(container.descriptors)
-            await copy.prepared()
-
-        await self._on_each(lambda host: host.each(prepare))
+        await self._prepare_targets(container.descriptors)
         self._freezing = Freezing(
             container, self._runtime, facts.network, self._directory, self._host
         )
@@ -336,11 +338,21 @@ class Cloning:
             network=msgspec.to_builtins(facts.network_handle),
             bundle=str(container.bundle),
         )
-        capturing = Capturing(rounds, self._freezing, self._builder, self._directory)
+        capturing = Capturing(rounds, self._freezing, self._directory)
         await capturing.look()
         await self._on_each(HostCopies.copy_rootfs)
         await self._meanwhile(rounds.last_round())
         return capturing
+
+    async def _prepare_targets(self, descriptors: tuple[str, str, str]) -> None:
+        names = " and ".join(host.host for host in self._hosts)
+        self._enter("prepare", f"restores are started on {names}")
+
+        async def prepare(copy: CopySession) -> None:
+            await copy.prepare(descriptors)
+            await copy.prepared()
+
+        await self._on_each(lambda host: host.each(prepare))
 
     async def _stand_still(self, capturing: Capturing) -> Capture:
         """Nobody is waited for: not even whether a target fails is heard of."""
@@ -357,17 +369,16 @@ class Cloning:
 
     # --- while it runs on ---
 
-    async def _restore(self, rounds: Rounds, capture: Capture) -> None:
+    async def _restore(self, rounds: Rounds, image_dir: Path, confinement: Confinements) -> None:
         """The copies of a host one after the other, so that each gets its processors."""
-        assert self._freezing is not None
         self._enter("restore", "on " + " and ".join(host.host for host in self._hosts))
-        stored = await asyncio.to_thread(images.store_ranges, self._freezing.image_dir)
+        stored = await asyncio.to_thread(images.store_ranges, image_dir)
         carried = await asyncio.to_thread(rounds.memory.sender.carried)
         is_lazy = self._options.restore == "lazy"
 
         async def restore(copy: CopySession) -> None:
             signed = copy.sealed(self._host, carried)
-            request = restore_request(signed, stored, capture.confinement)
+            request = restore_request(signed, stored, confinement)
             await copy.restore(request, lazy=is_lazy)
 
         await self._on_each(lambda host: host.each(restore))

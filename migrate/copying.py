@@ -103,20 +103,9 @@ class Rounds:
         )
         self._memory = MemorySource(pages, self._make_sender, self._throttle.paused)
         await asyncio.to_thread(self._memory.sender.connect)
-        report, options = self._report, self._options
-        report.tracker, report.tracker_reason = choice.name, choice.reason
-        report.stills_ms = self._throttle.stills_ms
-        self._observer.tell(
-            progress.Started(
-                migration_id,
-                options.container,
-                self._host,
-                options.target,
-                choice.name,
-                options.restore,
-                self.facts.memory_bytes,
-            )
-        )
+        self._report.tracker_reason = choice.reason
+        self._report.stills_ms = self._throttle.stills_ms
+        self._tell_started(choice.name, migration_id)
 
     async def run_round(self) -> throttling.Reaction:
         """One round, and what follows from it; the container is slowed already where that does."""
@@ -168,6 +157,21 @@ class Rounds:
         """Send nothing more to this target, there being others."""
         if self._memory is not None:
             self._memory.sender.leave_out(self._links.index(link))
+
+    def _tell_started(self, tracker: str, migration_id: str) -> None:
+        options = self._options
+        self._report.tracker = tracker
+        self._observer.tell(
+            progress.Started(
+                migration_id,
+                options.container,
+                self._host,
+                options.target,
+                tracker,
+                options.restore,
+                self.facts.memory_bytes,
+            )
+        )
 
     def _make_sender(self, read: ReadPages) -> PageSender:
         return PageSender(

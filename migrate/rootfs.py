@@ -56,7 +56,11 @@ TRIES_MAX = 32
 # Passes that a session serves at once: the last one and that over mapped files, and one to spare.
 PASSES_MAX = 3
 
-_FLAGS = ("-aHAXS", "--numeric-ids", "--partial")
+FLAGS = ("-aHAXS", "--numeric-ids", "--partial")
+OF_FILES = ("-I", "--force", "--from0", "--files-from=-")
+"""Files that are named on standard input, whatever they look like."""
+OF_NAMES = ("--delete", "--existing", "--ignore-existing")
+"""What has no name at the source is removed; nothing is copied."""
 # What the daemon says when the module is open and the client may begin (rsync's clientserver.c).
 _MODULE_OPEN = b"@RSYNCD: OK\n"
 # rsync ends with 24 when files vanished while it ran: the next pass sees to it.
@@ -280,9 +284,9 @@ class _Matter:
     def options(self) -> tuple[str, ...]:
         """Of rsync."""
         if self.files is not None:
-            return ("-I", "--force", "--from0", "--files-from=-")
+            return OF_FILES
         if self.is_names_alone:
-            return ("--delete", "--existing", "--ignore-existing")
+            return OF_NAMES
         return ("--delete",)
 
 
@@ -433,7 +437,7 @@ class RootfsSource:
     async def _rsync(self, socket_path: Path, matter: _Matter) -> None:
         relay = Path(__file__).with_name("rsync_relay.py")
         shell = shlex.join([sys.executable, "-ISE", str(relay), str(socket_path)])
-        command = ["rsync", *_FLAGS, *self._limit, *matter.options, "-e", shell]
+        command = ["rsync", *FLAGS, *self._limit, *matter.options, "-e", shell]
         files = matter.files
         process = await asyncio.create_subprocess_exec(
             *command,

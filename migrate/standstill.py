@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from criu_glue.core.pagemap import PageRuns
-    from migrate.copying import Copying, Rounds
+    from migrate.copying import Copying
     from migrate.core.confinement import Confinements
     from migrate.core.manifest import SignedManifest
     from migrate.freezing import Freezing
@@ -94,7 +94,7 @@ class Standstill:
         if (dumped := await asyncio.to_thread(memory.send_dumped, image_dir)) is not None:
             self._report.add_round(dumped)
         stored = await asyncio.to_thread(images.store_ranges, image_dir)
-        tell_written_by_criu(self._copying, stored)
+        tell_written_by_criu(self._copying.warn, stored)
         missing = memory.undelivered(stored)
         if missing:
             # Pages that CRIU knows and the tracker never reported; without this they would be zeros
@@ -147,12 +147,12 @@ def mapped_files(container: Container) -> list[str]:
     return [name for name in names if (container.rootfs / name).is_file()]
 
 
-def tell_written_by_criu(rounds: Rounds, stored: Mapping[int, PageRuns]) -> None:
+def tell_written_by_criu(warn: Callable[[str], None], stored: Mapping[int, PageRuns]) -> None:
     """CRIU 4.2 leaves no page of a task out when a stack pointer of it lies at the begin of a page
     (`criu/mem.c: is_stack` compares the wrong bits): right, but slow."""
     written = sorted(task for task, runs in stored.items() if not len(runs))
     if written:
-        rounds.warn(
+        warn(
             f"CRIU wrote all memory of the tasks {written} itself while the container stood"
             " still, which it does when a stack pointer lies at the begin of a page"
         )

@@ -12,25 +12,60 @@ import click
 
 from migrate import config
 from migrate.commands.copied_how import copied_how, host_and_port
+from migrate.copies_wanted import NUMBER, Alike, wanted_copies
+from migrate.core.manifest import KEPT_DAYS_MAX
 from migrate.errors import CopiesMissing, UsageError, runs_on
 from migrate.logs import log_to_stderr
+from migrate.moving import Telling, carry_out, new_migration_id
 from migrate.options import Options
 from migrate.report import clone_table
 from migrate.runtimes import known
 from migrate.runtimes.base import validate_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from migrate.cloning import Cloning
+    from migrate.copies_wanted import Wanted
     from migrate.core.messages import CopySignal
+    from migrate.progress import Observer
+    from migrate.runtimes.base import Runtime
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", required=False)
 @click.option(
     "--to",
     "targets",
-    required=True,
     metavar="HOST[,HOST…]",
     help="Where the copies are to run, by turns; this host's own name: beside the original.",
+)
+@click.option(
+    "--save",
+    "save_to",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep a checkpoint there, which is not there yet, instead of making copies.",
+)
+@click.option(
+    "--for",
+    "save_for",
+    metavar="HOST|fleet",
+    help="With --save: who may start it; this host alone if not given.",
+)
+@click.option(
+    "--days",
+    type=click.FloatRange(min=0, min_open=True, max=KEPT_DAYS_MAX),
+    default=7,
+    show_default=True,
+    help="With --save: how long it may be started.",
+)
+@click.option(
+    "--from",
+    "start_from",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Make copies of a checkpoint that was kept; on this host, without --to.",
 )
 @click.option(
     "--count",
@@ -75,8 +110,12 @@ if TYPE_CHECKING:
     "--report", "report_path", type=click.Path(path_type=Path), help="Write the report here."
 )
 def clone(
-    name: str,
-    targets: str,
+    name: str | None,
+    targets: str | None,
+    save_to: Path | None,
+    save_for: str | None,
+    days: float,
+    start_from: Path | None,
     count: int | None,
     pattern: str | None,
     addresses: tuple[str, ...],
@@ -96,23 +135,23 @@ def clone(
 
     Exit code 4: some of the copies run, and the others are not there.
     """
-    from migrate.cloning import Cloning
-    from migrate.copies_wanted import NUMBER, Alike, wanted_copies
-    from migrate.moving import Telling, carry_out, new_migration_id
-
     if report_path is not None and not report_path.parent.is_dir():
         raise click.BadParameter(f"{report_path.parent} is no directory", param_hint="--report")
-    if "@" in targets:
-        raise UsageError(f"no copy can be made on {targets}: they have to be hosts of the fleet")
-    hosts = [host_and_port(one) for one in targets.split(",")]
-    wanted = wanted_copies(hosts, count, pattern or f"{name}-{NUMBER}", addresses)
     log_to_stderr(logging.WARNING)
-    driver = known.having(name) if runtime == "auto" else known.drivers()[runtime]
     alike = Alike(fill, validate_name(hook) if hook else "", copy_signal)
-    options = Options(validate_name(name), ",".join(host for host, _ in hosts), **asked)
-    make = partial(
-        Cloning, options, wanted, alike, driver, config.HostPaths(), migration_id=new_migration_id()
-    )
+    if save_to is not None:
+        if start_from or targets or not name:
+            raise click.UsageError("--save keeps the container NAME, and makes no copies")
+        make = saving(name, runtime, Path(save_to).absolute(), save_for, days, asked)
+    elif start_from is not None:
+        if name:
+            raise click.UsageError("--from makes copies of what is kept, and not of a container")
+        where = targets or socket.gethostname()
+        make = starting(Path(start_from).absolute(), where, count, pattern, addresses, alike, asked)
+    elif not name or not targets:
+        raise click.UsageError("of what, and where? NAME --to HOST; --save DIR and --from DIR")
+    else:
+        make = cloning(name, runtime, targets, count, pattern, addresses, alike, asked)
     report = carry_out(make, Telling(False, as_json, report_path), clone_table)
     missing = [copy.name for copy in report.copies if copy.error]
     if missing:
@@ -121,3 +160,84 @@ def clone(
             container_state=runs_on(socket.gethostname()),
             remedy="the warnings say why; the other copies run",
         )
+
+
+def cloning(
+    name: str,
+    runtime: str,
+    targets: str,
+    count: int | None,
+    pattern: str | None,
+    addresses: tuple[str, ...],
+    alike: Alike,
+    asked: Mapping[str, Any],
+) -> Callable[[Observer], Cloning]:
+    """Copies of a container that runs."""
+    from migrate.cloning import Cloning
+
+    hosts, wanted = _wanted(name, targets, count, pattern, addresses)
+    options = Options(validate_name(name), hosts, **asked)
+    driver = _driver(name, runtime)
+    return partial(
+        Cloning, options, wanted, alike, driver, config.HostPaths(), migration_id=new_migration_id()
+    )
+
+
+def saving(
+    name: str,
+    runtime: str,
+    directory: Path,
+    target: str | None,
+    days: float,
+    asked: Mapping[str, Any],
+) -> Callable[[Observer], Cloning]:
+    """A checkpoint of one."""
+    from migrate.saving import Keep, Saving
+
+    is_for_fleet = target == "fleet"
+    whose = socket.gethostname() if is_for_fleet or target is None else target
+    keep = Keep(directory, whose, is_for_fleet, days)
+    options = Options(validate_name(name), whose, **asked)
+    driver = _driver(name, runtime)
+    return partial(
+        Saving, options, keep, driver, config.HostPaths(), migration_id=new_migration_id()
+    )
+
+
+def starting(
+    directory: Path,
+    targets: str,
+    count: int | None,
+    pattern: str | None,
+    addresses: tuple[str, ...],
+    alike: Alike,
+    asked: Mapping[str, Any],
+) -> Callable[[Observer], Cloning]:
+    """Copies of a checkpoint. Raises CheckpointRefused."""
+    from migrate.checkpoint import opened
+    from migrate.starting import Starting
+
+    paths = config.HostPaths()
+    kept = opened(directory, paths.tls)
+    name = kept.manifest.container
+    hosts, wanted = _wanted(name, targets, count, pattern, addresses)
+    options = Options(name, hosts, **asked)
+    driver = known.drivers()[kept.about.request.runtime]
+    return partial(
+        Starting, options, kept, wanted, alike, driver, paths, migration_id=new_migration_id()
+    )
+
+
+def _wanted(
+    name: str, targets: str, count: int | None, pattern: str | None, addresses: tuple[str, ...]
+) -> tuple[str, tuple[Wanted, ...]]:
+    """All hosts, for people, and the copies on them."""
+    if "@" in targets:
+        raise UsageError(f"no copy can be made on {targets}: they have to be hosts of the fleet")
+    hosts = [host_and_port(one) for one in targets.split(",")]
+    wanted = wanted_copies(hosts, count, pattern or f"{name}-{NUMBER}", addresses)
+    return ",".join(host for host, _ in hosts), wanted
+
+
+def _driver(name: str, runtime: str) -> Runtime:
+    return known.having(name) if runtime == "auto" else known.drivers()[runtime]

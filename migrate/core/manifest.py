@@ -13,6 +13,11 @@ the memory, as what its streams have carried (both kinds of hash: `transport/cor
      "files":[["core-1.img",908,"<SHA-256>"],…],
      "memory":{"kind":"streams","streams":[[0,512,"<SHA-256>"],…]}}
 
+That of a checkpoint which is kept (`migrate/checkpoint.py`) has its memory in files, and holds for
+longer; nobody restores from it directly::
+
+     "memory":{"kind":"files","files":[["1.pages",4096,"<SHA-256>"],…],"is_for_fleet":false}
+
 Signed, it is an envelope, which is the same in a message and in a file::
 
     {"type":"signed_manifest", "manifest":"<base64>", "signature":"<base64>", "certificate":"<DER>"}
@@ -51,6 +56,9 @@ MAX_ENVELOPE_BYTES: Final = 2 << 20
 STREAMS_MAX: Final = 16
 LIFE_S: Final = 3600
 """From its making to its expiry; a target restores within seconds."""
+DAY_S: Final = 86400
+KEPT_DAYS_MAX: Final = 90
+"""The same of a checkpoint that is kept: certificates and lists of revocations last for longer."""
 SKEW_S: Final = 3600
 """By which the clock of the source may be ahead: as much as certificates allow for."""
 TIME_MAX_S: Final = 1 << 40
@@ -85,13 +93,26 @@ class StreamEntry(_Row, frozen=True):
 
 
 class StreamedMemory(_Part, frozen=True, tag_field="kind", tag="streams"):
-    """Memory as it was transferred. (The tag leaves room for memory that lies in files.)"""
+    """Memory as it was transferred."""
 
     streams: Annotated[tuple[StreamEntry, ...], Meta(max_length=STREAMS_MAX)]
 
 
+class StoredMemory(_Part, frozen=True, tag_field="kind", tag="files"):
+    """Memory that lies in files, and what else a checkpoint has besides CRIU's images.
+    is_for_fleet: any host may have it, not the manifest's target alone."""
+
+    files: Annotated[tuple[FileEntry, ...], Meta(max_length=MAX_FILES)]
+    is_for_fleet: bool
+
+
 class Manifest(_Part, frozen=True):
     """See the module. `epoch` is the source's attempt; `target` the only host that may restore."""
+
+    @property
+    def stored(self) -> tuple[FileEntry, ...]:
+        """Files besides the images."""
+        return self.memory.files if isinstance(self.memory, StoredMemory) else ()
 
     migration_id: MigrationId
     container: ContainerName
@@ -103,7 +124,7 @@ class Manifest(_Part, frozen=True):
     versions: Versions
     protocol: Annotated[int, Meta(ge=1, le=1 << 16)]
     files: Annotated[tuple[FileEntry, ...], Meta(min_length=1, max_length=MAX_FILES)]
-    memory: StreamedMemory
+    memory: StreamedMemory | StoredMemory
     version: Literal[1] = 1
 
 
@@ -146,11 +167,17 @@ def decode(data: bytes) -> Manifest:
     """What `encode` has written. Raises CheckpointRefused."""
     manifest = _decoded(_MANIFEST, data, MAX_MANIFEST_BYTES)
     names = [entry.name for entry in manifest.files]
-    indices = [entry.index for entry in manifest.memory.streams]
-    if names != sorted(set(names)) or indices != sorted(set(indices)):
+    match manifest.memory:
+        case StreamedMemory(streams=streams):
+            others: list[int] | list[str] = [entry.index for entry in streams]
+            life_s = LIFE_S
+        case StoredMemory(files=files):
+            others = [entry.name for entry in files]
+            life_s = KEPT_DAYS_MAX * DAY_S
+    if names != sorted(set(names)) or others != sorted(set(others)):  # type: ignore[type-var]
         raise CheckpointRefused("the manifest names a file or a stream twice, or out of order")
-    if not manifest.created_s <= manifest.expires_s <= manifest.created_s + LIFE_S:
-        raise CheckpointRefused(f"the manifest is to hold for more than {LIFE_S} s, or less than 0")
+    if not manifest.created_s <= manifest.expires_s <= manifest.created_s + life_s:
+        raise CheckpointRefused(f"the manifest is to hold for more than {life_s} s, or less than 0")
     return manifest
 
 
@@ -177,10 +204,16 @@ def check_binding(manifest: Manifest, binding: Binding, now_s: float) -> None:
         said, known = getattr(manifest, name), getattr(binding, name)
         if said != known:
             raise CheckpointRefused(f"the manifest is of {name} {said}, this session of {known}")
+    check_time(manifest, now_s)
+
+
+def check_time(manifest: Manifest, now_s: float) -> None:
+    """That the manifest holds now. Raises CheckpointRefused."""
+    is_stored = isinstance(manifest.memory, StoredMemory)
     if now_s >= manifest.expires_s:
         raise CheckpointRefused(
             f"the manifest expired {now_s - manifest.expires_s:.0f} s ago",
-            remedy="compare the clocks of the two hosts",
+            remedy="save it anew" if is_stored else "compare the clocks of the two hosts",
         )
     if now_s + SKEW_S < manifest.created_s:
         raise CheckpointRefused(
@@ -191,6 +224,8 @@ def check_binding(manifest: Manifest, binding: Binding, now_s: float) -> None:
 
 def check_streams(manifest: Manifest, carried: Collection[StreamEntry]) -> None:
     """That the streams carried what the source says, no more and no less. CheckpointRefused."""
+    if isinstance(manifest.memory, StoredMemory):
+        raise CheckpointRefused("the manifest is of a checkpoint that was kept, not of a transfer")
     said = {f"stream {entry.index}": entry for entry in manifest.memory.streams}
     _check_same(said, {f"stream {entry.index}": entry for entry in carried})
 
@@ -199,6 +234,12 @@ def check_files(manifest: Manifest, found: Collection[FileEntry]) -> None:
     """That exactly these files are there, and as they were. Raises CheckpointRefused."""
     said = {f"image file {entry.name}": entry for entry in manifest.files}
     _check_same(said, {f"image file {entry.name}": entry for entry in found})
+
+
+def check_stored(manifest: Manifest, found: Collection[FileEntry]) -> None:
+    """The same of the files besides the images. Raises CheckpointRefused."""
+    said = {f"file {entry.name}": entry for entry in manifest.stored}
+    _check_same(said, {f"file {entry.name}": entry for entry in found})
 
 
 def _check_same(said: Mapping[str, _Row], found: Mapping[str, _Row]) -> None:

@@ -19,6 +19,7 @@ MAX_BYTES = 8 << 10
 IS_JSON = True
 
 _VERSIONS = Versions("6.12.0", "4.2.1", "runc 1.1.15", "x86_64")
+_STREAMS = (m.StreamEntry(0, 5, bytes(32)), m.StreamEntry(3, 1, bytes(32)))
 _MANIFEST = m.Manifest(
     migration_id="m1",
     container="sheep",
@@ -33,7 +34,7 @@ _MANIFEST = m.Manifest(
         m.FileEntry("core-1.img", 900, bytes(range(32))),
         m.FileEntry("inventory.img", 40, bytes(32)),
     ),
-    memory=m.StreamedMemory((m.StreamEntry(0, 5, bytes(32)), m.StreamEntry(3, 1, bytes(32)))),
+    memory=m.StreamedMemory(_STREAMS),
 )
 _BINDING = m.Binding("m1", "sheep", 7, "a.test", "b.test", _VERSIONS, 1)
 _SIGNED = m.SignedManifest(m.encode(_MANIFEST), bytes(64), bytes(range(200)))
@@ -65,7 +66,7 @@ def _manifest(data: bytes) -> None:
         assert said == (_BINDING.migration_id, _BINDING.container, _BINDING.epoch)
         assert (manifest.source, manifest.target) == (_BINDING.source, _BINDING.target)
     with suppress(MigrateError):
-        m.check_streams(manifest, _MANIFEST.memory.streams)
+        m.check_streams(manifest, _STREAMS)
         assert manifest.memory == _MANIFEST.memory
     with suppress(MigrateError):
         m.check_files(manifest, _MANIFEST.files)
