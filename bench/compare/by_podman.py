@@ -20,6 +20,7 @@ from bench.compare.systems import (
     WORK,
     ImpossibleError,
     Moved,
+    remove_container,
     rootfs,
     run_marked,
     wait_listening,
@@ -78,7 +79,7 @@ class Podman:
         for host in (scene.source, scene.target):
             for command in (["rm", "-f", "-t", "0", NAME], ["rmi", "-f", IMAGE]):
                 host.run(["podman", *command], check=False)
-            containers.remove(host, NAME)
+            remove_container(host, NAME)
             host.run(["rm", "-rf", WORK])
 
     def _restore(self, scene: Scene, options: str) -> str:

@@ -20,6 +20,7 @@ from bench.compare.systems import (
     WORK,
     ImpossibleError,
     Moved,
+    remove_container,
     rootfs,
     run_marked,
     wait_listening,
@@ -62,7 +63,7 @@ class _ByRunc:
     def remove(self, scene: Scene) -> None:
         """On both hosts."""
         for host in (scene.source, scene.target):
-            containers.remove(host, NAME)
+            remove_container(host, NAME)
             host.run(["rm", "-rf", WORK])
 
 

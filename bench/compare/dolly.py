@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Any, Final
 
 from bench import containers
-from bench.compare.systems import MOVE_DEADLINE_S, NAME, Moved, MoveError
+from bench.compare.systems import MOVE_DEADLINE_S, NAME, Moved, MoveError, remove_container
 
 if TYPE_CHECKING:
     from bench.compare.systems import Scene
@@ -90,5 +90,5 @@ def forget(scene: Scene, name: str) -> None:
     """Remove a container wherever it is, with what an agent has made for it."""
     scene.source.run(["rm", "-f", REPORT])
     for host in (scene.source, scene.target):
-        containers.remove(host, name)
+        remove_container(host, name)
         shutil.rmtree(host.path(f"{RECEIVED}/{name}"), ignore_errors=True)

@@ -51,6 +51,8 @@ class Workspace:
         self.session = paths.session(request.migration_id, "target")
         self.bundle = paths.containers / request.container
         self._request = request
+        # Of the page store. The tmpfs has room for all memory once more: CRIU may dump a task whole
+        # into its images though the store has it (`migrate/standstill.py` warns then).
         self.quota_bytes = int(request.memory_bytes * (1 + GROWTH)) + config.SESSION_RESERVE_BYTES
         self._store: PageStore | None = None
         # What the streams have carried; None until it is taken over.
@@ -111,7 +113,7 @@ class Workspace:
         try:
             self.session.mkdir(mode=0o700, parents=True)
             self._made_session = True
-            mount_tmpfs(self.session, self.quota_bytes)
+            mount_tmpfs(self.session, self.quota_bytes + self._request.memory_bytes)
             self.work_dir.mkdir(mode=0o700)
             (self.session / REQUEST_NAME).write_bytes(messages.encode(self._request))
             self.image_dir.mkdir(mode=0o700)
