@@ -20,9 +20,9 @@ from bench.compare.systems import (
     WORK,
     ImpossibleError,
     Moved,
+    move_by_script,
     remove_container,
     rootfs,
-    run_marked,
     wait_listening,
 )
 
@@ -58,8 +58,8 @@ class Podman:
 
     def move(self, scene: Scene) -> Moved:
         """Stop, export, copy, import."""
-        parts = run_marked(
-            scene.source,
+        return move_by_script(
+            scene,
             f"""
             mark begin
             podman container checkpoint --tcp-established -c none -e {WORK}/c.tar {NAME} >/dev/null
@@ -71,8 +71,6 @@ class Podman:
             mark restore
             """,
         )
-        wait_listening(scene.target, scene.spec)
-        return Moved(sum(parts.values()), parts)
 
     def remove(self, scene: Scene) -> None:
         """On both hosts; the image too."""
@@ -99,8 +97,8 @@ class PodmanPreCheckpoint(Podman):
         if scene.source.run(tracks, check=False).returncode != 0:
             raise ImpossibleError("this kernel has no soft-dirty bits, which CRIU's pre-dump needs")
         restore = self._restore(scene, f"--import-previous {WORK}/p.tar")
-        parts = run_marked(
-            scene.source,
+        return move_by_script(
+            scene,
             f"""
             mark begin
             podman container checkpoint -P -c none -e {WORK}/p.tar {NAME} >/dev/null
@@ -116,5 +114,3 @@ class PodmanPreCheckpoint(Podman):
             mark restore
             """,
         )
-        wait_listening(scene.target, scene.spec)
-        return Moved(sum(parts.values()), parts)

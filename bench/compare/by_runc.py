@@ -20,10 +20,9 @@ from bench.compare.systems import (
     WORK,
     ImpossibleError,
     Moved,
+    move_by_script,
     remove_container,
     rootfs,
-    run_marked,
-    wait_listening,
 )
 from bench.containers import bundle_path
 
@@ -74,27 +73,16 @@ class StopAndCopy(_ByRunc):
 
     def move(self, scene: Scene) -> Moved:
         """The container stands still from the dump to the restore."""
-        announce = ANNOUNCE.format(name=NAME, ip=scene.spec.ip)
-        restore = f"{PLUG} && {_RESTORE} {NAME} </dev/null >/dev/null 2>&1 && {announce}"
-        parts = run_marked(
-            scene.source,
+        return move_by_script(
+            scene,
             f"""
             mark begin
             {_FILES}
             mark files-before
             {_CHECKPOINT} {NAME}
-            {UNPLUG}
-            mark dump
-            {_IMAGES}
-            mark images
-            {_FILES}
-            mark files
-            {SSH} B '{restore}' || {{ {SSH} B cat {WORK}/runc.log; exit 1; }}
-            mark restore
+            {_after_dump(scene)}
             """,
         )
-        wait_listening(scene.target, scene.spec)
-        return Moved(sum(parts.values()), parts)
 
 
 class PostCopy(_ByRunc):
@@ -110,19 +98,17 @@ class PostCopy(_ByRunc):
                 f"CRIU's page server splices pipes of {PIPE_BYTES} bytes; without CAP_SYS_RESOURCE"
                 f" that needs sysctl fs.pipe-max-size={PIPE_BYTES}, and it is {pipe_bytes_max}"
             )
-        announce = ANNOUNCE.format(name=NAME, ip=scene.spec.ip)
         source = scene.source.address
         lazy = (
             f"criu lazy-pages --page-server --address {source} --port {PAGES_PORT}"
             f" -D {WORK}/img -W {WORK}/work -o lazy.log"
         )
-        restore = (
+        serve = (
             f"{{ {lazy} </dev/null >/dev/null 2>&1 & }}; "
             f"while [ ! -S {WORK}/work/lazy-pages.socket ]; do sleep 0.005; done; "
-            f"{PLUG} && {_RESTORE} --lazy-pages {NAME} </dev/null >/dev/null 2>&1 && {announce}"
         )
-        parts = run_marked(
-            scene.source,
+        return move_by_script(
+            scene,
             f"""
             mark begin
             {_FILES}
@@ -132,6 +118,19 @@ class PostCopy(_ByRunc):
                 {NAME} 3>{WORK}/ready >/dev/null 2>&1 &
             dump=$!
             [ "$(head -c1 <{WORK}/ready | wc -c)" = 1 ] || {{ cat {WORK}/runc.log; exit 1; }}
+            {_after_dump(scene, serve, "--lazy-pages")}
+            wait $dump
+            mark pages
+            """,
+        )
+
+
+def _after_dump(scene: Scene, before: str = "", options: str = "") -> str:
+    """The steps from a dump to the restored container; `before` runs on B before its restore."""
+    announce = ANNOUNCE.format(name=NAME, ip=scene.spec.ip)
+    quiet = "</dev/null >/dev/null 2>&1"
+    restore = f"{before}{PLUG} && {_RESTORE} {options} {NAME} {quiet} && {announce}"
+    return f"""
             {UNPLUG}
             mark dump
             {_IMAGES}
@@ -140,9 +139,4 @@ class PostCopy(_ByRunc):
             mark files
             {SSH} B '{restore}' || {{ {SSH} B cat {WORK}/runc.log; exit 1; }}
             mark restore
-            wait $dump
-            mark pages
-            """,
-        )
-        wait_listening(scene.target, scene.spec)
-        return Moved(sum(parts.values()), parts)
+    """

@@ -27,19 +27,23 @@ KEPT: Final = (
 )
 
 
-class Dolly:
-    """`migrate`, with the options of a case."""
+class _Ours:
+    """A container of the lab, on A."""
 
     needs_podman = False
-
-    def __init__(self, name: str, *options: str) -> None:
-        self.name = name
-        self._options = options
 
     def start(self, scene: Scene) -> None:
         """As every container of the lab."""
         containers.create(scene.source, scene.spec)
         containers.start(scene.source, NAME)
+
+
+class Dolly(_Ours):
+    """`migrate`, with the options of a case."""
+
+    def __init__(self, name: str, *options: str) -> None:
+        self.name = name
+        self._options = options
 
     def move(self, scene: Scene) -> Moved:
         """Returns when all memory is there: the command does."""
@@ -52,16 +56,10 @@ class Dolly:
         forget(scene, NAME)
 
 
-class DollyClone:
+class DollyClone(_Ours):
     """`migrate clone`: the original runs on, and its client sees a pause."""
 
     name = "migrate clone"
-    needs_podman = False
-
-    def start(self, scene: Scene) -> None:
-        """As every container of the lab."""
-        containers.create(scene.source, scene.spec)
-        containers.start(scene.source, NAME)
 
     def move(self, scene: Scene) -> Moved:
         """One copy, on B."""

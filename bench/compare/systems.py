@@ -94,6 +94,13 @@ def run_marked(host: Host, script: str) -> dict[str, float]:
     }
 
 
+def move_by_script(scene: Scene, script: str) -> Moved:
+    """Move it by a script on A; returns when it listens on B. Raises MoveError."""
+    parts = run_marked(scene.source, script)
+    wait_listening(scene.target, scene.spec)
+    return Moved(sum(parts.values()), parts)
+
+
 def remove_container(host: Host, name: str) -> None:
     """As `containers.remove`, and its cgroup, which tasks of much memory leave late."""
     containers.remove(host, name)

@@ -107,15 +107,20 @@ def test_no_answer_at_all_is_no_gap() -> None:
     assert (meter.max_ms, meter.percentile_ms(0.5), meter.histogram()) == (0.0, 0.0, [])
 
 
-@given(st.integers(1, 50), st.lists(st.integers(1, 9), max_size=30))
-def test_line_answers_in_any_pieces(count: int, sizes: list[int]) -> None:
-    answers = LineAnswers()
-    data = b"".join(b"%d %d\n" % (number, number * 3) for number in range(1, count + 1))
+def fed_in_pieces(answers: Answers, data: bytes, sizes: list[int]) -> int:
+    """How many answers these bytes were, in pieces of these sizes and a last one of the rest."""
     fed = 0
     for size in [*sizes, len(data)]:
         fed += answers.feed(data[:size])
         data = data[size:]
-    assert fed == answers.order.received == count
+    return fed
+
+
+@given(st.integers(1, 50), st.lists(st.integers(1, 9), max_size=30))
+def test_line_answers_in_any_pieces(count: int, sizes: list[int]) -> None:
+    answers = LineAnswers()
+    data = b"".join(b"%d %d\n" % (number, number * 3) for number in range(1, count + 1))
+    assert fed_in_pieces(answers, data, sizes) == answers.order.received == count
     assert answers.order.out_of_order == 0
 
 
@@ -151,11 +156,7 @@ def test_pages_in_any_pieces(count: int, sizes: list[int]) -> None:
     answers = HttpAnswers("dolly")
     assert answers.request(7).startswith(b"GET /7 HTTP/1.1\r\n")
     data = b"".join(map(page, range(1, count + 1)))
-    fed = 0
-    for size in [*sizes, len(data)]:
-        fed += answers.feed(data[:size])
-        data = data[size:]
-    assert fed == answers.order.received == count
+    assert fed_in_pieces(answers, data, sizes) == answers.order.received == count
     assert answers.order.out_of_order == 0
 
 
