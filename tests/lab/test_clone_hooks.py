@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from bench.containers import ContainerSpec, pid
 from bench.lab.host import Host
 from bench.lab.lab import Lab
 from tests.lab.cloning import COPY, IP, cloning, failed
+from tests.lab.compiling import compiled
 from tests.lab.migrating import expel, resident, running_on, wait_clean
 
 HOOKS = "/etc/migrate/clone.d"
@@ -21,12 +21,7 @@ HOOKS = "/etc/migrate/clone.d"
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """programs/copied.c."""
-    source = Path(__file__).parent / "programs/copied.c"
-    binary = tmp_path_factory.mktemp("programs") / "copied"
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
-    headers = Path(__file__).parents[2] / "bench/workloads"
-    subprocess.run(["gcc", *flags, "-I", headers, "-o", binary, source], check=True)
-    return binary
+    return compiled("copied", tmp_path_factory.mktemp("programs"))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ link; and content that need not travel."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from bench.containers import ContainerSpec, bundle_path
 from bench.lab.lab import Lab
+from tests.lab.compiling import compiled
 from tests.lab.migrating import (
     Resident,
     migrate,
@@ -41,12 +41,7 @@ FILES: Final = 500
 @pytest.fixture(scope="module")
 def keeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """programs/keeper.c."""
-    source = Path(__file__).parent / "programs/keeper.c"
-    binary = tmp_path_factory.mktemp("programs") / "keeper"
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
-    headers = Path(__file__).parents[2] / "bench/workloads"
-    subprocess.run(["gcc", *flags, "-I", headers, "-o", binary, source], check=True)
-    return binary
+    return compiled("keeper", tmp_path_factory.mktemp("programs"))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 from bench.lab.host import Host
 from bench.lab.lab import Lab
 from bench.probe_process import PYTHON_INSIDE
+from tests.lab.compiling import compiled
 from tests.lab.waiting import wait_until
 
 PROGRAM = "forked_memory"
@@ -29,11 +30,7 @@ INSIDE = ["python3", "-m", "tests.lab.bare_restore"]
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory, lab: Lab) -> Iterator[Path]:
-    source = Path(__file__).parent / "programs" / f"{PROGRAM}.c"
-    binary = tmp_path_factory.mktemp("programs") / PROGRAM
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
-    subprocess.run(["gcc", *flags, "-o", binary, source], check=True)
-    yield binary
+    yield compiled(PROGRAM, tmp_path_factory.mktemp("programs"))
     # The hosts are others' as well, who look for what is left in /run.
     for host in lab.hosts:
         host.run(["sh", "-c", f"rm -f /run/{PROGRAM} {REPORT}.*"])

@@ -3,7 +3,6 @@ freely afterwards, whoever dies meanwhile."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +12,7 @@ import pytest
 from bench.containers import ContainerSpec
 from bench.lab.host import Host
 from bench.lab.lab import Lab
+from tests.lab.compiling import compiled
 from tests.lab.invariants import is_frozen, picture
 from tests.lab.migrating import Resident, begin, migrate, resident, running_on, wait_clean
 from tests.lab.waiting import wait_until
@@ -40,11 +40,7 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """programs/busy_memory.c."""
-    source = Path(__file__).parent / "programs/busy_memory.c"
-    program = tmp_path_factory.mktemp("programs") / "busy_memory"
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
-    subprocess.run(["gcc", *flags, "-o", program, source], check=True)
-    return program
+    return compiled("busy_memory", tmp_path_factory.mktemp("programs"))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +11,7 @@ import pytest
 from bench.containers import ContainerSpec
 from bench.lab.host import Host
 from bench.lab.lab import Lab
+from tests.lab.compiling import compiled
 from tests.lab.migrating import (
     Migration,
     Resident,
@@ -34,14 +34,11 @@ OWN_LIMIT: Final = "90000 100000"
 NO_LIMIT: Final = "max 100000"
 # Both hold the container back: the limit all the time, the tracker for moments.
 OPTIONS: Final = ("--json", "--max-downtime", "500", "--tracker", "soft-dirty")
-PROGRAM: Final = Path(__file__).parents[1] / "lab/programs/busy_memory.c"
 
 
 @pytest.fixture
 def guest(machines: Lab, tmp_path: Path) -> Iterator[Resident]:
-    program = tmp_path / "busy_memory"
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
-    subprocess.run(["gcc", *flags, "-o", program, PROGRAM], check=True)
+    program = compiled("busy_memory", tmp_path)
     with resident(machines, SPEC, program=program, rate_per_s=20) as guest:
         for host in ("A", "B"):
             machines.set_rate(host, RATE)

@@ -20,6 +20,7 @@ from bench.containers import ContainerSpec, pid
 from bench.lab.host import Host
 from bench.lab.lab import Lab
 from tests.criu_glue.soft_dirty_scenes import SCENES
+from tests.lab.compiling import compiled
 from tests.lab.inside import inside
 from tests.lab.migrating import Resident, migrate, resident, running_on, wait_clean
 from tests.vm.kernels import trackers
@@ -35,7 +36,6 @@ OPTIONS: Final = ("--max-rounds", "3", "--on-stall", "freeze")
 # How the target's CRIU fails: after all tasks were restored (FI_POST_RESTORE).
 FAILING: Final = {"CRIU_FAULT": "6"}
 PUPPET: Final = Path(__file__).parents[1] / "criu_glue/programs/puppet.c"
-KINDS: Final = Path(__file__).parent / "programs/kinds_memory.c"
 HUGE_PAGES: Final = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
 TRANSPARENT: Final = "/sys/kernel/mm/transparent_hugepage/enabled"
 # A move of this memory takes a minute where other work goes on beside.
@@ -131,9 +131,7 @@ def _huge_pages(machines: Lab) -> Iterator[None]:
 @pytest.mark.usefixtures("_huge_pages")
 def test_memory_of_every_kind(machines: Lab, tmp_path: Path) -> None:
     """Huge pages of both kinds, what is locked, and what grows downwards."""
-    program = tmp_path / "kinds_memory"
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
-    subprocess.run(["gcc", *flags, "-o", program, KINDS], check=True)
+    program = compiled("kinds_memory", tmp_path)
     spec = ContainerSpec("vm-kinds", "memory", args=("1",), address="10.77.0.70/24")
     with resident(machines, spec, program=program, rate_per_s=20) as guest:
         host = machines.host("A")
