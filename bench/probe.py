@@ -203,8 +203,11 @@ class Probe:
             self._on_connected()
 
     def _lost(self, error: str) -> None:
-        self._resets += 1
-        self._error = error
+        # A connection is lost once: after a failed send come the answers that arrived before, and
+        # the same connection's end.
+        if not self._resets:
+            self._resets = 1
+            self._error = error
 
     def _report(self, begin_s: float) -> Report:
         end_s = self._clock()

@@ -271,6 +271,17 @@ def test_broken_connection_ends_the_run(how: Callable[[socket.socket], None]) ->
     assert report.error
 
 
+def test_connection_is_lost_once() -> None:
+    """Sending fails first, then the end is read: one reset."""
+    own, peer = socket.socketpair()
+    own.setblocking(False)
+    peer.close()
+    report = Probe(own, LineAnswers(), rate_per_s=RATE_PER_S).run([])
+    own.close()
+    assert report.resets == 1
+    assert "sending" in report.error
+
+
 def test_garbage_ends_the_run() -> None:
     with FakeServer(lambda connection: connection.sendall(b"what?\n")) as server:
         report = probe_for(server, seconds=None)
