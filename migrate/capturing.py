@@ -4,16 +4,15 @@
                      ├─ final delta is copied beside CRIU ──────────────────────────────────┤
                      └─ what changed of the root file system is copied ─────────────────────┘
 
-Nothing is sent, and nobody else is waited for. `send` sends when the container runs again; what is
-kept on disk (`saving.py`) is never sent. The same order as in `standstill.py`, which says why pages
-of code come first.
+Nothing is sent, and nobody else is waited for. `send` sends when the container runs again. The same
+order as in `standstill.py`, which says why pages of code come first.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from criu_glue import images
 from migrate import config, confinement
@@ -22,14 +21,12 @@ from migrate.rootfs_snapshot import RootfsSnapshot
 from migrate.standstill import check_tree, mapped_files, send_images, tell_written_by_criu
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from criu_glue.captured import CapturedPages
     from criu_glue.core.pagemap import PageRuns
-    from criu_glue.page_sources import FinalDelta
+    from migrate.copying import Rounds
     from migrate.core.confinement import Confinements
-    from migrate.facts import ContainerFacts
     from migrate.freezing import Freezing
     from migrate.precopy import MemorySource
     from migrate.report import ReportBuilder
@@ -45,36 +42,15 @@ class Capture:
     pause_ms: float
 
 
-class FrozenMemory(Protocol):
-    """What is asked of a container's memory while it stands still: as `MemorySource`."""
-
-    def final_delta(self) -> FinalDelta: ...
-
-    def capture(self, runs: list[tuple[int, PageRuns]], limit_bytes: int) -> CapturedPages: ...
-
-    def undelivered(self, needed: Mapping[int, PageRuns]) -> list[tuple[int, PageRuns]]: ...
-
-
-class Origin(Protocol):
-    """What is captured, and who hears of it: as `Rounds`."""
-
-    facts: ContainerFacts
-
-    @property
-    def memory(self) -> FrozenMemory: ...
-
-    def warn(self, message: str) -> None: ...
-
-
 class Capturing:
     """See the module: `look`, then `capture`."""
 
-    def __init__(self, origin: Origin, freezing: Freezing, session: Path) -> None:
-        self._origin = origin
+    def __init__(self, rounds: Rounds, freezing: Freezing, session: Path) -> None:
+        self._rounds = rounds
         self._freezing = freezing
         self._room_bytes = 0
         self.snapshot = RootfsSnapshot(
-            origin.facts.container.rootfs, session / "rootfs", config.SNAPSHOT_BYTES_MAX
+            rounds.facts.container.rootfs, session / "rootfs", config.SNAPSHOT_BYTES_MAX
         )
 
     async def look(self) -> None:
@@ -84,7 +60,7 @@ class Capturing:
     async def capture(self) -> Capture:
         """Freeze, keep everything, and let the container run on."""
         self._room_bytes = free_memory_bytes() // 2
-        container, memory = self._origin.facts.container, self._origin.memory
+        container, memory = self._rounds.facts.container, self._rounds.memory
         marks = await self._freezing.freeze()
         await asyncio.to_thread(check_tree, container)
         files = asyncio.create_task(asyncio.to_thread(self._take_files))
@@ -107,14 +83,14 @@ class Capturing:
         await self._freezing.undo()
         assert self._freezing.given_back_us is not None
         pause_ms = (self._freezing.given_back_us - marks["unplug"]) / 1000
-        tell_written_by_criu(self._origin.warn, stored)
+        tell_written_by_criu(self._rounds.warn, stored)
         return Capture((missing, rest, code), held_back, pause_ms)
 
     def _take_files(self) -> None:
-        self.snapshot.take(mapped_files(self._origin.facts.container))
+        self.snapshot.take(mapped_files(self._rounds.facts.container))
 
     async def _keep(self, runs: list[tuple[int, PageRuns]]) -> CapturedPages:
-        kept = await asyncio.to_thread(self._origin.memory.capture, runs, self._room_bytes)
+        kept = await asyncio.to_thread(self._rounds.memory.capture, runs, self._room_bytes)
         self._room_bytes -= kept.size_bytes
         return kept
 

@@ -4,7 +4,7 @@
         manifest.json       signed by the host that made it, over everything else here
         images/             CRIU's
         memory/
-            TASK.runs       page runs of a task: address u64, pages u64, little endian, ascending
+            TASK.runs       page runs of a task: address u64, pages u64, little endian
             TASK.pages      the content of these pages, one after the other
             checkpoint.json what a target is told besides: the request, descriptors, confinement,
                             and the hash of the root file system
@@ -39,12 +39,10 @@ from migrate.errors import CheckpointRefused
 from migrate.tree_digest import tree_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy.typing as npt
 
-    from criu_glue.captured import CapturedPages
     from criu_glue.core.pagemap import PageRuns
     from migrate.signing import Signed, Signer
     from transport.identity import IdentityPaths
@@ -53,7 +51,6 @@ ABOUT_NAME: Final = "checkpoint.json"
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 # Two messages: a request, and what confines the tasks.
 _ABOUT_BYTES_MAX: Final = 2 * MAX_MESSAGE_BYTES
-_WRITTEN_PAGES: Final = (1 << 24) // PAGE_BYTES
 
 
 class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,12 +97,6 @@ class Place:
         self.directory.mkdir(mode=0o700)
         for part in (self.images, self.memory):
             part.mkdir(mode=0o700)
-
-    def keep(self, captured: Sequence[CapturedPages]) -> None:
-        """Write memory down, in which no page occurs twice. Raises OSError."""
-        tasks = sorted({task for pages in captured for task, _ in pages.runs})
-        for task in tasks:
-            _write_task(self.memory, task, captured)
 
     def seal(
         self, about: About, signer: Signer, target: str, *, days: float, is_for_fleet: bool
@@ -160,6 +151,11 @@ def opened(directory: Path, trust: IdentityPaths) -> Kept:
     """A checkpoint, compared with its manifest. Raises CheckpointRefused."""
     place = Place(directory)
     try:
+        if not place.manifest.exists():
+            raise CheckpointRefused(
+                f"{directory} has no manifest: it is no checkpoint, or its save has not ended",
+                remedy="save one; what a save leaves that was killed is removed by the agent",
+            )
         _check_private(directory)
         signed = signing.opened(signing.read_stored(place.manifest), trust)
         manifest = signed.manifest
@@ -216,24 +212,6 @@ class _Task(NamedTuple):
     file: int
     addresses: npt.NDArray[np.uint64]
     order: npt.NDArray[np.intp]
-
-
-def _write_task(directory: Path, task: int, captured: Sequence[CapturedPages]) -> None:
-    """A task's pages as they were captured, those that were there."""
-    there: list[npt.NDArray[np.uint64]] = []
-    buffer = np.empty((_WRITTEN_PAGES, PAGE_BYTES), dtype=np.uint8)
-    with (directory / f"{task}.pages").open("xb") as file:
-        for pages in captured:
-            addresses = page_addresses(dict(pages.runs).get(task, np.empty((0, 2), np.uint64)))
-            for begin in range(0, len(addresses), _WRITTEN_PAGES):
-                part = addresses[begin : begin + _WRITTEN_PAGES]
-                out = buffer[: len(part)]
-                present = pages.read(task, page_runs(part), out.reshape(-1).data)
-                file.write(out[present].data)
-                there.append(part[present])
-        file.flush()
-        os.fsync(file.fileno())
-    page_runs(np.concatenate(there)).astype("<u8").tofile(directory / f"{task}.runs")
 
 
 def _about(place: Place) -> About:

@@ -33,6 +33,7 @@ from migrate import config, copy_identity, preflight, progress, recovery
 from migrate.capturing import Capturing, send
 from migrate.copy_session import CopySession
 from migrate.copying import Rounds
+from migrate.core.clock_relation import ClockRelation
 from migrate.core.states import SourceState as S
 from migrate.core.throttling import Act
 from migrate.driver import quietly
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from migrate.options import Options
     from migrate.progress import Observer
     from migrate.report import Outcome
+    from migrate.rootfs_snapshot import RootfsSnapshot
     from migrate.runtimes.base import Runtime
     from migrate.undertaking import Entry
 
@@ -150,11 +152,10 @@ class Cloning:
 
     async def _steps(self) -> None:
         self._enter("preflight")
-        hosts = tuple(dict.fromkeys(one.host for one in self._wanted))
-        facts = await self._first.check(hosts, is_copied=True)
+        facts = await self._first.check(self._targets, is_copied=True)
         await self._open(facts)
         rounds = await self._begin_rounds(facts)
-        await self._on_each(HostCopies.copy_rootfs)
+        await self._copy_rootfs()
         while rounds.has_rounds and await self._meanwhile(self._round(rounds)):
             pass
         capturing = await self._prepare(facts, rounds)
@@ -163,9 +164,13 @@ class Cloning:
         image_dir = self._freezing.image_dir
         sent = send(capture, capturing.snapshot, rounds.memory, image_dir, self._builder)
         await self._meanwhile(sent)
-        await self._on_each(lambda host: host.send_snapshot(capturing.snapshot))
-        await self._restore(rounds, image_dir, capture.confinement)
-        await self._let_run()
+        await self._send_snapshot(capturing.snapshot)
+        await self._finish(rounds, image_dir, capture.confinement)
+
+    @property
+    def _targets(self) -> tuple[str, ...]:
+        """The hosts that have to be let have it."""
+        return tuple(dict.fromkeys(one.host for one in self._wanted))
 
     # --- all hosts at once ---
 
@@ -301,14 +306,20 @@ class Cloning:
             self._throttle,
             lost,
         )
-        # The slowest of them decides when all of it is there.
+        # The slowest of them decides when all of it is there; a directory is no way off.
         clocks = [await host.first.talk.relate_clocks() for host in self._hosts]
-        self._rounds.clocks = max(clocks, key=lambda one: one.error_us)
+        self._rounds.clocks = max(
+            clocks, key=lambda one: one.error_us, default=ClockRelation(0, error_us=0)
+        )
         await self._meanwhile(self._rounds.start(self._runtime, self._migration_id))
         return self._rounds
 
     def _new_rounds(self, *given: Any) -> Rounds:
         return Rounds(*given)
+
+    async def _copy_rootfs(self) -> None:
+        """A pass over the root file system while the container runs."""
+        await self._on_each(HostCopies.copy_rootfs)
 
     async def _round(self, rounds: Rounds) -> bool:
         """One round; whether there is to be another one."""
@@ -340,7 +351,7 @@ class Cloning:
         )
         capturing = Capturing(rounds, self._freezing, self._directory)
         await capturing.look()
-        await self._on_each(HostCopies.copy_rootfs)
+        await self._copy_rootfs()
         await self._meanwhile(rounds.last_round())
         return capturing
 
@@ -369,11 +380,20 @@ class Cloning:
 
     # --- while it runs on ---
 
+    async def _send_snapshot(self, snapshot: RootfsSnapshot) -> None:
+        """Make of the files there what they were in the freeze."""
+        await self._on_each(lambda host: host.send_snapshot(snapshot))
+
+    async def _finish(self, rounds: Rounds, image_dir: Path, confinement: Confinements) -> None:
+        """All is there: make what was wanted of it."""
+        await self._restore(rounds, image_dir, confinement)
+        await self._let_run()
+
     async def _restore(self, rounds: Rounds, image_dir: Path, confinement: Confinements) -> None:
         """The copies of a host one after the other, so that each gets its processors."""
         self._enter("restore", "on " + " and ".join(host.host for host in self._hosts))
         stored = await asyncio.to_thread(images.store_ranges, image_dir)
-        carried = await asyncio.to_thread(rounds.memory.sender.carried)
+        carried = await rounds.carried()
         is_lazy = self._options.restore == "lazy"
 
         async def restore(copy: CopySession) -> None:
@@ -435,9 +455,12 @@ class Cloning:
             await copy.close()
         # Without one the freeze could not be undone, which is left to a recovery.
         if self.report is not None and self._recorded is not None:
-            await asyncio.to_thread(recovery.wipe, self._directory)
+            await asyncio.to_thread(self._wipe)
             await self._end_entries()
         await self._begun.close()
+
+    def _wipe(self) -> None:
+        recovery.wipe(self._directory)
 
     async def _end_entries(self) -> None:
         made = {copy.entry.migration_id for copy in self._made}

@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from migrate.core.clock_relation import ClockRelation
     from migrate.facts import ContainerFacts
     from migrate.options import Options
+    from migrate.precopy import Sender
     from migrate.progress import Observer
     from migrate.report import ReportBuilder
     from migrate.rootfs import RootfsPass, RootfsPassRun
     from migrate.runtimes.base import Runtime
     from migrate.target_link import TargetLink
     from migrate.throttle import Throttle
+    from transport.core.transcript import Carried
     from transport.errors import TransportError
     from transport.sender import RoundStats
     from transport.worker import ReadPages
@@ -79,6 +81,7 @@ class Rounds:
         self._history = convergence.History()
         self.clocks: ClockRelation | None = None
         self._memory: MemorySource | None = None
+        self._sender: PageSender | None = None
 
     @property
     def memory(self) -> MemorySource:
@@ -155,8 +158,13 @@ class Rounds:
 
     def leave_out(self, link: TargetLink) -> None:
         """Send nothing more to this target, there being others."""
-        if self._memory is not None:
-            self._memory.sender.leave_out(self._links.index(link))
+        if self._sender is not None:
+            self._sender.leave_out(self._links.index(link))
+
+    async def carried(self) -> Carried:
+        """All that was sent."""
+        assert self._sender is not None
+        return await asyncio.to_thread(self._sender.carried)
 
     def _tell_started(self, tracker: str, migration_id: str) -> None:
         options = self._options
@@ -173,14 +181,15 @@ class Rounds:
             )
         )
 
-    def _make_sender(self, read: ReadPages) -> PageSender:
-        return PageSender(
+    def _make_sender(self, read: ReadPages) -> Sender:
+        self._sender = PageSender(
             [self._outlet(link) for link in self._links],
             read=read,
             streams=self._options.streams or default_streams(),
             patience_s=self._options.link_patience_s,
             bytes_s=self._options.bandwidth_mib_s * (1 << 20),
         )
+        return self._sender
 
     def _outlet(self, link: TargetLink) -> Outlet:
         opened, loop = link.opened, asyncio.get_running_loop()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from criu_glue.captured import CapturedPages
 from criu_glue.kernel import PAGE_BYTES
@@ -24,8 +24,35 @@ if TYPE_CHECKING:
 
     from criu_glue.core.pagemap import PageRuns
     from criu_glue.page_sources import FinalDelta, PageSource
-    from transport.sender import PageSender, RoundStats
-    from transport.worker import ReadPages
+    from transport.sender import RoundStats
+    from transport.worker import Progress, ReadPages
+
+
+class Sender(Protocol):
+    """What takes rounds of memory, and files, to where they are to be: a `PageSender` to hosts, a
+    `MemoryWriter` (`memory_writer.py`) to a directory."""
+
+    @property
+    def progress(self) -> Progress:
+        """What was done so far, from any thread."""
+
+    def connect(self) -> None:
+        """Be ready to take more at once."""
+
+    def send_round(self, number: int, tasks: Sequence[tuple[int, PageRuns]]) -> RoundStats:
+        """Returns when all of these pages are there."""
+
+    def send_files(self, files: Sequence[tuple[str, Path]]) -> RoundStats:
+        """Returns when these files, [(name there, path here)], are there."""
+
+    def never_delivered(self, task: int, runs: PageRuns) -> PageRuns:
+        """The pages of `runs` of which there is no version at all."""
+
+    def abort(self) -> None:
+        """Make the running call, and every later one, raise AbortedError soon."""
+
+    def close(self) -> None:
+        """Nothing is read any more when this returns. Idempotent."""
 
 
 class MemorySource:
@@ -39,7 +66,7 @@ class MemorySource:
     def __init__(
         self,
         pages: PageSource,
-        make_sender: Callable[[ReadPages], PageSender],
+        make_sender: Callable[[ReadPages], Sender],
         undisturbed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self.pages = pages

@@ -28,7 +28,7 @@ import structlog
 
 from criu_glue.errors import CriuGlueError
 from criu_glue.hooks import say as say_to_criu
-from migrate import config, network, peer, throttle_keeper
+from migrate import config, network, peer, throttle_keeper, unfinished
 from migrate.brakes import BrakePlan, put_back
 from migrate.claim import Claim, ClaimTakenError
 from migrate.core import messages, source_machine
@@ -72,12 +72,14 @@ class SourceFacts(msgspec.Struct, frozen=True):
     """What the coordinator writes down for a recovery, each before the act that makes it true.
 
     peer_host: the target as its certificate calls it. port: of its agent. brake: what the container
-    is slowed by. The last three are known when the runtime is started to freeze it.
+    is slowed by. unfinished: the directory of a checkpoint that is made. The last three are known
+    when the runtime is started to freeze it.
     """
 
     peer_host: str = ""
     port: int = config.CONTROL_PORT
     brake: BrakePlan | None = None
+    unfinished: str = ""
     guard: GuardPlan | None = None
     network: network.NetworkHandle | None = None
     bundle: str = ""
@@ -235,6 +237,9 @@ class Recovery:
         if brake is not None:
             # Its keeper has done so already, unless it was killed with the coordinator.
             await asyncio.to_thread(let_go_if_there, brake, self._session)
+        if self._facts.unfinished:
+            path = Path(self._facts.unfinished)
+            await asyncio.to_thread(unfinished.discard, path, self._migration.migration_id)
         await asyncio.to_thread(self._wipe)
         if self._recorded:
             # Perhaps it has a session, though its answer was not written down.

@@ -64,7 +64,7 @@ OF_NAMES = ("--delete", "--existing", "--ignore-existing")
 # What the daemon says when the module is open and the client may begin (rsync's clientserver.c).
 _MODULE_OPEN = b"@RSYNCD: OK\n"
 # rsync ends with 24 when files vanished while it ran: the next pass sees to it.
-_RSYNC_DONE = (0, 24)
+RSYNC_DONE = (0, 24)
 _AT_THE_TARGET = re.compile(r"\[(receiver|generator)\]")
 # The target closes the channel with this plus its rsync's exit status, which ours may not know of:
 # an error after the last byte is only in the daemon's log. 4000 to 4999 are for applications
@@ -194,7 +194,7 @@ class RootfsPassRun:
             writer.close()
         if self._target_status is None:
             raise ConnectionError("it ended without the exit status of the target's rsync")
-        if self._target_status not in _RSYNC_DONE:
+        if self._target_status not in RSYNC_DONE:
             raise _failed(
                 f"on {self._target}", self._target_status, self._target_words, self._target
             )
@@ -437,26 +437,35 @@ class RootfsSource:
     async def _rsync(self, socket_path: Path, matter: _Matter) -> None:
         relay = Path(__file__).with_name("rsync_relay.py")
         shell = shlex.join([sys.executable, "-ISE", str(relay), str(socket_path)])
-        command = ["rsync", *FLAGS, *self._limit, *matter.options, "-e", shell]
-        files = matter.files
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            f"{matter.root}/",
-            "target::rootfs/",
-            stdin=asyncio.subprocess.PIPE if files is not None else asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        listing = None if files is None else b"\0".join(map(os.fsencode, files))
-        try:
-            _, stderr = await process.communicate(listing)
-        except asyncio.CancelledError:
-            process.kill()
-            await process.wait()
-            raise
-        if process.returncode not in _RSYNC_DONE:
-            words = stderr[-RSYNC_STDERR_BYTES_MAX:].decode("utf-8", "replace").strip()
-            raise _failed(f"on {self._host}", process.returncode, words, self._target)
+        options = (*self._limit, *matter.options, "-e", shell)
+        status, words = await run_rsync(options, matter.root, "target::rootfs", matter.files)
+        if status not in RSYNC_DONE:
+            raise _failed(f"on {self._host}", status, words, self._target)
+
+
+async def run_rsync(
+    options: Sequence[str], source: Path, target: str, files: Sequence[str] | None
+) -> tuple[int, str]:
+    """A pass from the directory `source` to `target`, of `files` if they are given: its exit status
+    (RSYNC_DONE, or it failed) and what it said. It is ended when this is cancelled."""
+    process = await asyncio.create_subprocess_exec(
+        *("rsync", *FLAGS, *options),
+        f"{source}/",
+        f"{target}/",
+        stdin=asyncio.subprocess.PIPE if files is not None else asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    listing = None if files is None else b"\0".join(map(os.fsencode, files))
+    try:
+        _, stderr = await process.communicate(listing)
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    assert process.returncode is not None
+    words = stderr[-RSYNC_STDERR_BYTES_MAX:].decode("utf-8", "replace").strip()
+    return process.returncode, words
 
 
 def _hangs(how: str) -> TransferFailed:
@@ -504,7 +513,7 @@ async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) 
         while data := await reader.read(CHUNK_BYTES):
             await channel.send_bytes(data)
         status = await _end(process)
-        words = b"" if status in _RSYNC_DONE else _last_words(log)
+        words = b"" if status in RSYNC_DONE else _last_words(log)
         await channel.close(code=_CLOSED_WITH_STATUS + status, message=words)
 
     answering = asyncio.create_task(answers())

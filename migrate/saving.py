@@ -1,58 +1,45 @@
 """`migrate clone NAME --save DIR`: a container is kept as a checkpoint on disk, and runs on.
 
-    preflight ─ files ─ prepare ─ unplug, freeze, copy its memory, dump, thaw, plug ─ write ─ sign
-
-It stands still while all of its memory is copied into this process's, for which there has to be
-room: nothing is tracked. To the journal it is a migration that is undone, as a copy is (decision
-0023); the directory is there whole, or not at all when this process has ended in order.
+It is a copy whose target is a directory: the same rounds, freeze and end (`cloning.py`), with
+memory written down in place of sent (`memory_writer.py`), files copied by rsync on this host, and a
+signature in place of a restore. The directory has its name when that is there, and nothing remains
+of one that is not finished (`unfinished.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import subprocess
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import msgspec
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from criu_glue import images
-from criu_glue.captured import CapturedPages, page_addresses, page_runs
-from criu_glue.mappings import cgroup_pids
-from criu_glue.page_sources import TaskSource
-from criu_glue.trackers.stop_and_copy import StopAndCopyTracker
-from migrate import config
-from migrate.capturing import Capturing
+from migrate import config, unfinished
 from migrate.checkpoint import About, Place
 from migrate.cloning import Cloning
 from migrate.copies_wanted import Alike, Wanted
+from migrate.copying import Rounds
 from migrate.core.states import SourceState as S
 from migrate.driver import quietly
 from migrate.errors import PreflightRefused, TransferFailed, UsageError
-from migrate.first_steps import make_directory
-from migrate.freezing import Freezing
 from migrate.host_checks import space_refusals
 from migrate.identity import own_identity
-from migrate.rootfs import FLAGS, OF_FILES, OF_NAMES, RSYNC_STDERR_BYTES_MAX
-from migrate.runtimes.command import DESCRIPTORS_NAME
+from migrate.memory_writer import MemoryWriter
+from migrate.rootfs import OF_FILES, OF_NAMES, RSYNC_DONE, run_rsync
 from migrate.tree_digest import tree_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
-    from criu_glue.core.pagemap import PageRuns
-    from criu_glue.page_sources import FinalDelta
-    from migrate.capturing import Capture
+    from migrate.core.confinement import Confinements
     from migrate.facts import ContainerFacts
     from migrate.options import Options
+    from migrate.precopy import Sender
     from migrate.progress import Observer
     from migrate.rootfs_snapshot import RootfsSnapshot
     from migrate.runtimes.base import Runtime
+    from transport.worker import ReadPages
 
 # Of the manifest, of runs, and of what a target is told.
 _MORE_BYTES = 64 << 20
@@ -70,7 +57,9 @@ class Keep:
 
 
 class Saving(Cloning):
-    """See the module. What it has of `Cloning` is how it begins, fails, and ends."""
+    """See the module."""
+
+    _written: _WrittenRounds
 
     def __init__(
         self,
@@ -84,33 +73,20 @@ class Saving(Cloning):
         copy = Wanted(str(keep.directory), 0, options.container, ())
         super().__init__(options, [copy], Alike(), runtime, paths, observer, migration_id)
         self._keep = keep
-        self._place = Place(keep.directory)
-        self._has_begun = False
-        self._is_kept = False
+        self._place = Place(unfinished.path_for(keep.directory, migration_id))
 
-    async def _steps(self) -> None:
-        self._enter("preflight")
-        facts = await self._first.check((self._keep.target,), is_copied=True)
-        await asyncio.to_thread(self._make, facts)
+    @property
+    def _targets(self) -> tuple[str, ...]:
+        return (self._keep.target,)
+
+    async def _open(self, facts: ContainerFacts) -> None:
+        """Make the directory."""
+        await asyncio.to_thread(self._check_room, facts)
         await self._record(S.PRECOPY, "preflight_passed")
-        self._phase = "save"
-        rootfs = facts.container.rootfs
-        await asyncio.to_thread(_rsync, rootfs, self._place.rootfs, ("--delete",))
-        capturing = await self._prepare_capture(facts)
-        await asyncio.to_thread(capturing.snapshot.look)
-        await asyncio.to_thread(_rsync, rootfs, self._place.rootfs, ("--delete",))
-        self._enter("freeze")
-        await self._record(S.FROZEN, "target_prepared")
-        capture = await capturing.capture()
-        self._pause_ms = round(capture.pause_ms, 3)
-        await self._record_quietly(S.ROLLING_BACK, "given_back")
-        self._enter("save", f"the container stood still for {capture.pause_ms:.0f} ms and runs on")
-        await asyncio.to_thread(self._write, facts, capture, capturing.snapshot)
-        self._is_kept = True
-        await quietly(self._begun.entry.note(copied=self._options.container))
-        self._enter("saved", f"in {self._keep.directory}")
+        await self._begun.entry.note(unfinished=str(self._place.directory))
+        await asyncio.to_thread(self._place.make)
 
-    def _make(self, facts: ContainerFacts) -> None:
+    def _check_room(self, facts: ContainerFacts) -> None:
         directory = self._keep.directory
         if os.path.lexists(directory):
             raise UsageError(f"{directory} exists already", remedy="name one that does not")
@@ -118,38 +94,45 @@ class Saving(Cloning):
         refusals = space_refusals(directory.parent, needed, _MORE_FILES)
         if refusals:
             raise PreflightRefused(refusals, host=self._host)
-        self._has_begun = True
-        self._place.make()
-        make_directory(self._directory, facts, more_bytes=config.SNAPSHOT_BYTES_MAX)
 
-    async def _prepare_capture(self, facts: ContainerFacts) -> Capturing:
-        container = facts.container
-        self._freezing = Freezing(
-            container, self._runtime, facts.network, self._directory, self._host
-        )
-        plan = await self._freezing.prepare(self._migration_id, self._paths, parent=None)
-        await self._begun.entry.note(
-            guard=msgspec.to_builtins(plan),
-            network=msgspec.to_builtins(facts.network_handle),
-            bundle=str(container.bundle),
-        )
-        return Capturing(_Still(facts, self._first.warn), self._freezing, self._directory)
+    def _new_rounds(self, *given: Any) -> Rounds:
+        self._written = _WrittenRounds(self._place, *given)
+        return self._written
 
-    def _write(self, facts: ContainerFacts, capture: Capture, snapshot: RootfsSnapshot) -> None:
-        assert self._freezing is not None
-        place, keep = self._place, self._keep
-        place.keep(capture.pages)
-        for one in images.image_files(self._freezing.image_dir):
-            if one.name != DESCRIPTORS_NAME:
-                shutil.copyfile(one.path, place.images / one.name)
-        snapshot.fill()
-        names = b"\0".join(os.fsencode(name) for name in snapshot.changed)
-        _rsync(snapshot.copy, place.rootfs, OF_FILES, names)
-        _rsync(snapshot.copy, place.rootfs, OF_NAMES)
+    async def _copy_rootfs(self) -> None:
+        await self._rsync(self._written.facts.container.rootfs, ("--delete",))
+
+    async def _prepare_targets(self, descriptors: tuple[str, str, str]) -> None:
+        self._enter("prepare")
+
+    async def _send_snapshot(self, snapshot: RootfsSnapshot) -> None:
+        await self._rsync(snapshot.copy, OF_FILES, snapshot.changed)
+        await self._rsync(snapshot.copy, OF_NAMES)
+
+    async def _rsync(
+        self, source: Path, options: Sequence[str], files: Sequence[str] | None = None
+    ) -> None:
+        """Make of the directory's files what those of `source` are."""
+        status, words = await run_rsync(options, source, str(self._place.rootfs), files)
+        if status not in RSYNC_DONE:
+            raise TransferFailed(f"the root file system can't be kept: {words}")
+
+    async def _finish(self, rounds: Rounds, image_dir: Path, confinement: Confinements) -> None:
+        self._enter("sign")
+        await asyncio.to_thread(self._seal, image_dir, confinement)
+        # Whoever cancels it from here on is too late.
+        self._is_told_to_run = True
+        await asyncio.to_thread(self._place.directory.rename, self._keep.directory)
+        await quietly(self._begun.entry.note(copied=self._options.container))
+        self._enter("saved", f"in {self._keep.directory}")
+
+    def _seal(self, image_dir: Path, confinement: Confinements) -> None:
+        facts, keep, place = self._written.facts, self._keep, self._place
+        self._written.writer.finish(images.store_ranges(image_dir))
         about = About(
             self._first.request(facts, self._begun.entry),
             facts.container.descriptors,
-            capture.confinement,
+            confinement,
             tree_digest(place.rootfs),
         )
         place.seal(
@@ -160,59 +143,20 @@ class Saving(Cloning):
             is_for_fleet=keep.is_for_fleet,
         )
 
-    async def _close(self) -> None:
-        await super()._close()
-        if self._has_begun and not self._is_kept:
-            await asyncio.to_thread(shutil.rmtree, self._keep.directory, ignore_errors=True)
+    def _wipe(self) -> None:
+        super()._wipe()
+        unfinished.discard(self._place.directory, self._migration_id)
 
 
-class _Still:
-    """A container whose memory is read when it stands still, and not before."""
+class _WrittenRounds(Rounds):
+    """Rounds into a directory."""
 
-    def __init__(self, facts: ContainerFacts, warn: Callable[[str], None]) -> None:
-        self.facts = facts
-        self.warn = warn
-        tracker = StopAndCopyTracker(partial(cgroup_pids, facts.container.cgroup))
-        self._pages = TaskSource(tracker)
-        self._captured: dict[int, list[PageRuns]] = {}
+    writer: MemoryWriter
 
-    @property
-    def memory(self) -> _Still:
-        """Itself: see `capturing.FrozenMemory`."""
-        return self
+    def __init__(self, place: Place, *given: Any) -> None:
+        super().__init__(*given)
+        self._place = place
 
-    def final_delta(self) -> FinalDelta:
-        """All of it."""
-        return self._pages.final()
-
-    def capture(self, runs: Sequence[tuple[int, PageRuns]], limit_bytes: int) -> CapturedPages:
-        """Raises LimitExceededError."""
-        for task, of_task in runs:
-            self._captured.setdefault(task, []).append(of_task)
-        return CapturedPages.of(self._pages, runs, limit_bytes)
-
-    def undelivered(self, needed: Mapping[int, PageRuns]) -> list[tuple[int, PageRuns]]:
-        """Of these pages, those that were not captured."""
-        missing = []
-        for task, runs in needed.items():
-            captured = [page_addresses(one) for one in self._captured.get(task, [])]
-            had = np.concatenate([*captured, np.empty(0, np.uint64)])
-            left = np.setdiff1d(page_addresses(runs), had)
-            if len(left):
-                missing.append((task, page_runs(left)))
-        return missing
-
-
-def _rsync(source: Path, target: Path, options: Sequence[str], names: bytes | None = None) -> None:
-    """Make of one directory what the other is. Blocking. Raises TransferFailed."""
-    done = subprocess.run(
-        ["rsync", *FLAGS, *options, f"{source}/", f"{target}/"],
-        input=names if names is not None else b"",
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    # 24: a file has vanished meanwhile.
-    if done.returncode not in (0, 24):
-        words = done.stderr[-RSYNC_STDERR_BYTES_MAX:].decode("utf-8", "replace").strip()
-        raise TransferFailed(f"the root file system can't be kept: {words}", phase="save")
+    def _make_sender(self, read: ReadPages) -> Sender:
+        self.writer = MemoryWriter(self._place, read, self._options.bandwidth_mib_s * (1 << 20))
+        return self.writer

@@ -104,7 +104,7 @@ class Standstill:
         self._report.add_images(await asyncio.to_thread(send_images, memory, image_dir))
         passes = [await run.wait(config.ROOTFS_FROZEN_DEADLINE_S) for run in self._passes]
         self.marks["rootfs_done"] = max(one.ended_us for one in passes)
-        signed = self._seal(await asyncio.to_thread(memory.sender.carried))
+        signed = self._seal(await self._copying.carried())
         return restore_request(signed, stored, await self._confining)
 
     def _recheck_mapped_files(self, *, after: RootfsPassRun) -> list[RootfsPassRun]:

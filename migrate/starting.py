@@ -21,7 +21,6 @@ from migrate.cloning import Cloning
 from migrate.copying import Rounds
 from migrate.errors import PreflightRefused
 from migrate.facts import ContainerFacts
-from migrate.host_copies import HostCopies
 from migrate.precopy import MemorySource
 from migrate.runtimes.base import Container
 from migrate.runtimes.oci import mounts_of
@@ -63,7 +62,7 @@ class Starting(Cloning):
     async def _steps(self) -> None:
         self._enter("preflight")
         about, place = self._kept.about, self._kept.place
-        await asyncio.to_thread(self._check, [one.host for one in self._wanted])
+        await asyncio.to_thread(self._check, self._targets)
         if about.request.restore == "eager":
             self._first.options = replace(self._options, restore="eager")
         facts = await asyncio.to_thread(self._facts)
@@ -73,14 +72,13 @@ class Starting(Cloning):
         hosts = [copy.link.opened.host for copy in self._sessions if copy.link.opened]
         await asyncio.to_thread(self._check, hosts)
         rounds = await self._begin_rounds(facts)
-        await self._on_each(HostCopies.copy_rootfs)
+        await self._copy_rootfs()
         memory = rounds.memory
         self._builder.add_round(await self._meanwhile(asyncio.to_thread(memory.round)))
         await self._prepare_targets(about.descriptors)
         images = asyncio.to_thread(send_images, memory, place.images)
         self._builder.add_images(await self._meanwhile(images))
-        await self._restore(rounds, place.images, about.confinement)
-        await self._let_run()
+        await self._finish(rounds, place.images, about.confinement)
 
     def _check(self, hosts: Sequence[str]) -> None:
         """Raises CheckpointRefused, PreflightRefused, PolicyError."""

@@ -85,7 +85,7 @@ def copied_how(command: _Command) -> _Command:
         default=float("inf"),
         show_default="no limit",
         metavar="MIB",
-        help="Send at most so many MiB a second, while the container stands still, too.",
+        help="Send, or keep, at most so many MiB a second, while the container stands still, too.",
     )
     @click.option(
         "--shared",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from bench.containers import ContainerSpec
 from bench.lab.host import Host
 from bench.lab.lab import Lab
 from tests.lab.migrating import Migration, Underway, expel, resident, running_on, wait_clean
+from tests.lab.waiting import wait_until
 
 KEPT = "/var/lib/kept"
 NAMES = ("lamb-1", "lamb-2")
 ADDRESSES = ("10.77.0.161", "10.77.0.162")
+SPEC = ContainerSpec("c-kept", "memory", address="10.77.0.160/24", address6=None)
 
 
 def clone(host: Host, *words: str) -> Underway:
@@ -31,41 +34,72 @@ def kept(host: Host, *words: str) -> Iterator[Migration]:
         host.run(["rm", "-rf", KEPT])
 
 
-def start_refused(host: Host, target: str) -> str:
+def start_refused(host: Host, target: str, directory: str = KEPT) -> str:
     """What is said of a checkpoint that is not started there."""
-    done = clone(host, "--from", KEPT, "--to", target, "--ip", ADDRESSES[0]).finish()
+    done = clone(host, "--from", directory, "--to", target, "--ip", ADDRESSES[0]).finish()
     assert done.code != 0
     return done.stderr
 
 
-def test_a_checkpoint_is_kept_and_started(agents: Lab) -> None:
-    spec = ContainerSpec("c-kept", "memory", address="10.77.0.160/24", address6=None)
-    source = agents.host("A")
-    with resident(agents, spec) as guest:
-        killed = clone(source, spec.name, "--save", KEPT)
+def begun(host: Host) -> dict[str, int]:
+    """Directories of saves that have not ended, and how many bytes of memory are in each."""
+    found = host.path("/var/lib").glob(f"{Path(KEPT).name}.unfinished-*")
+    return {
+        f"/var/lib/{one.name}": sum(file.stat().st_size for file in one.glob("memory/*.pages"))
+        for one in found
+    }
+
+
+def test_a_save_that_is_killed_leaves_nothing(new_lab: Callable[..., Lab]) -> None:
+    """In a round and in the freeze; the next command removes what is left, or the agent does."""
+    lab = new_lab(["A"])
+    source = lab.host("A")
+    with resident(lab, SPEC) as guest:
+        killed = clone(source, SPEC.name, "--save", KEPT, "--bandwidth", "1")
+        wait_until("memory is written", lambda: any(begun(source).values()))
+        killed.kill()
+        killed.finish()
+        (first,) = begun(source)
+        assert "its save has not ended" in start_refused(source, "A", first)
+        assert first in begun(source)
+        killed = clone(source, SPEC.name, "--save", KEPT)
         killed.wait_phase("freeze")
         killed.kill()
         killed.finish()
-        wait_clean(source, spec.name)
-        assert "cannot be read" in start_refused(source, "A")
-        source.run(["rm", "-rf", KEPT])
-        with kept(source, spec.name, "--days", "0.000001"):
+        (second,) = begun(source)
+        assert second != first
+        lab.start_agents()
+        wait_until("it is removed", lambda: not begun(source), deadline_s=60)
+        assert "has no manifest" in start_refused(source, "A")
+        wait_clean(source, SPEC.name)
+        guest.wait_answers()
+        assert guest.stop_probe().clean
+
+
+def test_a_checkpoint_is_kept_and_started(agents: Lab) -> None:
+    source = agents.host("A")
+    with resident(agents, SPEC) as guest:
+        with kept(source, SPEC.name, "--days", "0.000001"):
             assert "the manifest expired" in start_refused(source, "A")
-        with kept(source, spec.name):
-            assert f"copied to {KEPT} as {spec.name}" in source.run(["migrate", "status"]).stdout
+        with kept(source, SPEC.name):
+            assert f"copied to {KEPT} as {SPEC.name}" in source.run(["migrate", "status"]).stdout
             said = source.run(["migrate", "verify", KEPT]).stdout
             assert "for A alone" in said
             assert "signed by A: verified" in said
             assert "for A alone, not for B" in start_refused(source, "B")
             source.run(["sh", "-c", f"echo >> {KEPT}/rootfs/bin/memory"])
             assert "is not what was saved" in start_refused(source, "A")
-        with kept(source, spec.name, "--for", "fleet") as saved:
+        with kept(source, SPEC.name, "--for", "fleet") as saved:
             assert saved.report is not None
             assert saved.report["pause_ms"] > 0
+            # Everything at first, then only what was written.
+            first, *later = (one["pages"] for one in saved.report["copying"]["rounds"])
+            assert later
+            assert max(later) < first
             guest.wait_answers()
             assert guest.stop_probe().clean
             # It may be gone, and its checkpoint is started as often as one likes.
-            expel(agents, spec.name)
+            expel(agents, SPEC.name)
             given = [word for one in ADDRESSES for word in ("--ip", one)]
             started = clone(source, "--from", KEPT, "--to", "A,B", "--name", "lamb-{n}", *given)
             done = started.finish()

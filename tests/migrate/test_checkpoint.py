@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from criu_glue.captured import CapturedPages
 from criu_glue.core.pagemap import PageRuns
 from criu_glue.kernel import PAGE_BYTES
 from migrate import signing
@@ -20,14 +19,20 @@ from migrate.checkpoint import About, KeptPages, Place, opened
 from migrate.core import manifest as manifests
 from migrate.core.manifest import DAY_S, KEPT_DAYS_MAX
 from migrate.errors import CheckpointRefused
+from migrate.memory_writer import MemoryWriter
 from migrate.tree_digest import tree_digest
 from tests.identities import Fleet
 from tests.migrate.core.test_messages import CONFINEMENT, OPEN
+from transport.errors import AbortedError
 from transport.identity import HostIdentity, IdentityPaths
 
 
 class Pages:
-    """Memory in which each page has its own number, and every fifth is not there."""
+    """Memory in which each page has its own number, and every fifth is not there. What was not
+    written yet is something else."""
+
+    def __init__(self) -> None:
+        self.is_written = True
 
     def read(self, task: int, runs: PageRuns, out: memoryview) -> npt.NDArray[np.bool_]:
         numbers = [
@@ -35,12 +40,31 @@ class Pages:
         ]
         view = np.frombuffer(out, dtype=np.uint8).reshape(-1, PAGE_BYTES)
         for at, number in enumerate(numbers):
-            view[at] = (number * task) % 251
+            view[at] = (number * task + (not self.is_written)) % 251
         return np.array([number % 5 != 0 for number in numbers])
 
 
 def runs(*pages: tuple[int, int]) -> PageRuns:
     return np.array([[first * PAGE_BYTES, count] for first, count in pages], dtype=np.uint64)
+
+
+def write(place: Place) -> None:
+    """The memory of tasks 7 and 9, in rounds, and of 11, which is not in the images."""
+    pages = Pages()
+    writer = MemoryWriter(place, pages.read, float("inf"))
+    pages.is_written = False
+    first = writer.send_round(1, [(7, runs((3, 4), (900, 5500))), (11, runs((1, 1)))])
+    assert (first.pages, first.vanished_pages) == (4404, 1101)
+    pages.is_written = True
+    writer.send_round(2, [(7, runs((3, 2), (5, 1), (900, 6000))), (9, runs((1, 1)))])
+    writer.send_round(3, [(7, runs((1, 2), (6, 1)))])
+    assert writer.never_delivered(7, runs((5, 3))).tolist() == [
+        [number * PAGE_BYTES, 1] for number in (5, 7)
+    ]
+    writer.finish([7, 9])
+    writer.close()
+    with pytest.raises(AbortedError):
+        writer.send_round(4, [(7, runs((1, 1)))])
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +81,7 @@ def place(tmp_path: Path, trust: IdentityPaths) -> Place:
     (place.rootfs / "bin/web").write_bytes(b"program")
     (place.rootfs / "link").symlink_to("bin/web")
     (place.images / "core-1.img").write_bytes(b"image")
-    wanted = [(7, runs((3, 4), (900, 6000))), (9, runs((1, 1)))]
-    captured = CapturedPages.of(Pages(), wanted, 1 << 30)
-    more = CapturedPages.of(Pages(), [(7, runs((1, 2)))], 1 << 30)
-    place.keep([captured, more])
+    write(place)
     descriptors = ("/dev/null", "/dev/null", "/dev/null")
     about = About(OPEN, descriptors, CONFINEMENT, tree_digest(place.rootfs))
     place.seal(about, HostIdentity.load(trust), OPEN.host, days=1, is_for_fleet=False)
