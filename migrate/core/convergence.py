@@ -199,18 +199,21 @@ class History:
     def rate_bytes_ms(self) -> float:
         """How fast pages with content are read, compared, compressed and sent, by all streams
         together: of the last round that was large enough to tell, else of the largest."""
+        if not self.rounds:
+            return RATE_BYTES_MS
         for stats in reversed(self.rounds):
             if _work_bytes(stats) >= RATE_SAMPLE_BYTES:
                 return _rate(stats)
-        largest = max(self.rounds, key=_work_bytes, default=None)
-        return _rate(largest) if largest is not None and _work_bytes(largest) else RATE_BYTES_MS
+        largest = max(self.rounds, key=_work_bytes)
+        return _rate(largest) if _work_bytes(largest) else RATE_BYTES_MS
 
     @property
     def overhead_ms(self) -> float:
         """What a round costs however small it is: collecting, and waiting for the last answer."""
+        if not self.rounds:
+            return 0.0
         rate = self.rate_bytes_ms
-        extra = [max(stats.duration_ms - _work_bytes(stats) / rate, 0.0) for stats in self.rounds]
-        return min(extra, default=0.0)
+        return min(max(one.duration_ms - _work_bytes(one) / rate, 0.0) for one in self.rounds)
 
     @property
     def dirty_rate_bytes_ms(self) -> float:

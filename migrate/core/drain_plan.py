@@ -45,6 +45,7 @@ TRIES_MAX: Final = 3
 LOOKS_MAX: Final = 100
 # Targets that a reason for staying names.
 NAMED_MAX: Final = 8
+NO_ROOM: Final = "has no room for its group"
 LEFT: Final = "its policy is to leave it"
 
 
@@ -85,11 +86,39 @@ class _Room:
 
 @dataclass(slots=True)
 class _Group:
-    """waiting: members that have not begun; all of them have room on `target`, if there is one."""
+    """waiting: members that have not begun. needed_bytes: of those of them that move, all of which
+    have room on `target`, if there is one. open: the waiting ones and those under way, with their
+    orders, of which `turn` is the lowest."""
 
-    members: list[Resident]
-    waiting: set[str]
-    target: str = ""
+    members: list[Resident] = field(default_factory=list)
+    waiting: set[str] = field(default_factory=set)
+    needed_bytes: int = 0
+    open: dict[str, int] = field(default_factory=dict)
+    turn: int = 0
+    target: _Room | None = None
+
+    def wait(self, one: Resident) -> None:
+        self.waiting.add(one.name)
+        self.needed_bytes += _moved_bytes(one)
+        order = one.wishes.order
+        self.turn = min(self.turn, order) if self.open else order
+        self.open[one.name] = order
+
+    def begin(self, one: Resident) -> None:
+        if one.name in self.waiting:
+            self.waiting.remove(one.name)
+            self.needed_bytes -= _moved_bytes(one)
+
+    def close(self, one: Resident) -> None:
+        """It is through, or stays."""
+        self.begin(one)
+        self.open.pop(one.name, None)
+        self.turn = min(self.open.values(), default=0)
+
+
+def _moved_bytes(container: Resident) -> int:
+    """The room that it needs on a target."""
+    return 0 if container.wishes.policy == "stop" else container.needed_bytes
 
 
 @dataclass(slots=True)
@@ -117,7 +146,7 @@ class Planner:
         of a container and a target that are known not to suit."""
         self._limits = limits
         self._rooms = {one.name: self._room(one) for one in hosts}
-        self._heap: list[tuple[int, str, int]] = []
+        self._heap: list[tuple[int, str, int, _Room]] = []
         for room in self._rooms.values():
             self._touch(room)
         self._containers = {one.name: one for one in containers}
@@ -159,7 +188,10 @@ class Planner:
             if self._looks_left <= 0 or not self._is_any_ready():
                 break
         if not begun and not self.under_way:
-            for one in sorted(self._waiting(), key=lambda one: one.wishes.order):
+            rest = sorted(self._waiting(), key=lambda one: one.wishes.order)
+            for source in self._sources.values():
+                source.queue.clear()
+            for one in rest:
                 if one.name not in self.stays:
                     self._stay(one, self._why(one, now_s))
         return begun
@@ -177,6 +209,8 @@ class Planner:
             if move.target:
                 self._moved_bytes += container.memory_bytes
                 self._moved_s += max(seconds - MOVE_S, 0.0)
+            if container.wishes.group:
+                self._groups[container.wishes.group].close(container)
             return
         if outcome is Outcome.HELD:
             # Its room on the target stays taken: it may run there yet.
@@ -195,7 +229,7 @@ class Planner:
         if container.wishes.group:
             group = self._groups[container.wishes.group]
             self._unpin(group)
-            group.waiting.add(name)
+            group.wait(container)
 
     def lose(self, host: str, why: str) -> None:
         """A target takes nothing from now on; moves under way to it end by themselves."""
@@ -203,7 +237,7 @@ class Planner:
         room.closed = why
         room.stamp += 1
         for group in self._groups.values():
-            if group.target == host:
+            if group.target is room:
                 self._unpin(group)
 
     def see(self, facts: HostState) -> None:
@@ -212,7 +246,7 @@ class Planner:
         room = self._rooms[facts.name]
         if facts.closed and not room.closed:
             self.lose(facts.name, facts.closed)
-        elif room.slots == self._limits.per_target and not self._is_pinned(facts.name):
+        elif room.slots == self._limits.per_target and not self._is_pinned(room):
             room.free_bytes, room.free_cpus = facts.free_bytes, facts.free_cpus
             room.spread |= facts.spread
             self._touch(room)
@@ -234,9 +268,9 @@ class Planner:
         else:
             self._queue(source, container)
             if container.wishes.group:
-                group = self._groups.setdefault(container.wishes.group, _Group([], set()))
+                group = self._groups.setdefault(container.wishes.group, _Group())
                 group.members.append(container)
-                group.waiting.add(container.name)
+                group.wait(container)
 
     def _queue(self, source: _Source, container: Resident) -> None:
         source.queue.append(container)
@@ -300,7 +334,7 @@ class Planner:
             return
         group = self._groups[container.wishes.group]
         self._unpin(group)
-        group.waiting.discard(container.name)
+        group.close(container)
         for one in group.members:
             if one.name in group.waiting and one.wishes.order > container.wishes.order:
                 self._stay(one, f"{container.name}, which its group begins with, stays")
@@ -309,66 +343,72 @@ class Planner:
 
     def _begin_of(self, source: _Source, now_s: float) -> list[Move]:
         """Those of one host that begin now; each that waits is looked at once, while looks last."""
-        begun = []
-        for _ in range(len(source.queue)):
-            if not source.slots or self._looks_left <= 0 or not self._is_any_ready():
+        begun, queue, freest = [], source.queue, self._freest()
+        for _ in range(len(queue)):
+            if self._looks_left <= 0 or not source.slots or not (freest or self._to_stop):
                 break
-            source.index %= len(source.queue)
+            if source.index >= len(queue):
+                source.index = 0
+            container = queue[source.index]
             self._looks_left -= 1
-            move = self._begin(source.queue[source.index], now_s)
-            if move is None:
+            if self._may_begin(container, freest) and (move := self._begin(container, now_s)):
+                begun.append(move)
+                del queue[source.index]
+                source.slots -= 1
+                freest = self._freest()
+            else:
                 source.index += 1
-                continue
-            del source.queue[source.index]
-            source.slots -= 1
-            begun.append(move)
         if self._looks_left > 0:
             source.index = 0
         return begun
 
     def _is_any_ready(self) -> bool:
         """Whether a target could take anything at all, or something waits that needs none."""
-        while self._heap and self._heap[0][2] != self._rooms[self._heap[0][1]].stamp:
-            heapq.heappop(self._heap)
-        return bool(self._heap or self._to_stop)
+        return self._freest() is not None or bool(self._to_stop)
+
+    def _may_begin(self, container: Resident, freest: _Room | None) -> bool:
+        """At a glance, which most of what waits gets again and again: whether it is its turn, there
+        is memory for it, and if its group has a target, a place there."""
+        wishes, needed_bytes = container.wishes, container.needed_bytes
+        if wishes.group:
+            group = self._groups[wishes.group]
+            if wishes.order > group.turn:
+                return False
+            if group.target is not None and wishes.policy != "stop":
+                return group.target.slots > 0
+            needed_bytes = group.needed_bytes
+        if wishes.policy == "stop":
+            return True
+        if freest is None:
+            return False
+        if needed_bytes <= freest.free_bytes:
+            return True
+        self._looks_left -= 1
+        return False
 
     def _begin(self, container: Resident, now_s: float) -> Move | None:
-        seconds = self._seconds(container)
-        if now_s + seconds > self._limits.deadline_s or not self._is_its_turn(container):
+        name, wishes, seconds = container.name, container.wishes, self._seconds(container)
+        if now_s + seconds > self._limits.deadline_s:
             return None
-        target = ""
-        if container.wishes.policy != "stop":
-            room = self._choose(container)
+        group, target = self._groups.get(wishes.group), ""
+        if wishes.policy != "stop":
+            room = self._choose(container, group)
             if room is None:
                 return None
             target = room.facts.name
             room.slots -= 1
             self._touch(room)
-        if container.wishes.group:
-            self._groups[container.wishes.group].waiting.discard(container.name)
-        self._to_stop.discard(container.name)
-        cost = self._costs[container.name]
-        wishes = container.wishes
-        move = Move(container.name, container.host, target, wishes.policy, seconds, cost)
-        self.under_way[container.name] = move
+        if group is not None:
+            group.begin(container)
+        self._to_stop.discard(name)
+        move = Move(name, container.host, target, wishes.policy, seconds, self._costs[name])
+        self.under_way[name] = move
         return move
 
-    def _is_its_turn(self, container: Resident) -> bool:
-        if not container.wishes.group:
-            return True
-        group = self._groups[container.wishes.group]
-        return not any(
-            one.wishes.order < container.wishes.order
-            and (one.name in group.waiting or one.name in self.under_way)
-            for one in group.members
-        )
-
-    def _choose(self, container: Resident) -> _Room | None:
+    def _choose(self, container: Resident, group: _Group | None) -> _Room | None:
         """The target, with the room for it taken; None if there is none now."""
-        group = self._groups.get(container.wishes.group) if container.wishes.group else None
-        if group is not None and group.target:
-            room = self._rooms[group.target]
-            return room if room.slots else None
+        if group is not None and group.target is not None:
+            return group.target
         together = [container]
         if group is not None:
             together = [
@@ -376,40 +416,35 @@ class Planner:
                 for one in group.members
                 if one.name in group.waiting and one.wishes.policy != "stop"
             ]
-        found = self._freest(together)
+        found = self._suiting(together)
         if found is not None:
             for one in together:
                 self._take(found, one)
             if group is not None:
-                group.target = found.facts.name
+                group.target = found
         return found
 
-    def _freest(self, together: Sequence[Resident]) -> _Room | None:
+    def _suiting(self, together: Sequence[Resident]) -> _Room | None:
         """The target with most memory free of those that suit all of these at once."""
-        needed_bytes = sum(one.needed_bytes for one in together)
+        needed_bytes = sum([one.needed_bytes for one in together])
         unsuited, found = [], None
-        while self._heap and found is None:
-            entry = heapq.heappop(self._heap)
-            room = self._rooms[entry[1]]
-            if entry[2] != room.stamp:
-                continue
-            unsuited.append(entry)
+        while found is None and (room := self._freest()) is not None:
             self._looks_left -= 1
             if room.free_bytes < needed_bytes:
                 break
-            if not self._why_not(together, room):
+            if self._why_not(together, room):
+                unsuited.append(heapq.heappop(self._heap))
+            else:
                 found = room
         for entry in unsuited:
             heapq.heappush(self._heap, entry)
         return found
 
     def _why_not(self, together: Sequence[Resident], room: _Room) -> str:
-        """Why these can't go there now, all of them."""
-        if room.closed:
-            return room.closed
-        if room.free_bytes < sum(one.needed_bytes for one in together):
+        """Why these can't go to one that is open now, all of them."""
+        if room.free_bytes < sum([one.needed_bytes for one in together]):
             return "has too little memory"
-        if room.free_cpus < sum(one.cpus for one in together):
+        if room.free_cpus < sum([one.cpus for one in together]):
             return "has too few processors"
         spread = set(room.spread)
         for one in together:
@@ -429,7 +464,7 @@ class Planner:
         others = len(self._rooms) - (container.host in self._rooms)
         named = (room for name, room in self._rooms.items() if name != container.host)
         reasons = [
-            f"{one.facts.name}: {self._why_not([container], one) or 'has no room for its group'}"
+            f"{one.facts.name}: {one.closed or self._why_not([container], one) or NO_ROOM}"
             for one in islice(named, NAMED_MAX)
         ]
         more = f"; and {others - NAMED_MAX} more" if others > NAMED_MAX else ""
@@ -461,20 +496,29 @@ class Planner:
 
     def _unpin(self, group: _Group) -> None:
         """The room of those that have not begun is given back."""
-        if group.target:
+        if group.target is not None:
             for name in group.waiting:
                 if self._containers[name].wishes.policy != "stop":
-                    self._give_back(self._rooms[group.target], self._containers[name])
-            group.target = ""
+                    self._give_back(group.target, self._containers[name])
+            group.target = None
 
-    def _is_pinned(self, host: str) -> bool:
-        return any(group.target == host and group.waiting for group in self._groups.values())
+    def _is_pinned(self, room: _Room) -> bool:
+        return any(group.target is room and group.waiting for group in self._groups.values())
+
+    def _freest(self) -> _Room | None:
+        """The target with most memory free of those that could take something now."""
+        while self._heap:
+            _, _, stamp, room = self._heap[0]
+            if stamp == room.stamp:
+                return room
+            heapq.heappop(self._heap)
+        return None
 
     def _touch(self, room: _Room) -> None:
         """Its entry in the heap is as it is now."""
         room.stamp += 1
         if room.slots > 0 and not room.closed:
-            heapq.heappush(self._heap, (-room.free_bytes, room.facts.name, room.stamp))
+            heapq.heappush(self._heap, (-room.free_bytes, room.facts.name, room.stamp, room))
 
 
 @dataclass(frozen=True, slots=True)
