@@ -306,13 +306,20 @@ class Cloning:
             self._throttle,
             lost,
         )
-        # The slowest of them decides when all of it is there; a directory is no way off.
-        clocks = [await host.first.talk.relate_clocks() for host in self._hosts]
-        self._rounds.clocks = max(
-            clocks, key=lambda one: one.error_us, default=ClockRelation(0, error_us=0)
-        )
+        self._rounds.clocks = await self._slowest()
         await self._meanwhile(self._rounds.start(self._runtime, self._migration_id))
         return self._rounds
+
+    async def _slowest(self) -> ClockRelation:
+        """Of the hosts, which decides when all of it is there everywhere; a directory is no way
+        off."""
+        clocks = [ClockRelation(0, error_us=0)]
+
+        async def relate(host: HostCopies) -> None:
+            clocks.append(await host.first.talk.relate_clocks())
+
+        await self._on_each(relate)
+        return max(clocks, key=lambda one: one.error_us)
 
     def _new_rounds(self, *given: Any) -> Rounds:
         return Rounds(*given)

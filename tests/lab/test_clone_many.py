@@ -22,6 +22,7 @@ from tests.lab.migrating import (
 from tests.lab.waiting import wait_until
 
 COPIES = 5
+PATIENCE_S = 4
 NAMES = [f"lamb-{number + 1}" for number in range(COPIES)]
 ADDRESSES = [f"10.77.0.{160 + number}" for number in range(COPIES)]
 POOL = f"{ADDRESSES[0]}-10.77.0.190/24"
@@ -139,18 +140,26 @@ def test_what_fails_is_left_out_and_nothing_remains_in_halves(
                 expel(lab, name)
             wait_clean(lab.host("B"))
             wait_clean(source, SPEC.name)
-        partly = clone(source, "B,C", "--fill", count=3)
-        partly.wait_phase("prepare")
-        lab.kill_agent("C")
+        # It falls silent: no connection of it ends.
+        patience = ("--link-patience", str(PATIENCE_S))
+        partly = clone(source, "B,C", "--fill", *patience, count=3)
+        partly.wait_phase("freeze")
+        lab.set_isolated(["A", "C"], isolated=True)
         done = partly.finish()
         assert done.code == 4, done
         assert done.report is not None
         told = {one["name"]: one["error"] for one in done.report["copies"]}
         assert [name for name, error in told.items() if error is None] == ["lamb-1", "lamb-3"]
         assert told["lamb-2"]["host"] == "C"
+        assert told["lamb-2"]["phase"] == "send"
+        # Nobody has waited for it while the original stood still.
+        assert done.report["pause_ms"] < 1000 * PATIENCE_S
         assert "1 of 3 copies were not made: lamb-2" in done.stderr
         for name in ("lamb-1", "lamb-3"):
             verify(guest, name)
+        lab.set_isolated(["A", "C"], isolated=False)
+        # The next agent asks at once.
+        lab.kill_agent("C")
         lab.start_agent("C")
         wait_clean(lab.host("C"))
         assert running_on(lab, SPEC.name) == ["A"]

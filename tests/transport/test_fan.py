@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.transport.transfer_parts import TARGET_NAME, CuttingProxy, Memory, Recorder, Target
+from tests.transport.transfer_parts import (
+    TARGET_NAME,
+    CuttingProxy,
+    Memory,
+    Recorder,
+    Target,
+    held_by,
+    quiet,
+    running,
+    wait_until,
+)
 from transport import tls
+from transport.core.connection import WINDOW_BYTES
 from transport.errors import StreamRefusedError, TargetFullError, TransportError
 from transport.fan import Outlet
 from transport.sender import PageSender
+from transport.worker import BUFFERS_MAX
 
 TASK = 42
 
@@ -98,6 +112,25 @@ def test_one_that_fails_is_left_out_and_the_last_one_is_not(
         with pytest.raises(TargetFullError):
             sender.send_round(3, [(TASK, memory.runs)])
         assert sum(len(told) for told in lost) == 2
+
+
+def test_one_that_is_silent_holds_back_windows_until_it_is_left_out(
+    targets: list[Target], outlet: Callable[..., Outlet]
+) -> None:
+    memory = Memory(256 * 60)
+    gate = threading.Event()
+    targets[0].sink.before_write = partial(held_by, gate)
+    lost: list[TransportError] = []
+    to = [outlet(one, lost) for one in targets[:2]]
+    with PageSender(to, read=memory.read, streams=2) as sender:
+        with running(lambda: sender.send_round(1, [(TASK, memory.runs)])) as raised:
+            wait_until(quiet(lambda: memory.reads), "the source waits")
+            assert memory.reads <= 2 * BUFFERS_MAX
+            assert sender.progress.bytes_sent <= len(to) * 2 * WINDOW_BYTES
+            sender.leave_out(0)
+        assert not raised
+        assert has_all(targets[1], memory)
+    gate.set()
 
 
 def test_one_that_refuses_is_left_out_before_anything_is_sent(

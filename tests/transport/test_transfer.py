@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import ssl
 import threading
-import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 
 from tests.identities import Fleet
 from tests.transport.transfer_parts import (
-    DEADLINE_S,
     SOURCE_NAME,
     TARGET_NAME,
     CuttingProxy,
@@ -25,6 +23,9 @@ from tests.transport.transfer_parts import (
     RawClient,
     Recorder,
     Target,
+    held_by,
+    quiet,
+    running,
     wait_until,
 )
 from transport import tls
@@ -49,7 +50,6 @@ from transport.stream import WRITE_BYTES
 from transport.worker import BUFFERS_MAX
 
 TASK = 42
-QUIET_S = 0.3
 
 
 def connect(port: int, context: ssl.SSLContext, _index: int) -> ssl.SSLSocket:
@@ -349,26 +349,6 @@ def test_a_slow_target_holds_the_source_back(
     assert arrived(target, memory)
 
 
-def held_by(gate: threading.Event) -> None:
-    assert gate.wait(DEADLINE_S)
-
-
-def quiet(count: Callable[[], int]) -> Callable[[], bool]:
-    """Whether `count` is above 0 and has not changed for a while.
-
-    Should it be true too early, then a test asserts less than it could, but nothing wrong.
-    """
-    last, since_s = 0, time.monotonic()
-
-    def is_quiet() -> bool:
-        nonlocal last, since_s
-        if (now := count()) != last:
-            last, since_s = now, time.monotonic()
-        return last > 0 and time.monotonic() - since_s > QUIET_S
-
-    return is_quiet
-
-
 def test_a_slow_target_holds_back_marks_of_zero_pages_too(
     target: Target, sender_for: Callable[..., PageSender]
 ) -> None:
@@ -385,24 +365,6 @@ def test_a_slow_target_holds_back_marks_of_zero_pages_too(
             gate.set()
         assert not raised
         assert sender.progress.zero_pages == memory.pages
-
-
-@contextmanager
-def running(call: Callable[[], object]) -> Any:
-    """`call` in a thread; gives what it raised."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except TransportError as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    yield raised
-    thread.join(DEADLINE_S)
-    assert not thread.is_alive()
 
 
 def test_abort_ends_a_round_that_stands_still(

@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from transport.core.frames import (
     Hello,
     StreamKind,
 )
+from transport.errors import TransportError
 from transport.identity import Peer
 from transport.inbound import PageSink
 from transport.receiver import DataListener, listen
 
 DEADLINE_S = 30.0
+QUIET_S = 0.3
 TARGET_NAME = "target.test"
 SOURCE_NAME = "source.test"
 
@@ -45,6 +47,44 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < cutoff_s, f"timed out: {what}"
         threading.Event().wait(0.005)
+
+
+def held_by(gate: threading.Event) -> None:
+    assert gate.wait(DEADLINE_S)
+
+
+def quiet(count: Callable[[], int]) -> Callable[[], bool]:
+    """Whether `count` is above 0 and has not changed for a while.
+
+    Should it be true too early, then a test asserts less than it could, but nothing wrong.
+    """
+    last, since_s = 0, time.monotonic()
+
+    def is_quiet() -> bool:
+        nonlocal last, since_s
+        if (now := count()) != last:
+            last, since_s = now, time.monotonic()
+        return last > 0 and time.monotonic() - since_s > QUIET_S
+
+    return is_quiet
+
+
+@contextmanager
+def running(call: Callable[[], object]) -> Any:
+    """`call` in a thread; gives what it raised."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except TransportError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield raised
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
 
 
 class Recorder:
