@@ -154,6 +154,18 @@ def recover(migration_id: str | None, owner: Owner | None, asking: Asking) -> No
     " by SSH.",
 )
 @copied_how
+@click.option(
+    "--silence",
+    "silence_s",
+    type=click.FloatRange(config.FROZEN_PING_S, config.FROZEN_SILENCE_S_MAX),
+    default=config.FROZEN_SILENCE_S,
+    show_default=True,
+    show_envvar=True,
+    envvar="MIGRATE_SILENCE",
+    metavar="SECONDS",
+    help="Undo the migration when the target says nothing for so long while the container stands"
+    " still: more for hosts that are short of processors.",
+)
 @click.option("--dry-run", "only_check", is_flag=True, help="Check both hosts, then stop.")
 @click.option("--json", "as_json", is_flag=True, help="Progress and report as JSON lines.")
 @click.option(

@@ -35,7 +35,9 @@ OPEN_DEADLINE_S = 120.0
 PREFLIGHT_DEADLINE_S = 120.0
 # To tell a target that has been lost that all is undone; one that does not hear it finds out.
 LAST_WORD_DEADLINE_S = 3.0
-PREPARE_DEADLINE_S = 30.0
+# The container runs meanwhile, so this has only to find out what hangs. A host that is short of
+# processors takes half a minute to start what a freeze needs (docs/facts.md).
+PREPARE_DEADLINE_S = 120.0
 FREEZE_DEADLINE_S = 5.0
 DUMP_DEADLINE_S = 30.0
 RESTORE_DEADLINE_S = 30.0
@@ -56,9 +58,12 @@ ROOTFS_FROZEN_DEADLINE_S = 30.0
 FILL_DEADLINE_S = 3600.0
 
 # While the container stands still: how often the target is asked whether it is there, and how long
-# it may be silent. A rollback costs the users this much; a busy host or full link answers sooner.
+# it may be silent, unless the user says otherwise (--silence). A rollback costs the users this
+# much; a busy host or full link answers sooner, one that is starved of processors may not.
 FROZEN_PING_S = 0.5
 FROZEN_SILENCE_S = 5.0
+# A target whose source is lost for longer gives up: FROZEN_SILENCE_S and LINK_GRACE_MORE_S.
+FROZEN_SILENCE_S_MAX = 15.0
 
 # A connection of the control channel that is silent for so long is asked whether it is there; half
 # of it later it counts as broken. At 500 ms of delay an answer takes one second.

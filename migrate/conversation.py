@@ -3,7 +3,7 @@
 Wraps the TargetLink of one migration, and reconnects it when it breaks:
 
     the container runs          for the patience that the user gave
-    it stands still (`watch`)   until the target was silent for FROZEN_SILENCE_S
+    it stands still (`watch`)   until the target was silent for as long as the user allows
     it is being handed over     not at all: the machine asks (`stop_watching`, until Running)
 
 A target that says that the session is gone, or a host that goes on refusing connections, ends it
@@ -45,6 +45,7 @@ class Conversation:
         note: Callable[[MigrateError], None],
         *,
         patience_s: float,
+        silence_s: float = config.FROZEN_SILENCE_S,
     ) -> None:
         self.link = link
         self.marks: dict[str, int] = {}
@@ -54,6 +55,7 @@ class Conversation:
         self._post = post
         self._note = note
         self._patience_s = self._patience_running_s = patience_s
+        self._silence_s = silence_s
         self._listening: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._is_lost = False
@@ -105,7 +107,7 @@ class Conversation:
 
     def watch(self) -> None:
         """From now on a target that is silent for too long is a lost link."""
-        self._patience_s = config.FROZEN_SILENCE_S
+        self._patience_s = self._silence_s
         self._watching = asyncio.create_task(self._watch())
 
     def stop_watching(self) -> None:
@@ -124,12 +126,16 @@ class Conversation:
         await self.link.close()
 
     async def _watch(self) -> None:
-        began_s = time.monotonic()
-        while time.monotonic() - max(began_s, self.link.heard_s) < config.FROZEN_SILENCE_S:
+        """Silence is counted in turns of this loop: while it does not turn, because this host is
+        short of processors, nobody asks and nobody listens."""
+        silent_s = 0.0
+        while silent_s < self._silence_s:
+            heard_s = self.link.heard_s
             asking = asyncio.create_task(self._ask())
             await asyncio.sleep(config.FROZEN_PING_S)
             asking.cancel()
-        silence = f"{self.link.host} was silent for {config.FROZEN_SILENCE_S:g} s"
+            silent_s = 0.0 if self.link.heard_s > heard_s else silent_s + config.FROZEN_PING_S
+        silence = f"{self.link.host} was silent for {self._silence_s:g} s"
         await self._lost(Unreachable(f"{silence} while the container stood still"))
 
     async def _ask(self) -> None:

@@ -241,7 +241,11 @@ class Coordinator:
         assert self._facts is not None
         link = TargetLink(self.options.target, self.options.port, self._paths, self.options.way)
         self._target = target = Conversation(
-            link, self._post_heard, self._note, patience_s=self.options.link_patience_s
+            link,
+            self._post_heard,
+            self._note,
+            patience_s=self.options.link_patience_s,
+            silence_s=self.options.silence_s,
         )
         entry = self._begun.entry
         opened = await link.open_session(self._first.request(self._facts, entry))

@@ -94,7 +94,7 @@ class CopySession:
         """Let the copy run; returns when it does."""
         self._state = S.COMMITTED
         await self.talk.tell(messages.Commit(self.request.migration_id, self.request.attempt))
-        deadline_s = config.HANDOVER_DEADLINE_S + config.PREPARE_DEADLINE_S
+        deadline_s = config.HANDOVER_DEADLINE_S + config.RUNTIME_EXIT_DEADLINE_S
         await self._until(E.TARGET_RUNNING, deadline_s, "to let the copy run")
 
     async def abandon(self, reason: str) -> None:

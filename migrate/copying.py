@@ -306,6 +306,7 @@ def rootfs_source(
         host=host,
         target=link.host,
         patience_s=options.link_patience_s,
+        silence_s=options.silence_s,
         mib_s=options.bandwidth_mib_s,
     )
 

@@ -24,6 +24,7 @@ class Options:
     on_stall: OnStall = "throttle"
     streams: int | None = None
     link_patience_s: float = config.LINK_PATIENCE_S
+    silence_s: float = config.FROZEN_SILENCE_S
     bandwidth_mib_s: float = float("inf")
     shared: tuple[str, ...] = ()
     way: Way = DIRECT

@@ -294,8 +294,8 @@ class RootfsSource:
     """Passes of rsync from `rootfs` into the session that `open_channel` leads to.
 
     `work` is a directory of ours (0700) for the relay's sockets. `patience_s`: how long a broken
-    channel is tried to be opened again while the container runs. `mib_s`: what a pass may send each
-    second. Errors: TransferFailed.
+    channel is tried to be opened again while the container runs; `silence_s`: and while it stands
+    still. `mib_s`: what a pass may send each second. Errors: TransferFailed.
     """
 
     def __init__(
@@ -307,6 +307,7 @@ class RootfsSource:
         host: str,
         target: str,
         patience_s: float,
+        silence_s: float = config.FROZEN_SILENCE_S,
         mib_s: float = float("inf"),
     ) -> None:
         self._rootfs = rootfs
@@ -315,6 +316,7 @@ class RootfsSource:
         self._open_channel = open_channel
         self._host = host
         self._patience_s = patience_s
+        self._silence_s = silence_s
         self._limit = [] if mib_s == float("inf") else [f"--bwlimit={int(mib_s * 1024)}"]
         self._passes = 0
         self._runs: list[RootfsPassRun] = []
@@ -373,7 +375,7 @@ class RootfsSource:
         """Raise TransferFailed when a broken channel is to be waited for no longer."""
         patience_s = self._patience_s
         if run.is_awaited:
-            patience_s = min(patience_s, config.FROZEN_SILENCE_S)
+            patience_s = min(patience_s, self._silence_s)
         # Whoever answers that there is no such session, or that it takes no files, will stay so.
         is_refused = isinstance(error, aiohttp.WSServerHandshakeError)
         if is_refused or broken_for_s >= patience_s or run.tries >= TRIES_MAX:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from bench.lab.enter import inside_environment
 from bench.lab.errors import LabError
@@ -24,6 +24,8 @@ class MachineHost(Host):
     patience = 10.0
     # A look at a file is a dozen messages through an emulated sshd.
     poll_s = 0.5
+    # For the same reason an answer of the agent may take longer than usual.
+    _environment: Final = {"MIGRATE_SILENCE": "15"}
 
     def __init__(self, node: Mapping[str, Any]) -> None:
         super().__init__(node)
@@ -35,7 +37,7 @@ class MachineHost(Host):
         *,
         tty: bool = False,
     ) -> list[str]:
-        return self._line("shell", inside_environment(), command, tty=tty)
+        return self._line("shell", inside_environment(self._environment), command, tty=tty)
 
     def _line(
         self, token: str, env: Mapping[str, str], command: Sequence[str], *, tty: bool
@@ -56,7 +58,8 @@ class MachineHost(Host):
     ) -> subprocess.Popen[Any]:
         token = secrets.token_hex(6)
         words = [os.fspath(part) for part in command]
-        full = self._line(token, inside_environment(env), words, tty=False)
+        env = inside_environment({**self._environment, **(env or {})})
+        full = self._line(token, env, words, tty=False)
         return _Remote(self, token, full, env=inside_environment(), text=text, **kwargs)
 
     def signal(self, process: subprocess.Popen[Any], number: signal.Signals) -> None:
