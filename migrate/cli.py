@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-import msgspec
 
 from criu_glue.no_core import forbid_cores
 from migrate import config
@@ -36,6 +35,7 @@ _ELSEWHERE: Final = {
     **{name: name for name in ("ca", "clone", "fill", "hosts", "identity", "once")},
     **{name: name for name in ("operator", "policy", "service", "verify")},
     **dict.fromkeys(("cordon", "drain-node", "uncordon", "undrain"), "drain"),
+    **dict.fromkeys(("cancel", "status"), "status"),
 }
 """Commands that a module of `migrate/commands` has."""
 
@@ -74,26 +74,6 @@ def cli() -> None:
     """
 
 
-@cli.command()
-@click.argument("migration_id", required=False)
-@click.option("--json", "as_json", is_flag=True, help="A JSON array of objects.")
-def status(migration_id: str | None, as_json: bool) -> None:
-    """Show the migrations of this host, those under way and the latest that ended; its drain."""
-    from migrate import drain_report, drain_state, standing
-
-    found = standing.status(config.HostPaths(), migration_id)
-    drained = drain_state.read(config.HostPaths())
-    has_drain = migration_id is None and drained.phase != "none"
-    if has_drain and not as_json:
-        click.echo("\n".join(drain_report.lines(drained)))
-    if as_json:
-        click.echo(msgspec.json.encode([*found, drained] if has_drain else found).decode())
-    elif found:
-        click.echo("\n".join(standing.status_lines(found)))
-    else:
-        click.echo("no migration is known here")
-
-
 @cli.command("log")
 @click.argument("migration_id")
 def show_log(migration_id: str) -> None:
@@ -101,25 +81,6 @@ def show_log(migration_id: str) -> None:
     from migrate import standing
 
     click.echo("\n".join(standing.log_lines(config.HostPaths(), migration_id)))
-
-
-@cli.command()
-@click.argument("migration_id")
-def cancel(migration_id: str) -> None:
-    """End a migration that is not committed; its container stays where it is. By the id of this
-    host's drain, or "drain": it begins no more moves, and those under way end."""
-    from migrate import drain_state, oversight
-    from migrate.errors import UsageError
-    from migrate.logs import log_to_stderr
-
-    log_to_stderr(logging.WARNING)
-    paths = config.HostPaths()
-    if migration_id == "drain" or migration_id == drain_state.read(paths).drain_id:
-        if not drain_state.stop(paths):
-            raise UsageError("no drain is under way here", remedy="migrate status")
-        click.echo("no more moves begin; those under way end: migrate status")
-        return
-    click.echo(asyncio.run(oversight.cancel(paths, known.drivers(), migration_id)))
 
 
 @cli.command()

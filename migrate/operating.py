@@ -1,6 +1,6 @@
 """Words to an agent that are about no session.
 
-    POST /v1/operator     Recover -> Standing, Drain -> Drained
+    POST /v1/operator     Recover -> Standing, Drain -> Drained, Status | Cancel -> Overview
     POST /v1/host         Describe -> Description, GiveBack -> GivingBack
 
 The first are an operator's: spoken on the agent's own host with the host's identity, or from
@@ -9,6 +9,7 @@ anywhere with an operator's. The second are one host's to another.
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
 
 import aiohttp
@@ -16,7 +17,7 @@ import aiohttp
 from migrate import config
 from migrate.core import messages
 from migrate.core.states import TargetState
-from migrate.errors import InDoubt, MigrateError, ProtocolError, held_on
+from migrate.errors import InDoubt, MigrateError, ProtocolError, UsageError, held_on
 from migrate.target_link import unreachable
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ async def say_word(
     port: int = config.CONTROL_PORT,
 ) -> messages.TargetMessage:
     """What the agent of `host`, which listens at `address`, answers. Raises Unreachable,
-    ProtocolError, MigrateError where it refuses the word."""
+    ProtocolError, UsageError for a word that asks for what can't be, MigrateError where it is
+    refused otherwise."""
     connector = aiohttp.TCPConnector(ssl=identity.client_context())
     timeout = aiohttp.ClientTimeout(
         total=2 * config.WORD_DEADLINE_S, sock_connect=config.WORD_CONNECT_DEADLINE_S
@@ -63,7 +65,8 @@ async def say_word(
         ):
             body = await response.content.read(messages.MAX_MESSAGE_BYTES + 1)
             if response.status != 200:
-                raise MigrateError(body.decode(errors="replace")[:200], host=host)
+                refused = UsageError if response.status == HTTPStatus.BAD_REQUEST else MigrateError
+                raise refused(body.decode(errors="replace")[:200], host=host)
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
         raise unreachable(host, port, error) from error
     return messages.decode_from_target(body)

@@ -26,9 +26,10 @@ from migrate.operating import check_standing, tell_agent
 from migrate.standing import is_known, last_state, reading, status, unknown_migration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from migrate.core.messages import Side
     from migrate.journal import Migration
     from migrate.recovery import Owner
     from migrate.runtimes.base import Runtime
@@ -43,6 +44,18 @@ async def cancel(
     paths: config.HostPaths, runtimes: Mapping[str, Runtime], migration_id: str
 ) -> str:
     """End a migration before its commit; what has become of it. Raises MigrateError."""
+    migration, driver = begin_cancel(paths, migration_id)
+    if driver is not None:
+        await _ended(paths.claim(migration_id, "source"), driver)
+    else:
+        await _recover_source(migration, paths, runtimes, None, tell=lambda _: None)
+    side = source_side(status(paths, migration_id))
+    return what_became(side, socket.gethostname())
+
+
+def begin_cancel(paths: config.HostPaths, migration_id: str) -> tuple[Migration, Claimant | None]:
+    """Have the coordinator of a migration undo it. Which that is; None, if nobody drives it.
+    Raises UsageError if there is nothing to cancel."""
     with reading(paths) as journal:
         if journal is None or not is_known(journal, migration_id, "source"):
             if journal is not None and is_known(journal, migration_id, "target"):
@@ -56,19 +69,26 @@ async def cancel(
     _refuse_late(paths, migration)
     claim = paths.claim(migration_id, "source")
     driver = claimant(claim)
-    if driver is not None and driver.kind == "coordinator":
-        await _terminate(claim, driver)
-    else:
-        await _recover_source(migration, paths, runtimes, None, tell=lambda _: None)
-    state = last_state(paths, migration)
-    host = socket.gethostname()
-    if state == SourceState.ABORTED:
-        return f"{migration_id} is undone; {migration.container} {runs_on(host)}"
+    if driver is None or driver.kind != "coordinator":
+        return migration, None
+    _terminate(claim, driver)
+    return migration, driver
+
+
+def source_side(found: Sequence[Side]) -> Side:
+    """Of one migration; this host may be both of its sides."""
+    return next(one for one in found if one.role == "source")
+
+
+def what_became(side: Side, host: str) -> str:
+    """Of one that was to be cancelled, on `host`. Raises MigrateError if it was not."""
+    if side.state == SourceState.ABORTED:
+        return f"{side.migration_id} is undone; {side.container} {runs_on(host)}"
     raise MigrateError(
-        f"{migration_id} was committed before it could be cancelled",
-        phase=state,
-        container_state=runs_on(migration.peer) if state == SourceState.DONE else "",
-        remedy=f"migrate status {migration_id}",
+        f"{side.migration_id} was committed before it could be cancelled",
+        phase=side.state,
+        container_state=runs_on(side.peer) if side.state == SourceState.DONE else "",
+        remedy=f"migrate status {side.migration_id}",
     )
 
 
@@ -213,9 +233,9 @@ async def _claimed(paths: config.HostPaths, migration: Migration) -> Claim:
 def _refuse_late(paths: config.HostPaths, migration: Migration) -> None:
     state = last_state(paths, migration)
     if state in SOURCE_TERMINAL:
-        (standing,) = (one for one in status(paths, migration.migration_id) if one.role == "source")
+        side = source_side(status(paths, migration.migration_id))
         raise UsageError(
-            f"{migration.migration_id} has ended: {migration.container} {standing.meaning}",
+            f"{migration.migration_id} has ended: {migration.container} {side.meaning}",
             phase=state,
         )
     with Journal.open_read_only(paths.journal) as journal:
@@ -228,8 +248,8 @@ def _refuse_late(paths: config.HostPaths, migration: Migration) -> None:
             )
 
 
-async def _terminate(path: Path, driver: Claimant) -> None:
-    """SIGTERM for a coordinator, and wait until it has undone everything."""
+def _terminate(path: Path, driver: Claimant) -> None:
+    """SIGTERM for a coordinator, which undoes everything then."""
     with contextlib.suppress(ProcessLookupError):
         pidfd = os.pidfd_open(driver.pid)
         try:
@@ -238,6 +258,9 @@ async def _terminate(path: Path, driver: Claimant) -> None:
                 signal.pidfd_send_signal(pidfd, signal.SIGTERM)
         finally:
             os.close(pidfd)
+
+
+async def _ended(path: Path, driver: Claimant) -> None:
     limit_s = time.monotonic() + config.UNDO_DEADLINE_S
     while claimant(path) == driver:
         if time.monotonic() > limit_s:

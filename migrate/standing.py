@@ -18,6 +18,7 @@ from criu_glue import hooks
 from migrate.brakes import BrakePlan
 from migrate.cgroup import is_frozen
 from migrate.claim import Claimant, claimant
+from migrate.core.messages import Side
 from migrate.core.states import SOURCE_TERMINAL, TARGET_TERMINAL, SourceState, TargetState
 from migrate.errors import JournalError, UsageError, held_on, runs_on
 from migrate.guard import GuardPlan
@@ -37,26 +38,7 @@ ROLES: Final[tuple[Role, ...]] = ("source", "target")
 _ALL = 1 << 20
 
 
-class Standing(msgspec.Struct, frozen=True):
-    """One side of a migration as `status` shows it. since_wall_s: Unix time of the last record.
-    driver: who drives it now, empty for nobody. container_state: where it is, in the words of
-    errors, of a migration that has not ended. meaning: what that is. remedy: what to do."""
-
-    migration_id: str
-    role: str
-    container: str
-    peer: str
-    attempt: int
-    state: str
-    since_wall_s: float
-    ended: bool
-    driver: str
-    container_state: str
-    meaning: str
-    remedy: str
-
-
-def status(paths: config.HostPaths, migration_id: str | None) -> list[Standing]:
+def status(paths: config.HostPaths, migration_id: str | None) -> list[Side]:
     """The migrations of this host, oldest first. Raises JournalError, and UsageError when there is
     none of that id."""
     with reading(paths) as journal:
@@ -70,7 +52,7 @@ def status(paths: config.HostPaths, migration_id: str | None) -> list[Standing]:
         if not found:
             raise unknown_migration(migration_id)
     found.sort(key=lambda pair: pair[0].created_wall_s)
-    return [_standing(migration, records, paths) for migration, records in found]
+    return [_side(migration, records, paths) for migration, records in found]
 
 
 def log_lines(paths: config.HostPaths, migration_id: str) -> list[str]:
@@ -98,7 +80,7 @@ def log_lines(paths: config.HostPaths, migration_id: str) -> list[str]:
     return lines
 
 
-def status_lines(found: list[Standing]) -> list[str]:
+def status_lines(found: list[Side]) -> list[str]:
     """A line for each side of each migration; below one that has not ended what is up with it."""
     rows = [("migration", "container", "way", "state", "since (UTC)", "")]
     for one in found:
@@ -154,14 +136,14 @@ def _clock(wall_s: float) -> str:
     return datetime.fromtimestamp(wall_s, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
 
 
-def _standing(migration: Migration, records: list[Record], paths: config.HostPaths) -> Standing:
+def _side(migration: Migration, records: list[Record], paths: config.HostPaths) -> Side:
     state = records[-1].state if records else ""
     driver = claimant(paths.claim(migration.migration_id, migration.role))
     terminal = SOURCE_TERMINAL if migration.role == "source" else TARGET_TERMINAL
     view = _View(migration, state, driver, paths)
     explain = _explain_source if migration.role == "source" else _explain_target
     where, meaning, remedy = explain(view)
-    return Standing(
+    return Side(
         migration_id=migration.migration_id,
         role=migration.role,
         container=migration.container,

@@ -7,7 +7,7 @@ caller (`front_link.py`).
     POST /v1/sessions                 OpenSession -> SessionOpened | Refused
     POST /v1/migrations/ID/ROLE       Ask | Commit | Abort -> State      (`peer.py`)
     POST /v1/operator                 Recover -> Standing       (an operator, or this host itself)
-                                      Drain -> Drained          (the same)
+                                      Drain -> Drained, Status | Cancel -> Overview  (the same)
     POST /v1/host                     Describe -> Description, GiveBack -> GivingBack  (hosts)
     PUT  /v1/crl                      the authority's list of revoked identities (anybody's)
     GET  /v1/sessions/ID/control      WebSocket: the messages of core/messages.py; with ?heard=N it
@@ -47,7 +47,7 @@ from migrate.agent.ticket import Ticket
 from migrate.agent.words import Words
 from migrate.claim import Claim
 from migrate.core import messages
-from migrate.errors import MigrateError, ProtocolError
+from migrate.errors import MigrateError, ProtocolError, UsageError
 from migrate.facts import free_memory_bytes, host_versions
 from migrate.identity import own_identity
 from migrate.journal import JournalWriter
@@ -283,11 +283,17 @@ class Agent:
             raise _forbidden(request, "only an operator or this host itself may say that")
         try:
             word = messages.decode_from_source(await _body(request))
-            if isinstance(word, messages.Drain):
-                return _answer(await self._drains.asked(word))
-            if not isinstance(word, messages.Recover):
-                raise ProtocolError("that is no word of an operator")
-            standing = await self._words.operate(word)
+            match word:
+                case messages.Drain():
+                    return _answer(await self._drains.asked(word))
+                case messages.Status() | messages.Cancel():
+                    return _answer(await self._words.overview(word))
+                case messages.Recover():
+                    standing = await self._words.operate(word)
+                case _:
+                    raise ProtocolError("that is no word of an operator")
+        except UsageError as error:
+            raise web.HTTPBadRequest(text=error.message) from error
         except MigrateError as error:
             raise web.HTTPConflict(text=error.message) from error
         if standing is None:

@@ -3,9 +3,10 @@ agent, coordinator or recovery (`peer.py`), and by the operator of this host (`o
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
-from migrate import config, peer, recovery
+from migrate import config, oversight, peer, recovery, standing
 from migrate.claim import claimant
 from migrate.core import messages
 from migrate.core.events import TargetEventKind as E
@@ -93,6 +94,15 @@ class Words:
             return await self._recover_session(session, word)
         migration = self._sessions.unknown.get(word.migration_id)
         return None if migration is None else await self._recover_unknown(migration, word)
+
+    async def overview(self, word: messages.Status | messages.Cancel) -> messages.Overview:
+        """This host's operator looks, or has a migration undone that leaves this host: by its
+        coordinator, or where that is dead by this agent."""
+        if isinstance(word, messages.Cancel):
+            await asyncio.to_thread(oversight.begin_cancel, self._paths, word.migration_id)
+            self._custodian.look()
+        found = await asyncio.to_thread(standing.status, self._paths, word.migration_id)
+        return messages.Overview(tuple(found))
 
     async def _read(self, read: Callable[[Journal], str | None]) -> str:
         try:

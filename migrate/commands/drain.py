@@ -6,78 +6,27 @@ it; what is here asks, watches, and tells.
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import socket
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import msgspec
 
 from migrate import config, drain_unit
 from migrate import cordon as cordons
-from migrate.commands.ca import at_fleet, operator_paths
+from migrate.commands.asked import of_host
 from migrate.core import messages
 from migrate.drain_report import lines, progress
-from migrate.errors import EXIT_REFUSED, MigrateError, ProtocolError, Unreachable, UsageError
-from migrate.identity import identity_errors, own_identity
-from migrate.operating import say_word
-from transport.identity import HostIdentity
+from migrate.errors import EXIT_REFUSED, MigrateError, Unreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from transport.identity import TlsIdentity
+    from migrate.commands.asked import Asked
 
 _POLL_S: Final = 0.5
 # An agent that begins anew meanwhile is waited for: the drain goes on without it.
 _AGENT_PATIENCE_S: Final = 60.0
-_Command = TypeVar("_Command", bound="Callable[..., None]")
-
-
-class Asked:
-    """A host that is asked about its drains."""
-
-    def __init__(self, host: str, identity: TlsIdentity, address: str) -> None:
-        self.host = host
-        self._identity = identity
-        self._address = address
-
-    def say(self, word: messages.Drain) -> messages.Drained:
-        """Raises MigrateError."""
-        answer = asyncio.run(
-            say_word(word, self._identity, "operator", host=self.host, address=self._address)
-        )
-        if not isinstance(answer, messages.Drained):
-            raise ProtocolError(f"the agent answered {type(answer).__name__}", host=self.host)
-        return answer
-
-
-def _of_host(command: _Command) -> _Command:
-    """Give `command` the host that it asks, as `asked`."""
-
-    @click.argument("host", required=False)
-    @click.option("--as", "name", help="An operator's name (migrate ca operator).")
-    @at_fleet
-    @functools.wraps(command)
-    def wrapped(*, host: str | None, name: str | None, fleet: Path, **others: Any) -> None:
-        here = socket.gethostname()
-        if name is not None:
-            with identity_errors():
-                identity = HostIdentity.load(operator_paths(fleet, name))
-            asked = Asked(host or here, identity, host or here)
-        elif host in (None, here):
-            asked = Asked(here, own_identity(config.HostPaths()), "127.0.0.1")
-        else:
-            raise UsageError(
-                f"{host} is another host", remedy="run it there, or say who you are: --as NAME"
-            )
-        command(asked=asked, **others)
-
-    return wrapped  # type: ignore[return-value]
 
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Its state as JSON lines.")
@@ -112,7 +61,7 @@ _detach = click.option("--detach", is_flag=True, help="Don't wait for its end.")
 @click.option("--install-unit", is_flag=True, help="Do this at each shutdown, by systemd.")
 @_detach
 @_as_json
-@_of_host
+@of_host
 def drain_node(
     asked: Asked, to: str | None, cancel: bool, resume: bool, install_unit: bool, **options: Any
 ) -> None:
@@ -121,7 +70,7 @@ def drain_node(
     Ending this command does not end the drain: --cancel does, and on the host migrate cancel drain.
     """
     if cancel:
-        asked.say(messages.Drain("stop"))
+        asked.say(messages.Drain("stop"), messages.Drained)
         click.echo(f"no more moves of {asked.host} begin; those under way end")
         return
     if not to and not resume:
@@ -143,21 +92,21 @@ def drain_node(
 @_bandwidth
 @_detach
 @_as_json
-@_of_host
+@of_host
 def undrain(asked: Asked, detach: bool, as_json: bool, **options: Any) -> None:
     """Uncordon HOST, or this host, and bring home what its drains have moved away."""
     _watch(asked, messages.Drain("home", **options), detach=detach, as_json=as_json)
 
 
 @click.command("cordon")
-@_of_host
+@of_host
 def cordon(asked: Asked) -> None:
     """HOST, or this host, takes no containers from now on, over a reboot too."""
     _set_cordon(asked, is_on=True)
 
 
 @click.command("uncordon")
-@_of_host
+@of_host
 def uncordon(asked: Asked) -> None:
     """HOST, or this host, takes containers again."""
     _set_cordon(asked, is_on=False)
@@ -165,7 +114,7 @@ def uncordon(asked: Asked) -> None:
 
 def _set_cordon(asked: Asked, *, is_on: bool) -> None:
     try:
-        asked.say(messages.Drain("cordon" if is_on else "uncordon"))
+        asked.say(messages.Drain("cordon" if is_on else "uncordon"), messages.Drained)
     except Unreachable:
         # Root on the host itself needs no agent for that.
         if asked.host != socket.gethostname():
@@ -178,7 +127,7 @@ def _set_cordon(asked: Asked, *, is_on: bool) -> None:
 def _watch(asked: Asked, word: messages.Drain, *, detach: bool, as_json: bool) -> None:
     """Ask, tell what happens, and exit as the drain ends."""
     try:
-        state = asked.say(word)
+        state = asked.say(word, messages.Drained)
     except Unreachable as error:
         error.remedy = f"start `migrate agent` on {asked.host}"
         raise
@@ -200,7 +149,7 @@ def _watch(asked: Asked, word: messages.Drain, *, detach: bool, as_json: bool) -
             )
         time.sleep(_POLL_S)
         try:
-            state = asked.say(show)
+            state = asked.say(show, messages.Drained)
             limit_s = time.monotonic() + _AGENT_PATIENCE_S
         except Unreachable:
             if time.monotonic() > limit_s:

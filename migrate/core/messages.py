@@ -63,6 +63,8 @@ MAX_PATIENCE_S: Final = 3600
 MAX_RESIDENTS: Final = 2048
 """Containers of one host."""
 MAX_TARGETS: Final = 1024
+MAX_SIDES: Final = 1024
+"""Of migrations, under way or of the latest."""
 MAX_HEARD: Final = 1 << 32
 """Messages of one session and end; nobody gets near it."""
 
@@ -286,6 +288,44 @@ class Standing(Message, frozen=True, tag="standing"):
     stopped: Text = ""
 
 
+class Status(Message, frozen=True, tag="status"):
+    """Asks an agent, by an operator or its own host, for the migrations of that host: for those
+    that `migrate status` shows, or for one."""
+
+    migration_id: MigrationId | None = None
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """Asks the agent of the source to have a migration undone that is not committed."""
+
+    migration_id: MigrationId
+
+
+class Side(Part, frozen=True):
+    """One side of a migration. since_wall_s: Unix time of the last record. driver: who drives it
+    now, empty for nobody. container_state: where it is, in the words of errors, of a migration that
+    has not ended. meaning: what that is. remedy: what to do."""
+
+    migration_id: MigrationId
+    role: Literal["source", "target"]
+    container: ContainerName
+    peer: Annotated[str, Meta(max_length=253)]
+    attempt: Attempt
+    state: Code
+    since_wall_s: float
+    ended: bool
+    driver: Text
+    container_state: Text
+    meaning: Text
+    remedy: Text
+
+
+class Overview(Message, frozen=True, tag="overview"):
+    """Answers Status, and Cancel by how that migration is now."""
+
+    migrations: Annotated[tuple[Side, ...], Meta(max_length=MAX_SIDES)] = ()
+
+
 # --- about whole hosts: drains ---
 
 
@@ -472,6 +512,8 @@ SourceMessage: TypeAlias = (
     | Ask
     | State
     | Recover
+    | Status
+    | Cancel
     | Describe
     | GiveBack
     | Drain
@@ -491,6 +533,7 @@ TargetMessage: TypeAlias = (
     | Ask
     | State
     | Standing
+    | Overview
     | Description
     | GivingBack
     | Drained

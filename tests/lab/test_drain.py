@@ -92,7 +92,7 @@ def assert_all_stay_when_cancelled(lab: Lab) -> None:
     lab.client.run(["migrate", "drain-node", *REMOTE, "--to", "B,C,D", "--detach"])
     moving, ended = '"state":"moving"', '"phase":"ended"'
     wait_until("one begins", lambda: moving in host.read_text(STATE), deadline_s=60)
-    lab.client.run(["migrate", "drain-node", *REMOTE, "--cancel"])
+    lab.client.run(["migrate", "cancel", "drain", "--host", *REMOTE])
     host.write_text("/run/go-on", "")
     wait_until("the drain ends", lambda: ended in host.read_text(STATE), deadline_s=60)
     state = json.loads(host.read_text(STATE))
@@ -188,6 +188,7 @@ def test_a_host_is_emptied_and_filled_again(four: Lab) -> None:
         assert "undrain" in refused.stderr
         shown = host.run(["migrate", "status"]).stdout
         assert emptied["drain_id"] in shown
+        assert four.client.run(["migrate", "status", "--host", *REMOTE]).stdout == shown
 
         home = drained(host, "undrain", "--max-parallel", "2")
         assert [state for state, _ in moves(home).values()].count("home") == 3

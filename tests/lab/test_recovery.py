@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from bench.lab.host import Host
+from bench.lab.host_files import FLEET, OPERATOR
 from bench.probe_process import ProbeProcess, start_probe
 from tests.faults.evidence import journal_of, unfinished
 from tests.faults.points import moment
@@ -244,17 +245,20 @@ def test_a_dead_coordinator_is_told_and_recovered_without_an_agent(stage: Stage)
 
 @pytest.mark.parametrize("at", [COPYING, FROZEN, HELD], ids=["copying", "frozen", "held"])
 def test_cancel(stage: Stage, at: str) -> None:
+    """The second time by an operator from elsewhere."""
     here = stage.here
+    elsewhere = ("--host", here.name, "--fleet", FLEET, "--as", OPERATOR)
+    asking = (stage.scene.lab.client, elsewhere) if at == FROZEN else (here, ())
     with client(stage.scene) as probe:
         stage.begin_until(at)
-        said = told(here, "cancel", stage.migration)
+        said = told(asking[0], "cancel", stage.migration, *asking[1])
         assert said == f"{stage.migration} is undone; {SPEC.name} runs on {here.name}\n"
         command = stage.finish_command()
         assert command.code == 1
         assert command.stderr.startswith("the migration was cancelled\n")
         stage.settle(on=here)
         assert probe.stop().clean
-    assert "has ended" in told(here, "cancel", stage.migration, code=2)
+    assert "has ended" in told(asking[0], "cancel", stage.migration, *asking[1], code=2)
 
 
 def test_cancel_of_a_migration_whose_coordinator_is_dead(stage: Stage) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, MutableMapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ import aiohttp
 import pytest
 from structlog.testing import capture_logs
 
-from migrate import config
+from migrate import config, standing
 from migrate.agent.app import Agent
 from migrate.core import messages as m
-from migrate.errors import MigrateError
-from migrate.operating import tell_agent
+from migrate.errors import MigrateError, UsageError
+from migrate.journal import Journal, Migration
+from migrate.operating import say_word, tell_agent
 from migrate.policy import PolicyError
 from tests.identities import Fleet
 from transport.errors import CertificateRevokedError
@@ -103,6 +106,30 @@ async def test_an_operator_speaks_from_elsewhere(site: Site) -> None:
     other = HostIdentity.load(site.fleet.host("other"))
     with pytest.raises(MigrateError, match="only an operator"):
         await tell_agent(word, other, host=HERE, address="127.0.0.1", port=port)
+
+
+async def test_an_operator_sees_what_is_there_and_hears_why_it_can_not_be_cancelled(
+    site: Site,
+) -> None:
+    """As on the host itself, also in how it is refused."""
+    with Journal.open(site.paths.journal) as journal:
+        journal.begin(Migration("m-2", "source", 1, "web", "runc", "other", time.time()))
+        for state in ("precopy", "rolling_back", "aborted"):
+            journal.append("m-2", "source", state, "test", at_wall_s=time.time())
+    person = HostIdentity.load(site.fleet.operator("alice"))
+    say = partial(say_word, host=HERE, address="127.0.0.1", port=site.agent.ports[0])
+    overview = await say(m.Status(), person, "operator")
+    assert isinstance(overview, m.Overview)
+    assert list(overview.migrations) == standing.status(site.paths, None)
+    assert [one.state for one in overview.migrations] == ["aborted"]
+    with pytest.raises(UsageError, match="m-2 has ended: web undone"):
+        await say(m.Cancel("m-2"), person, "operator")
+    with pytest.raises(UsageError, match="knows no migration 'm-3'"):
+        await say(m.Status("m-3"), person, "operator")
+    other = HostIdentity.load(site.fleet.host("other"))
+    for word in (m.Status(), m.Cancel("m-2")):
+        with pytest.raises(MigrateError, match="only an operator"):
+            await say(word, other, "operator")
 
 
 async def test_an_operator_is_no_host_of_the_same_name(site: Site) -> None:

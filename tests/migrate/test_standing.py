@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from migrate import cli, config, standing
 from migrate.claim import Claim, Kind
 from migrate.core import source_machine, target_machine
+from migrate.core.messages import Side
 from migrate.core.states import SOURCE_TERMINAL, TARGET_TERMINAL, SourceState, TargetState
 from migrate.errors import JournalError, UsageError
 from migrate.journal import Journal, Migration, Role
-from migrate.standing import Standing
 from tests.lab.waiting import wait_until
 from tests.migrate.stage import COPIED, GIVEN, MIGRATION, PEER, RECEIVED, Stage
 
@@ -89,7 +89,7 @@ def held(stage: Stage, role: Role) -> Iterator[None]:
             criu.kill()
 
 
-def seen(stage: Stage) -> Standing:
+def seen(stage: Stage) -> Side:
     (one,) = standing.status(stage.paths, MIGRATION)
     return one
 
@@ -278,7 +278,7 @@ def test_status_as_json(stage: Stage, command: CliRunner) -> None:
     stage.enter(*GIVEN)
     told = command.invoke(cli.cli, ["status", "--json"])
     (one,) = json.loads(told.output)
-    assert msgspec.convert(one, Standing) == seen(stage)
+    assert msgspec.convert(one, Side) == seen(stage)
 
 
 def test_status_of_a_host_that_has_seen_none(command: CliRunner) -> None:

@@ -154,6 +154,8 @@ FROM_SOURCE: list[tuple[m.SourceMessage, bytes]] = [
         m.Recover("m1", "source"),
         b'{"type":"recover","migration_id":"m1","owner":"source"}',
     ),
+    (m.Status("m1"), b'{"type":"status","migration_id":"m1"}'),
+    (m.Cancel("m1"), b'{"type":"cancel","migration_id":"m1"}'),
     (m.Describe(), b'{"type":"describe"}'),
     (
         m.GiveBack("m1", "sheep"),
@@ -206,6 +208,14 @@ FROM_TARGET: list[tuple[m.TargetMessage, bytes]] = [
         m.Standing("m1", "in_doubt", "alpha is silent"),
         b'{"type":"standing","migration_id":"m1","state":"in_doubt","peer":"alpha is silent",'
         b'"stopped":""}',
+    ),
+    (
+        m.Overview(
+            (m.Side("m1", "source", "c", "beta", 1, "done", 5.0, True, "", "", "moved", ""),)
+        ),
+        b'{"type":"overview","migrations":[{"migration_id":"m1","role":"source","container":"c",'
+        b'"peer":"beta","attempt":1,"state":"done","since_wall_s":5.0,"ended":true,"driver":"",'
+        b'"container_state":"","meaning":"moved","remedy":""}]}',
     ),
     (
         m.Description("beta", 1 << 33, 2.0, VERSIONS, ("runc",), ("br0",), ("ssd",), ("db",)),
