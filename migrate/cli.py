@@ -1,7 +1,8 @@
 """The command line: `migrate CONTAINER --to HOST`, `migrate agent`, and what an operator needs
 when a migration does not end by itself: `status`, `log`, `cancel`, `recover`.
 
-exit code   0 done, 1 failed and undone, 2 refused or wrong usage, 3 held: `errors.py`
+exit code   0 done, 1 failed and undone, 2 refused or wrong usage, 3 held, 4 some of the copies:
+            `errors.py`
 
 What a command works with is imported when it is called: all of it takes half a second of a
 processor, most commands need little of it, and the words of `--help` nothing.

@@ -31,15 +31,8 @@ from migrate.core import messages
 from migrate.core.drain_facts import RATE_BYTES_S, STOP_S, HostState, Resident
 from migrate.core.drain_plan import LEFT, Limits, Outcome, Planner, forecast
 from migrate.drain_moves import Look, Moves, bandwidth_options
-from migrate.errors import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_IN_DOUBT,
-    EXIT_REFUSED,
-    MigrateError,
-    SessionRefused,
-    Unreachable,
-)
+from migrate.drain_report import exit_code
+from migrate.errors import EXIT_FAILED, EXIT_REFUSED, MigrateError, SessionRefused, Unreachable
 from migrate.host_checks import raise_descriptor_limit
 from migrate.identity import own_identity
 from migrate.logs import log_to_stderr
@@ -127,7 +120,7 @@ class Drain:
                     cordon.put(self._paths, cordon.Cordon(self._state.drain_id))
                 await self._settle(former.asked.act)
                 await self._empty()
-            self._end(self._exit_code())
+            self._end(exit_code(self._moves.values(), empties=self._empties))
         except DrainRefusedError as error:
             if not was_cordoned and self._order.act != "home":
                 cordon.lift(self._paths)
@@ -473,17 +466,6 @@ class Drain:
         moves = tuple(self._moves.values())
         self._state = msgspec.structs.replace(self._state, moves=moves)
         drain_state.write(self._paths, self._state)
-
-    def _exit_code(self) -> int:
-        """Of a drain that has done what it could."""
-        states = {one.state for one in self._moves.values()}
-        if "held" in states:
-            return EXIT_IN_DOUBT
-        failed = any(
-            one.state == "arrived" and (one.why or not self._empties)
-            for one in self._moves.values()
-        )
-        return EXIT_FAILED if "stays" in states or failed else EXIT_DONE
 
     def _end(self, code: int, why: str = "") -> None:
         self._state = msgspec.structs.replace(

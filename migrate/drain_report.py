@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from migrate.config import DOWNTIME_MS_MAX_DEFAULT
+from migrate.errors import EXIT_DONE, EXIT_FAILED, EXIT_IN_DOUBT
 from migrate.progress import mib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from migrate.core.messages import Drained, DrainMove
 
@@ -54,6 +55,16 @@ def lines(state: Drained) -> list[str]:
     numbers = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     below = [_move(one, state.host) for one in sorted(state.moves, key=lambda one: one.begin_s)]
     return [head, *([f"  {state.why}"] if state.why else []), *below, f"  {numbers or 'nothing'}"]
+
+
+def exit_code(moves: Collection[DrainMove], *, empties: bool) -> int:
+    """Of a drain that has done what it could. empties: it is no undrain, which has failed where
+    something is still away."""
+    if any(one.state == "held" for one in moves):
+        return EXIT_IN_DOUBT
+    away = [one for one in moves if one.state == "arrived"]
+    failed = any(one.why for one in away) if empties else bool(away)
+    return EXIT_FAILED if failed or any(one.state == "stays" for one in moves) else EXIT_DONE
 
 
 def _move(one: DrainMove, host: str) -> str:

@@ -92,13 +92,13 @@ class Drains:
     async def _begin(self, word: messages.Drain) -> None:
         former = await asyncio.to_thread(drain_state.read, self._paths)
         if former.is_driven:
-            raise MigrateError(
+            raise UsageError(
                 f"{former.drain_id or 'a drain'} is under way on {former.host}",
                 remedy="wait for it, or: migrate cancel drain",
             )
         if word.act == "resume":
             if former.phase == "none":
-                raise MigrateError(f"there is no drain of {former.host} to go on with")
+                raise UsageError(f"there is no drain of {former.host} to go on with")
             word = former.asked
         share_mib_s = (word.bandwidth_mib_s or float("inf")) / word.parallel
         if share_mib_s < BANDWIDTH_MIB_S_MIN:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
 from migrate import cordon, drain_history, drain_hooks, drain_state
 from migrate.agent.drains import Drains
+from migrate.claim import Claim
 from migrate.config import HostPaths
 from migrate.core import messages
 from migrate.drain_moves import Moves
-from migrate.drain_report import lines, progress
+from migrate.drain_report import exit_code, lines, progress
 from migrate.drain_unit import unit_text
 from migrate.errors import MigrateError, UsageError
 from migrate.journal import Journal, JournalWriter, Migration
@@ -156,6 +157,24 @@ def test_a_drain_that_was_never_is_told_so_and_one_is_told_as_it_is(paths: HostP
     assert list(progress(state, told)) == []
 
 
+@pytest.mark.parametrize(
+    ("moves", "drained", "undrained"),
+    [
+        ([], 0, 0),
+        ([("left", "its policy"), ("stopped", ""), ("home", "")], 0, 0),
+        ([("arrived", "")], 0, 1),
+        ([("arrived", "no answer")], 1, 1),
+        ([("arrived", ""), ("stays", "io_uring")], 1, 1),
+        ([("waiting", "")], 0, 0),
+        ([("stays", "io_uring"), ("held", "it is committed")], 3, 3),
+    ],
+)
+def test_exit_codes(moves: list[tuple[Any, str]], drained: int, undrained: int) -> None:
+    told = [messages.DrainMove("c", "runc", 1, state, why=why) for state, why in moves]
+    assert exit_code(told, empties=True) == drained
+    assert exit_code(told, empties=False) == undrained
+
+
 # ---- what earlier moves tell ----
 
 
@@ -223,8 +242,15 @@ async def test_a_container_is_given_back_to_the_host_it_came_from_last(
         assert len(begun) == 1
         with pytest.raises(MigrateError, match="no migration to former"):
             await drains.told(messages.GiveBack("g1", "c"), "former")
-        with pytest.raises(MigrateError, match="3 moves can't share 2 MiB/s"):
+        with pytest.raises(UsageError, match="3 moves can't share 2 MiB/s"):
             await drains.asked(messages.Drain("start", ("B",), 3, bandwidth_mib_s=2))
+        with pytest.raises(UsageError, match="there is no drain of"):
+            await drains.asked(messages.Drain("resume"))
+        with (
+            Claim.take(paths.drain_claim, "drain"),
+            pytest.raises(UsageError, match="is under way"),
+        ):
+            await drains.asked(messages.Drain("start", ("B",)))
         with pytest.raises(MigrateError, match="no word of one host"):
             await drains.told(messages.Drain("start", ("B",)), "home")
     finally:
