@@ -34,7 +34,7 @@ from migrate.network_identity import parse_address
 from migrate.packet_filter import JUMP_IF_EQUAL, LOAD_BYTE, LOAD_HALF, RETURN
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from migrate.network_identity import IP, NetworkIdentity
 
@@ -69,10 +69,20 @@ def taken(identity: NetworkIdentity) -> dict[IP, str]:
     """Which of a copy's addresses somebody has where it will be plugged in: address to MAC. Takes
     0.6 s. Raises OSError for a bridge that can't be asked through, NetworkError for what is no
     address."""
+    return _asked(_by_bridge(identity))
+
+
+def taken_beside(identity: NetworkIdentity, candidates: Sequence[IP]) -> dict[IP, str]:
+    """Which of these addresses somebody has who is in a network of that container's: as `taken`."""
+    bridges = {port.bridge for port in identity.ports if port.bridge is not None}
+    return _asked({bridge: {one.packed: one for one in candidates} for bridge in bridges})
+
+
+def _asked(by_bridge: Mapping[str, Mapping[bytes, IP]]) -> dict[IP, str]:
     with contextlib.ExitStack() as stack:
         asked = [
             stack.enter_context(_Bridge(bridge, addresses))
-            for bridge, addresses in _by_bridge(identity).items()
+            for bridge, addresses in by_bridge.items()
         ]
         for _ in range(_PROBES):
             for one in asked:

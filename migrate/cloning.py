@@ -31,6 +31,7 @@ from criu_glue import images
 from criu_glue.errors import CriuGlueError
 from migrate import config, copy_identity, preflight, progress, recovery
 from migrate.capturing import Capturing, send
+from migrate.copies_wanted import in_ranges, readdressed
 from migrate.copy_session import CopySession
 from migrate.copying import Rounds
 from migrate.core.clock_relation import ClockRelation
@@ -225,6 +226,7 @@ class Cloning:
 
     async def _open(self, facts: ContainerFacts) -> None:
         """A session for each copy."""
+        await self._choose_addresses(facts)
         await self._enter_all()
         identities = {one.name: one for one in self._identities(facts)}
         own = [address for one in identities.values() for address in one.addresses]
@@ -246,6 +248,16 @@ class Cloning:
             for copies in of_host.values()
         ]
         await self._on_each(lambda host: self._open_on(host, facts))
+
+    async def _choose_addresses(self, facts: ContainerFacts) -> None:
+        """Of ranges, those that nobody has. Raises UsageError when they are too few."""
+        pools = self._alike.pools
+        if not (candidates := in_ranges(pools)):
+            return
+        # Without such a bridge here nothing is known; the targets look for themselves.
+        with contextlib.suppress(FileNotFoundError):
+            taken = await asyncio.to_thread(preflight.taken_addresses, facts.network, candidates)
+            self._wanted = readdressed(self._wanted, pools, taken)
 
     async def _enter_all(self) -> None:
         """Each copy has an entry in the journal, the first one that of the freeze."""

@@ -25,6 +25,7 @@ from migrate.network_identity import parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from ipaddress import IPv4Network, IPv6Network
 
     from migrate.core.messages import CopySignal
     from migrate.network_identity import (
@@ -102,6 +103,18 @@ def left_out(original: NetworkIdentity, copies: Sequence[CopyIdentity]) -> list[
     return [str(one) for one in _addresses(original) if str(one) not in renamed]
 
 
+def unusable(original: NetworkIdentity, candidates: Sequence[IP]) -> set[IP]:
+    """Of these addresses, those that the container's network has already, as far as the container
+    knows it."""
+    wires = {old: _wire(original, old) for old in _addresses(original)}
+    return {
+        one
+        for one in candidates
+        for old, wire in wires.items()
+        if one == old or (one in wire and not _is_free(original, wire, one))
+    }
+
+
 def config_of(text: str, name: str) -> str:
     """The original's config.json for the copy `name`: its host name, and a cgroup of that name
     beside the original's. Raises UsageError."""
@@ -161,19 +174,30 @@ def _match(original: NetworkIdentity, given: Sequence[IP]) -> Iterator[tuple[IP,
 
 def _check_free(original: NetworkIdentity, old: IP, own: IP) -> None:
     """Raises UsageError for an address that can't be free in the original's network."""
+    wire = _wire(original, old)
+    if own not in wire or not _is_free(original, wire, own):
+        raise UsageError(
+            f"{own} is no free address of the container's network {wire}",
+            remedy="give one that nobody has",
+        )
+
+
+def _wire(original: NetworkIdentity, old: IP) -> IPv4Network | IPv6Network:
+    """The network that this address of the original is in."""
     (wire,) = (
         ipaddress.ip_interface(address.network).network
         for interface in original.interfaces
         for address in interface.addresses
         if parse_address(address.network)[0] == old
     )
+    return wire
+
+
+def _is_free(original: NetworkIdentity, wire: IPv4Network | IPv6Network, address: IP) -> bool:
+    """Whether nothing says that an address in `wire` is somebody's."""
     known = {one.gateway for one in original.routes} | {one.address for one in original.neighbours}
-    is_special = wire.num_addresses > 2 and own in (wire[0], wire[-1])
-    if own not in wire or is_special or str(own) in known:
-        raise UsageError(
-            f"{own} is no free address of the container's network {wire}",
-            remedy="give one that nobody has",
-        )
+    is_special = wire.num_addresses > 2 and address in (wire[0], wire[-1])
+    return not is_special and str(address) not in known
 
 
 def _interface(

@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from migrate import address_probe, arriving, blockers, cordon, facts, network, policy, policy_checks
+from migrate import (
+    address_probe,
+    arriving,
+    blockers,
+    copy_identity,
+    cordon,
+    facts,
+    network,
+    policy,
+    policy_checks,
+)
 from migrate.container_checks import is_below, judge_container, judge_spec
 from migrate.errors import PreflightRefused, runs_on
 from migrate.host_checks import (
@@ -43,9 +53,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from migrate.config import HostPaths
-    from migrate.core.messages import OpenSession, Versions
+    from migrate.core.messages import CopyOf, OpenSession, Versions
     from migrate.facts import ContainerFacts
-    from migrate.network_identity import NetworkIdentity
+    from migrate.network_identity import IP, NetworkIdentity
     from migrate.policy import Policy
     from migrate.runtimes.base import Container, Mount, Runtime
 
@@ -250,6 +260,17 @@ def ask_network(copy: NetworkIdentity) -> list[Refusal]:
     ]
 
 
+def taken_addresses(original: NetworkIdentity, candidates: Sequence[IP]) -> set[IP]:
+    """Which of these no copy of a container of this host can have. Blocking: 0.6 s. Raises OSError,
+    NetworkError."""
+    own = own_addresses()
+    return {
+        *copy_identity.unusable(original, candidates),
+        *(one for one in candidates if str(one) in own),
+        *address_probe.taken_beside(original, candidates),
+    }
+
+
 def target_cautions(request: OpenSession) -> list[Caution]:
     """What works, but may not be as the source's operator expects. Blocking."""
     return host_cautions()
@@ -261,6 +282,16 @@ def judge_addresses(wanted: Iterable[str], own: Collection[str]) -> list[Refusal
         Refusal("address-taken", f"{address} is an address of this host", "give a free one")
         for address in wanted
         if address in own
+    ]
+
+
+def judge_promised(wanted: CopyOf, others: Iterable[OpenSession]) -> list[Refusal]:
+    """Whether a copy may have its addresses beside those that come here now. Pure."""
+    promised = {own for one in others if one.copy_of for _, own in one.copy_of.renamed}
+    return [
+        Refusal("address-taken", f"{address} is to be that of another copy", "give a free one")
+        for _, address in wanted.renamed
+        if address in promised
     ]
 
 

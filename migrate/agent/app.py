@@ -235,13 +235,18 @@ class Agent:
     def _look(self, message: messages.OpenSession, runtime: Runtime) -> list[Refusal]:
         """Why the container can't come or may not. Blocking."""
         rules = self._policy.current()
+        live = self._sessions.live()
         others = [
-            policy_checks.Load.of(one.peer, one.request)
-            for one in self._sessions.live()
-            if not one.is_on_demand
+            policy_checks.Load.of(one.peer, one.request) for one in live if not one.is_on_demand
         ]
+        promised = (
+            preflight.judge_promised(message.copy_of, (one.request for one in live))
+            if message.copy_of
+            else []
+        )
         return [
             *policy_checks.judge_quotas(rules, message, others),
+            *promised,
             *preflight.check_target(message, runtime, self._paths, rules),
             *copy_hook.refusals(message, self._paths.copy_hooks),
         ]

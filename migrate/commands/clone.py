@@ -12,7 +12,7 @@ import click
 
 from migrate import config
 from migrate.commands.copied_how import copied_how, host_and_port
-from migrate.copies_wanted import NUMBER, Alike, wanted_copies
+from migrate.copies_wanted import NUMBER, Alike, Pool, wanted_copies
 from migrate.core.manifest import KEPT_DAYS_MAX
 from migrate.errors import CopiesMissing, UsageError, runs_on
 from migrate.logs import log_to_stderr
@@ -83,7 +83,8 @@ if TYPE_CHECKING:
     "addresses",
     multiple=True,
     metavar="ADDRESS|FIRST-LAST",
-    help="The copies' own, in place of the container's of that family, whose prefix they get.",
+    help="The copies' own, in place of the container's of that family, whose prefix they get. Of a"
+    " range, what is taken is left out.",
 )
 @click.option(
     "--fill/--no-fill",
@@ -138,7 +139,8 @@ def clone(
     if report_path is not None and not report_path.parent.is_dir():
         raise click.BadParameter(f"{report_path.parent} is no directory", param_hint="--report")
     log_to_stderr(logging.WARNING)
-    alike = Alike(fill, validate_name(hook) if hook else "", copy_signal)
+    pools = tuple(Pool.parse(text) for text in addresses)
+    alike = Alike(fill, validate_name(hook) if hook else "", copy_signal, pools)
     if save_to is not None:
         if start_from or targets or not name:
             raise click.UsageError("--save keeps the container NAME, and makes no copies")
@@ -147,11 +149,11 @@ def clone(
         if name:
             raise click.UsageError("--from makes copies of what is kept, and not of a container")
         where = targets or socket.gethostname()
-        make = starting(Path(start_from).absolute(), where, count, pattern, addresses, alike, asked)
+        make = starting(Path(start_from).absolute(), where, count, pattern, alike, asked)
     elif not name or not targets:
         raise click.UsageError("of what, and where? NAME --to HOST; --save DIR and --from DIR")
     else:
-        make = cloning(name, runtime, targets, count, pattern, addresses, alike, asked)
+        make = cloning(name, runtime, targets, count, pattern, alike, asked)
     report = carry_out(make, Telling(False, as_json, report_path), clone_table)
     missing = [copy.name for copy in report.copies if copy.error]
     if missing:
@@ -168,14 +170,13 @@ def cloning(
     targets: str,
     count: int | None,
     pattern: str | None,
-    addresses: tuple[str, ...],
     alike: Alike,
     asked: Mapping[str, Any],
 ) -> Callable[[Observer], Cloning]:
     """Copies of a container that runs."""
     from migrate.cloning import Cloning
 
-    hosts, wanted = _wanted(name, targets, count, pattern, addresses)
+    hosts, wanted = _wanted(name, targets, count, pattern, alike)
     options = Options(validate_name(name), hosts, **asked)
     driver = _driver(name, runtime)
     return partial(
@@ -209,7 +210,6 @@ def starting(
     targets: str,
     count: int | None,
     pattern: str | None,
-    addresses: tuple[str, ...],
     alike: Alike,
     asked: Mapping[str, Any],
 ) -> Callable[[Observer], Cloning]:
@@ -220,7 +220,7 @@ def starting(
     paths = config.HostPaths()
     kept = opened(directory, paths.tls)
     name = kept.manifest.container
-    hosts, wanted = _wanted(name, targets, count, pattern, addresses)
+    hosts, wanted = _wanted(name, targets, count, pattern, alike)
     options = Options(name, hosts, **asked)
     driver = known.drivers()[kept.about.request.runtime]
     return partial(
@@ -229,13 +229,13 @@ def starting(
 
 
 def _wanted(
-    name: str, targets: str, count: int | None, pattern: str | None, addresses: tuple[str, ...]
+    name: str, targets: str, count: int | None, pattern: str | None, alike: Alike
 ) -> tuple[str, tuple[Wanted, ...]]:
     """All hosts, for people, and the copies on them."""
     if "@" in targets:
         raise UsageError(f"no copy can be made on {targets}: they have to be hosts of the fleet")
     hosts = [host_and_port(one) for one in targets.split(",")]
-    wanted = wanted_copies(hosts, count, pattern or f"{name}-{NUMBER}", addresses)
+    wanted = wanted_copies(hosts, count, pattern or f"{name}-{NUMBER}", alike.pools)
     return ",".join(host for host, _ in hosts), wanted
 
 

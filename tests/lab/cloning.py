@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
+from bench.lab.host import Host
 from bench.lab.lab import Lab
 from tests.lab.invariants import Told, explained
 from tests.lab.migrating import Underway
@@ -41,3 +42,16 @@ def failed(underway: Underway) -> Told:
     done = underway.finish()
     assert done.report is not None, done.stderr
     return explained(replace(done, report=done.report["copying"]))
+
+
+@contextlib.contextmanager
+def addresses(host: Host, *networks: str) -> Iterator[None]:
+    """That host has these as well."""
+    link = host.run(["sh", "-c", "ip -o -4 address show scope global"]).stdout.split()[1]
+    for network in networks:
+        host.run(["ip", "address", "add", network, "dev", link, "nodad"])
+    try:
+        yield
+    finally:
+        for network in networks:
+            host.run(["ip", "address", "del", network, "dev", link])

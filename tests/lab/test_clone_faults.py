@@ -3,7 +3,6 @@ the copy nothing remains, or it runs whole."""
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from collections.abc import Iterator
 
@@ -16,7 +15,7 @@ from bench.lab.lab import Lab
 from tests.faults import processes
 from tests.faults.points import Victim
 from tests.lab.brake import Brake
-from tests.lab.cloning import COPY, IP, cloning, failed
+from tests.lab.cloning import COPY, IP, addresses, cloning, failed
 from tests.lab.invariants import (
     FAST,
     SLOW,
@@ -114,19 +113,6 @@ def test_the_original_ends_meanwhile(lab: Lab) -> None:
         assert told.remedy
         wait_clean(lab.host("B"))
         assert running_on(lab, spec.name) == []
-
-
-@contextlib.contextmanager
-def addresses(host: Host, *networks: str) -> Iterator[None]:
-    """That host has these as well."""
-    link = host.run(["sh", "-c", "ip -o -4 address show scope global"]).stdout.split()[1]
-    for network in networks:
-        host.run(["ip", "address", "add", network, "dev", link, "nodad"])
-    try:
-        yield
-    finally:
-        for network in networks:
-            host.run(["ip", "address", "del", network, "dev", link])
 
 
 def test_somebody_has_the_address(lab: Lab) -> None:

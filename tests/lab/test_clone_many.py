@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from bench.containers import ContainerSpec
 from bench.lab.host import Host
 from bench.lab.lab import Lab
+from tests.lab.cloning import addresses
 from tests.lab.migrating import (
     Resident,
     Underway,
@@ -24,7 +25,8 @@ from tests.lab.waiting import wait_until
 COPIES = 5
 PATIENCE_S = 4
 NAMES = [f"lamb-{number + 1}" for number in range(COPIES)]
-ADDRESSES = [f"10.77.0.{160 + number}" for number in range(COPIES)]
+TAKEN = "10.77.0.161"
+ADDRESSES = [f"10.77.0.{number}" for number in (160, 162, 163, 164, 165)]
 POOL = f"{ADDRESSES[0]}-10.77.0.190/24"
 MEMORY_MIB = 32
 SPEC = ContainerSpec(
@@ -37,16 +39,17 @@ SPEC = ContainerSpec(
 )
 
 
-def clone(source: Host, to: str, *options: str, count: int = COPIES) -> Underway:
+def clone(source: Host, to: str, *options: str, count: int = COPIES, pool: str = POOL) -> Underway:
     """Starts the command for so many copies."""
     arguments = ["clone", SPEC.name, "--to", to, "--count", str(count), "--name", "lamb-{n}"]
-    return Underway(source, SPEC.name, [*arguments, "--ip", POOL, "--json", *options], None)
+    return Underway(source, SPEC.name, [*arguments, "--ip", pool, "--json", *options], None)
 
 
 @contextlib.contextmanager
 def original(lab: Lab) -> Iterator[Resident]:
-    """It runs on A, a client streams; at the end there is neither it nor a copy."""
-    with resident(lab, SPEC) as guest:
+    """It runs on A, a client streams; at the end there is neither it nor a copy. Somebody has an
+    address of the range."""
+    with addresses(lab.client, f"{TAKEN}/32"), resident(lab, SPEC) as guest:
         try:
             yield guest
         finally:
@@ -72,6 +75,9 @@ def test_one_transfer_brings_all_copies(new_lab: Callable[..., Lab]) -> None:
     lab.start_agents()
     source, target = lab.host("A"), lab.host("B")
     with original(lab) as guest:
+        few = clone(source, "B", count=2, pool=f"{TAKEN}-{ADDRESSES[1]}").finish()
+        assert few.code == 2, few
+        assert "2 copies need 2 IPv4 addresses, and of 2 that are given 1 are free" in few.stderr
         done = clone(source, "B,A").finish()
         assert done.code == 0, done.stderr or done.stdout
         assert done.report is not None
@@ -87,6 +93,7 @@ def test_one_transfer_brings_all_copies(new_lab: Callable[..., Lab]) -> None:
         memory_bytes = MEMORY_MIB << 20
         assert memory_bytes <= first["bytes_raw"] < 1.5 * memory_bytes
         assert 2 * memory_bytes <= first["bytes_sent"] < 2.5 * memory_bytes
+        assert [one["addresses"] for one in done.report["copies"]] == [[one] for one in ADDRESSES]
         assert [running_on(lab, name) for name in NAMES] == [["B"], ["A"], ["B"], ["A"], ["B"]]
         # One page store a host, whole as long as somebody may need it.
         for host, copies in ((target, 3), (source, 2)):

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 import pytest
 
-from migrate.copies_wanted import wanted_copies
+from migrate.copies_wanted import Pool, Wanted, in_ranges, readdressed, wanted_copies
 from migrate.core.messages import MAX_COPIES
 from migrate.errors import MigrateError
 
 B, C = ("B", 7337), ("C", 7400)
 
 
-def said(*arguments: object) -> list[tuple[str, ...]]:
-    found = wanted_copies(*arguments)  # type: ignore[arg-type]
-    return [(one.host, one.name, *map(str, one.addresses)) for one in found]
+def wanted(
+    hosts: list[tuple[str, int]], count: int | None, pattern: str, given: list[str]
+) -> tuple[Wanted, ...]:
+    return wanted_copies(hosts, count, pattern, [Pool.parse(text) for text in given])
+
+
+def told(copies: tuple[Wanted, ...]) -> list[tuple[str, ...]]:
+    return [(one.host, one.name, *map(str, one.addresses)) for one in copies]
+
+
+def said(
+    hosts: list[tuple[str, int]], count: int | None, pattern: str, given: list[str]
+) -> list[tuple[str, ...]]:
+    return told(wanted(hosts, count, pattern, given))
 
 
 def test_one_copy_on_each_host_by_turns() -> None:
@@ -21,7 +34,7 @@ def test_one_copy_on_each_host_by_turns() -> None:
     assert said([B], None, "ram", ["10.0.0.7", "fd00::7"]) == [("B", "ram", "10.0.0.7", "fd00::7")]
     assert said([B, C], None, "ram-{n}", []) == [("B", "ram-1"), ("C", "ram-2")]
     assert [one[0] for one in said([B, C], 5, "ram-{n}", [])] == ["B", "C", "B", "C", "B"]
-    assert [one.port for one in wanted_copies([B, C], 3, "{n}ram", [])] == [7337, 7400, 7337]
+    assert [one.port for one in wanted([B, C], 3, "{n}ram", [])] == [7337, 7400, 7337]
 
 
 def test_addresses_come_from_lists_and_ranges_of_each_family() -> None:
@@ -35,6 +48,27 @@ def test_addresses_come_from_lists_and_ranges_of_each_family() -> None:
     assert said([B], 1, "ram", ["10.0.0.0-10.255.255.255", "::1-ffff::"]) == [
         ("B", "ram", "10.0.0.0", "::1")
     ]
+
+
+def test_what_is_taken_of_a_range_is_left_out() -> None:
+    given = ["10.0.0.7-10.0.0.9", "10.0.0.20", "fd00::7"]
+    pools = [Pool.parse(text) for text in given]
+    (one,) = wanted([B], 1, "ram", given)
+    taken = {
+        ipaddress.ip_address(text) for text in ("10.0.0.7", "10.0.0.9", "10.0.0.20", "fd00::7")
+    }
+    assert list(map(str, in_ranges(pools))) == ["10.0.0.7", "10.0.0.8", "10.0.0.9"]
+    # What was given by itself is kept.
+    assert told(readdressed([one], pools, taken)) == [("B", "ram", "10.0.0.8", "fd00::7")]
+    given[-1] = "fd00::7-fd00::9"
+    pools = [Pool.parse(text) for text in given]
+    three = wanted([B], 3, "ram-{n}", given)
+    assert told(readdressed(three[:2], pools, taken)) == [
+        ("B", "ram-1", "10.0.0.8", "fd00::8"),
+        ("B", "ram-2", "10.0.0.20", "fd00::9"),
+    ]
+    with pytest.raises(MigrateError, match="need 3 IPv4 addresses, and of 4 that are given 2 are"):
+        readdressed(three, pools, taken)
 
 
 @pytest.mark.parametrize(
@@ -62,4 +96,4 @@ def test_what_cannot_be_is_refused(
     hosts: list[tuple[str, int]], count: int | None, pattern: str, given: list[str], match: str
 ) -> None:
     with pytest.raises(MigrateError, match=match):
-        wanted_copies(hosts, count, pattern, given)
+        wanted(hosts, count, pattern, given)

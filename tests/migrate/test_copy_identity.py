@@ -9,7 +9,7 @@ import json
 import pytest
 
 from bench.oci_spec import oci_spec
-from migrate.copy_identity import config_of, identity_of, left_out, random_mac
+from migrate.copy_identity import config_of, identity_of, left_out, random_mac, unusable
 from migrate.errors import UsageError
 from migrate.network_identity import (
     Interface,
@@ -92,6 +92,12 @@ def test_addresses_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=why):
         identity_of(ORIGINAL, "sheep", given)
+
+
+def test_what_the_original_knows_is_no_address_of_a_range() -> None:
+    asked = ["10.0.0.1", "10.0.0.5", "10.0.0.9", "10.0.0.255", "10.0.1.9", "fd00::1", "fd00::9"]
+    found = unusable(ORIGINAL, [ipaddress.ip_address(text) for text in asked])
+    assert sorted(map(str, found)) == ["10.0.0.1", "10.0.0.255", "10.0.0.5", "fd00::1"]
 
 
 def test_a_container_without_a_wire_takes_no_address() -> None:

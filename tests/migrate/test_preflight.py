@@ -16,6 +16,7 @@ from migrate.preflight import (
     judge_cpu,
     judge_mounts,
     judge_profiles,
+    judge_promised,
     judge_resources,
     judge_room,
     judge_source_memory,
@@ -165,3 +166,14 @@ def test_the_source_needs_memory_for_what_tasks_share() -> None:
     assert judge_source_memory(MIB, MIB + SOURCE_MEMORY_RESERVE_BYTES) == []
     (refusal,) = judge_source_memory(MIB, SOURCE_MEMORY_RESERVE_BYTES)
     assert refusal.code == "memory"
+
+
+def test_an_address_is_promised_once() -> None:
+    def copy(*own: str) -> messages.CopyOf:
+        return messages.CopyOf("ram", tuple(("10.0.0.1", address) for address in own))
+
+    others = [request(), request(copy_of=copy("10.0.0.2")), request(copy_of=copy("10.0.0.4"))]
+    assert judge_promised(copy("10.0.0.3"), others) == []
+    (refusal,) = judge_promised(copy("10.0.0.3", "10.0.0.4"), others)
+    assert refusal.code == "address-taken"
+    assert refusal.message.startswith("10.0.0.4 ")
