@@ -111,6 +111,11 @@ if len(sys.argv) > 2 and sys.argv[1] == "swrk":
 os.execv({criu!r}, ["criu", *sys.argv[1:]])
 """
 
+_PREFIXED = """\
+#!/bin/sh
+exec {} "$@"
+"""
+
 _HOOK = """\
 #!/bin/sh
 # CRIU runs this at each of its actions; see criu_glue/hooks.py.
@@ -224,7 +229,7 @@ class HoldPlan:
     `orphaned` is started when the hold lasts (see the module) and ended with it. `judged` is the
     same for the hold at pre-resume, which there is only if it is given; `at_refusal` are command
     lines that run before a refused copy is killed. `needs_network`: CRIU makes a network namespace
-    and waits until it is filled.
+    and waits until it is filled. `prefix`: in front of the gate's command line; it ends in an exec.
     """
 
     hold_at: Literal["post-dump", "post-restore"]
@@ -237,6 +242,7 @@ class HoldPlan:
     judged: tuple[str, ...] = ()
     at_refusal: tuple[tuple[str, ...], ...] = ()
     needs_network: bool = False
+    prefix: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -273,7 +279,14 @@ class CriuHold:
             criu=criu,
             join="" if plan.join is None else str(plan.join / "cgroup.procs"),
         )
-        _write_program(directory / "bin" / "criu", gate)
+        # A gate is known by its name, too (`criu_pid`).
+        gate_program = directory / "bin" / "criu"
+        if plan.prefix:
+            gate_program = directory / "prefixed" / "criu"
+            gate_program.parent.mkdir(mode=0o700)
+            command = shlex.join((*plan.prefix, str(gate_program)))
+            _write_program(directory / "bin" / "criu", _PREFIXED.format(command))
+        _write_program(gate_program, gate)
         _write_program(directory / "hook", _hook_text(directory, plan))
         lines = (*plan.options, f"action-script {directory / 'hook'}")
         (directory / "criu.conf").write_text("\n".join(lines) + "\n")

@@ -17,7 +17,7 @@ import numpy as np
 
 from criu_glue.errors import TaskGoneError
 from criu_glue.kernel import PAGE_BYTES
-from criu_glue.mappings import Task, parse_maps
+from criu_glue.mappings import Task, parse_maps, private_anonymous
 from criu_glue.memory import TaskMemory
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ class PageSource(Protocol):
     def dumped(self, image_dir: Path) -> list[tuple[int, PageRuns]]:
         """What is nowhere but in the images of the dump, which is complete and held."""
 
+    def watched(self, task: int, runs: PageRuns) -> tuple[PageRuns, PageRuns]:
+        """Pages that the dump has left out, parted: of the first every write was noticed until the
+        freeze, of the others not."""
+
     def read(self, task: int, runs: PageRuns, out: memoryview) -> npt.NDArray[np.bool_]:
         """Content of pages that were named last, as `TaskMemory.read`."""
 
@@ -70,6 +74,7 @@ class TaskSource:
         self._tracker = tracker
         self._memories: dict[int, TaskMemory] = {}
         self._pids: dict[int, int] = {}
+        self._watched: dict[int, list[tuple[int, int]]] = {}
 
     @property
     def name(self) -> str:
@@ -89,7 +94,9 @@ class TaskSource:
         self._tracker.detach()
         first, rest = [], []
         for item in pages:
-            code, other = split_runs(item.runs, executable_ranges(item.pid))
+            maps = _maps(item.pid)
+            self._watched[item.task] = private_anonymous(maps)
+            code, other = split_runs(item.runs, executable_ranges(maps))
             if len(code):
                 first.append((item.task, code))
             if len(other):
@@ -99,6 +106,11 @@ class TaskSource:
     def dumped(self, image_dir: Path) -> list[tuple[int, PageRuns]]:
         """Nothing: a lazy dump leaves out what was read here."""
         return []
+
+    def watched(self, task: int, runs: PageRuns) -> tuple[PageRuns, PageRuns]:
+        """By the mappings that trackers look at, as they were in the freeze: a file may be mapped
+        where memory was."""
+        return split_runs(runs, self._watched.get(task, ()))
 
     def read(self, task: int, runs: PageRuns, out: memoryview) -> npt.NDArray[np.bool_]:
         """Out of the task as it is now, which may be newer than what was reported."""
@@ -145,15 +157,17 @@ class FinalDelta:
         return PAGE_BYTES * sum(int(runs[:, 1].sum()) for _, runs in self.code + self.rest)
 
 
-def executable_ranges(pid: int) -> list[tuple[int, int]]:
-    """The executable mappings of a task, [start, end), in their order."""
+def executable_ranges(maps: bytes) -> list[tuple[int, int]]:
+    """The executable mappings in the text of a maps file, [start, end), in their order."""
+    return [
+        (mapping.start, mapping.end) for mapping in parse_maps(maps) if "x" in mapping.permissions
+    ]
+
+
+def _maps(pid: int) -> bytes:
     task = Task(pid)
     try:
-        return [
-            (mapping.start, mapping.end)
-            for mapping in parse_maps(task.read("maps"))
-            if "x" in mapping.permissions
-        ]
+        return task.read("maps")
     finally:
         task.close()
 

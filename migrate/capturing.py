@@ -18,7 +18,7 @@ from criu_glue import images
 from migrate import config, confinement
 from migrate.facts import free_memory_bytes
 from migrate.rootfs_snapshot import RootfsSnapshot
-from migrate.standstill import check_tree, mapped_files, send_images, tell_written_by_criu
+from migrate.standstill import check_tree, mapped_files, send_images, tell_slow_dump
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +83,7 @@ class Capturing:
         await self._freezing.undo()
         assert self._freezing.given_back_us is not None
         pause_ms = (self._freezing.given_back_us - marks["unplug"]) / 1000
-        tell_written_by_criu(self._rounds.warn, stored)
+        tell_slow_dump(self._rounds.warn, self._freezing.why_slow, stored)
         return Capture((missing, rest, code), held_back, pause_ms)
 
     def _take_files(self) -> None:

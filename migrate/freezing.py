@@ -20,6 +20,8 @@ import msgspec
 
 from criu_glue.errors import CriuGlueError
 from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
+from criu_glue.kerndat import KernelCacheError
+from criu_glue.known_pages import KnownPages
 from migrate import cgroup, config, custody, holder, tcp_repair
 from migrate.criu_run import OWN_NETWORK, RuntimeOrCriu
 from migrate.errors import DumpFailed, RollbackFailed
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
     from migrate.network_identity import HeldFrame, NetworkIdentity
     from migrate.runtimes.base import Container, Runtime
 
-# No page server is opened: CRIU is given a socket that is at its end (`criu_glue/hooks.py`).
+# No page server is opened: CRIU is given a socket that is at its end (`criu_glue/hooks.py`). It
+# would hold only what is not in the parent (`criu_glue/known_pages.py`).
 _LAZY = ("lazy-pages", f"ps-socket {PAGE_SERVER_FD}")
 
 
@@ -69,29 +72,43 @@ class Freezing:
         self._is_frozen = False
         # When the container was given back (µs).
         self.given_back_us: int | None = None
+        self._known: KnownPages | None = None
+        # Why CRIU takes hold of every page of a lazy dump, "" if it does not.
+        self.why_slow = ""
 
     async def prepare(
         self, migration_id: str, paths: HostPaths, *, parent: Path | None
     ) -> GuardPlan:
         """Start the runtime up to its CRIU's gate, and the guard; returns what that is to do.
 
-        The dump writes what was written since the images `parent`; without them it is a lazy one.
+        The dump has what was written since the images `parent`; without them it is a lazy one,
+        which leaves all pages to who reads them from the frozen tasks.
         """
         self.image_dir.mkdir(mode=0o700)
         self._work_dir.mkdir(mode=0o700)
+        is_lazy = parent is None
+        if is_lazy:
+            parent = await self._prepare_known()
         options = (
             "manage-cgroups ignore",
             "network-lock skip",
             "verbosity 2",
-            *(_LAZY if parent is None else ()),
+            *(_LAZY if is_lazy else ()),
+            *(("track-mem",) if parent is not None else ()),
             f"ghost-limit {config.GHOST_FILE_BYTES_MAX}",
             *([OWN_NETWORK] if has_user_namespace(self.container.spec) else []),
         )
         directory = self._work_dir / "hold"
         orphaned = holder.command(paths, migration_id, "source", directory)
-        plan = HoldPlan("post-dump", options, freeze=self.container.cgroup, orphaned=orphaned)
+        plan = HoldPlan(
+            "post-dump",
+            options,
+            freeze=self.container.cgroup,
+            orphaned=orphaned,
+            prefix=self._known.prefix if self._known else (),
+        )
         self._hold = CriuHold.prepare(directory, plan)
-        command = self._dump_command(parent)
+        command = self._dump_command(parent, is_lazy=is_lazy)
         self._process = Outliving(command, env=self._hold.environment(os.environ))
         self._plan = GuardPlan(
             migration_id=migration_id,
@@ -123,6 +140,8 @@ class Freezing:
             cgroup.freeze, self.container.cgroup, config.FREEZE_DEADLINE_S
         )
         self._to_guard.write(b"keep\n")
+        if self._known is not None:
+            await asyncio.to_thread(self._known.name_tasks, self.container.cgroup)
         return marks
 
     async def start_dump(self) -> None:
@@ -204,12 +223,21 @@ class Freezing:
             self._hold.close()
             self._hold = None
 
-    def _dump_command(self, parent: Path | None) -> list[str]:
+    async def _prepare_known(self) -> Path | None:
+        """The parent of a lazy dump, if CRIU takes one."""
+        try:
+            self._known = await asyncio.to_thread(KnownPages.prepare, self._session / "known")
+        except (KernelCacheError, OSError) as error:
+            self.why_slow = str(error)
+            return None
+        return self._known.directory
+
+    def _dump_command(self, parent: Path | None, *, is_lazy: bool) -> list[str]:
         return self._runtime.checkpoint_command(
             self.container,
             self.image_dir,
             self._work_dir,
-            lazy=parent is None,
+            lazy=is_lazy,
             parent=os.path.relpath(parent, self.image_dir) if parent else None,
         )
 

@@ -10,6 +10,8 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from criu_glue.captured import CapturedPages
 from criu_glue.kernel import PAGE_BYTES
 from migrate.errors import TransferFailed
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    import numpy as np
     import numpy.typing as npt
 
     from criu_glue.core.pagemap import PageRuns
@@ -121,15 +122,18 @@ class MemorySource:
             self._captured = None
 
     def undelivered(self, needed: Mapping[int, PageRuns]) -> list[tuple[int, PageRuns]]:
-        """Of the pages that the final images name, those that the target never got.
+        """Of the pages that the final images name, those of which the target may not have the last
+        content: it never got them, or nobody has watched them since.
 
-        Every page should have been seen by the tracker; this is the check that none was missed.
+        Of what is watched every page should have been seen by the tracker; this is the check.
         """
         missing = []
         for task, runs in needed.items():
-            left = self.sender.never_delivered(task, runs)
+            watched, others = self.pages.watched(task, runs)
+            never = self.sender.never_delivered(task, watched)
+            left = np.concatenate((never, others))
             if len(left):
-                missing.append((task, left))
+                missing.append((task, left[np.argsort(left[:, 0])]))
         return missing
 
     def close(self) -> None:

@@ -94,7 +94,7 @@ class Standstill:
         if (dumped := await asyncio.to_thread(memory.send_dumped, image_dir)) is not None:
             self._report.add_round(dumped)
         stored = await asyncio.to_thread(images.store_ranges, image_dir)
-        tell_written_by_criu(self._copying.warn, stored)
+        tell_slow_dump(self._copying.warn, self._freezing.why_slow, stored)
         missing = memory.undelivered(stored)
         if missing:
             # Pages that CRIU knows and the tracker never reported; without this they would be zeros
@@ -147,9 +147,17 @@ def mapped_files(container: Container) -> list[str]:
     return [name for name in names if (container.rootfs / name).is_file()]
 
 
-def tell_written_by_criu(warn: Callable[[str], None], stored: Mapping[int, PageRuns]) -> None:
-    """CRIU 4.2 leaves no page of a task out when a stack pointer of it lies at the begin of a page
-    (`criu/mem.c: is_stack` compares the wrong bits): right, but slow."""
+def tell_slow_dump(
+    warn: Callable[[str], None], why_slow: str, stored: Mapping[int, PageRuns]
+) -> None:
+    """A dump that has not left all memory alone is right, but slow. One that is lazy only leaves no
+    page of a task out when a stack pointer of it lies at the begin of a page (CRIU 4.2,
+    `criu/mem.c: is_stack` compares the wrong bits)."""
+    if why_slow:
+        warn(
+            "CRIU took hold of all memory while the container stood still, which takes it longer"
+            f" the more there is: {why_slow}"
+        )
     written = sorted(task for task, runs in stored.items() if not len(runs))
     if written:
         warn(

@@ -164,6 +164,10 @@ class _KeptSource:
         """Nothing."""
         return []
 
+    def watched(self, task: int, runs: PageRuns) -> tuple[PageRuns, PageRuns]:
+        """All: nothing was written."""
+        return runs, runs[:0]
+
     def read(self, task: int, runs: PageRuns, out: memoryview) -> npt.NDArray[np.bool_]:
         """From the checkpoint's files."""
         return self._pages.read(task, runs, out)

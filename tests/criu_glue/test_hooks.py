@@ -153,6 +153,20 @@ async def test_the_gate_holds_until_it_is_opened(directory: Path, request_kind: 
     hold.close()
 
 
+async def test_criu_is_started_by_a_prefix(directory: Path) -> None:
+    prefix = ("sh", "-c", 'PREFIXED=$0 exec "$@"', "with a 'quote")
+    hold = CriuHold.prepare(directory, HoldPlan("post-dump", (), prefix=prefix))
+    runtime = Runtime(hold, DUMP)
+    await runtime.start()
+    assert await hold.wait_or_end("gate", runtime.process, DEADLINE_S)
+    pid = criu_pid(directory)
+    assert pid is not None
+    assert psutil.Process(pid).environ()["PREFIXED"] == "with a 'quote"
+    hold.open_gate()
+    assert await runtime.end() == 0
+    hold.close()
+
+
 @pytest.mark.parametrize(("request_kind", "joined"), [(DUMP, ""), (RESTORE, "0")])
 async def test_what_restores_begins_in_its_tasks_cgroup(
     directory: Path, request_kind: bytes, joined: str
