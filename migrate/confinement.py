@@ -77,6 +77,16 @@ def labels(pids: Iterable[int]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def maps_of(pid: int) -> tuple[str, str]:
+    """What a process's users and groups are here, as a sheet says it. Blocking. Raises
+    ConfinementError."""
+    try:
+        with contextlib.closing(Task(pid)) as task:
+            return _map(task.read("uid_map")), _map(task.read("gid_map"))
+    except (CriuGlueError, OSError) as error:
+        raise ConfinementError(f"whose ids a task has can't be read: {error}") from error
+
+
 def differences(expected: Confinements, directory: Path) -> list[str]:
     """In what a copy is held back less, or why it can't be looked at. Blocking."""
     try:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import time
 from typing import TYPE_CHECKING, Final
@@ -24,13 +23,12 @@ import msgspec
 
 from criu_glue.errors import TaskGoneError
 from criu_glue.mappings import Task, cgroup_pids
-from migrate import config
+from migrate import config, confinement
 from migrate.agent.in_copy import HOOK_BYTES_MAX, InCopy
 from migrate.drain_hooks import refused
 from migrate.errors import RestoreFailed
 from migrate.processes import module_command
 from migrate.refusals import Refusal
-from migrate.runtimes.oci import has_user_namespace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,9 +50,6 @@ def refusals(request: OpenSession, directory: Path) -> list[Refusal]:
         _programs(directory, request.copy_of.hook)
     except RestoreFailed as error:
         return [Refusal("hook", error.message, error.remedy)]
-    if has_user_namespace(json.loads(request.config_json)):
-        text = "no hooks are run in copies that have a user namespace"
-        return [Refusal("hook", text, "copy it without --hook, and see --signal")]
     return []
 
 
@@ -69,6 +64,14 @@ async def run(
     if first is None or _FIRST not in confinements.threads:
         raise RestoreFailed("the copy has no first task that a hook could be run beside")
     sheet = confinements.sheets[confinements.threads[_FIRST]]
+    maps = await asyncio.to_thread(confinement.maps_of, first)
+    if maps != (sheet.user_map, sheet.group_map):
+        raise RestoreFailed(
+            "the copy's first task was restored with other users or groups than its original has,"
+            " so no hook was run in it",
+            phase="restore",
+            remedy="see what its source has sent: nothing but its images says so",
+        )
     plan = InCopy(
         task=first,
         cgroup=str(cgroup),

@@ -5,8 +5,8 @@
     this process ── setns(pid) ── fork: waits for all that the program starts ── fork: the program
 
     cgroup        joined first, so that the copy's limits are the program's too
-    namespaces    of the first task: IPC, host name, network, pid, cgroup, mounts; its root is
-                  the copy's
+    namespaces    of the first task: user, IPC, host name, network, pid, cgroup, mounts; its root
+                  is the copy's
     user          the copy's root, with the capabilities that the first task can ever have
     label         the first task's, where a security module gives some
     system calls  if the first task has a filter, those of `lockdown.py` are forbidden
@@ -15,7 +15,8 @@ The program is read by its descriptor into memory of its own, so that nothing in
 the host's file. It has no other descriptor. What it starts has to end as well: who is left would be
 the child of the copy's first task, which knows nothing of it. The exit code is the program's.
 
-For a process with one thread, as setns(2) demands of mounts. Not for user namespaces.
+For a process with one thread, as setns(2) demands of users and mounts. Nothing in the copy can look
+into this process meanwhile: CRIU holds all of its tasks.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ HOOK_BYTES_MAX: Final = 16 << 20
 _PLAN_BYTES_MAX: Final = 64 << 10
 _FAILED: Final = 125
 """The exit code when the program could not be run, as env(1) has it."""
-# Of namespaces(7). Mounts last, since the tree is the host's until then.
-_NAMESPACES: Final = ("ipc", "uts", "net", "cgroup", "mnt")
+# Of namespaces(7). Mounts last, since the tree is the host's until then; users first, since the
+# others are theirs.
+_NAMESPACES: Final = ("user", "ipc", "uts", "net", "cgroup", "mnt")
 _MEMORY_AT: Final = 3
 
 _libc = ctypes.CDLL(None, use_errno=True)

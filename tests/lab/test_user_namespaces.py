@@ -14,6 +14,8 @@ from bench.lab.host import Host
 from bench.lab.lab import Lab
 from bench.probe_process import start_probe
 from tests.lab.brake import Brake
+from tests.lab.cloning import COPY, IP, cloning, failed
+from tests.lab.compiling import compiled
 from tests.lab.inside import inside
 from tests.lab.invariants import (
     Threatened,
@@ -125,6 +127,38 @@ def test_it_moves_there_and_back(stage: Lab) -> None:
             moved.verify()
             moved.wait_answers()
         assert moved.stop_probe().clean
+
+
+def test_a_copy_meets_its_hook_as_its_own_root(
+    stage: Lab, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    target, hook = stage.host("B"), "/etc/migrate/clone.d/tell"
+    target.write_text(hook, "", 0o755)
+    target.path(hook).write_bytes(
+        compiled("copied", tmp_path_factory.mktemp("programs")).read_bytes()
+    )
+    with guest(stage, SPEC) as one:
+        brake = Brake(target)
+        with cloning(stage, one.name, "--hook", "tell") as underway:
+            with brake.on("restore"):
+                brake.wait_reached(underway)
+                inside(target, OTHER_MAP)
+            told = failed(underway)
+        assert "so no hook was run in it" in told.error
+        wait_clean(target)
+        with cloning(stage, one.name, "--hook", "tell") as underway:
+            done = underway.finish()
+            assert done.code == 0, done.stderr or done.stdout
+        written = f"/var/lib/migrate/containers/{COPY}/rootfs/data/told"
+        assert f"copy={COPY} of={one.name} addresses={IP} user=0 " in target.read_text(written)
+        assert target.run(["stat", "-c", "%u %g", written]).stdout == f"{FIRST_ID} {FIRST_ID}\n"
+        (answer,) = one.ask("VERIFY", address=IP)
+        assert " bad=0 " in answer
+        expel(stage, COPY)
+        one.wait_answers()
+        assert one.stop_probe().clean
+    target.run(["rm", hook])
+    wait_clean(target)
 
 
 def test_what_fails_is_undone(stage: Lab) -> None:
