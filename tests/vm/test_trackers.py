@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +38,8 @@ FAILING: Final = {"CRIU_FAULT": "6"}
 PUPPET: Final = Path(__file__).parents[1] / "criu_glue/programs/puppet.c"
 HUGE_PAGES: Final = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
 TRANSPARENT: Final = "/sys/kernel/mm/transparent_hugepage/enabled"
+# How often there and back: these two go by bits that each move has cleared.
+TIMES: Final = {"write-protect": 1, "soft-dirty": 3, "predump": 3}
 # A move of this memory takes a minute where other work goes on beside.
 LONG_S: Final = 4 * 3600
 PLAY: Final = """
@@ -88,29 +90,40 @@ def test_every_tracker_there_and_back(machines: Lab) -> None:
     """One after the other with the same container, so that they can be compared."""
     with resident(machines, spec_of("vm-trackers", 62), rate_per_s=20) as guest:
         for tracker in trackers(machines):
-            move(guest, "A", "B", tracker)
-            move(guest, "B", "A", tracker)
+            for source, target in ("AB", "BA") * TIMES[tracker]:
+                move(guest, source, target, tracker)
         assert guest.stop_probe().clean
 
 
+@pytest.mark.timeout(LONG_S)
 @pytest.mark.parametrize(("tracker", "last"), [("soft-dirty", 63), ("predump", 64)])
 def test_after_a_failed_restore_all_is_sent_again(machines: Lab, tracker: str, last: int) -> None:
-    """The migration that failed has cleared the bits: they say nothing any more."""
-    source, options = machines.host("A"), ("--tracker", tracker, *OPTIONS)
+    """The migration that failed has cleared the bits: they say nothing any more. There and back."""
     with resident(machines, spec_of("vm-again", last), rate_per_s=20) as guest:
-        machines.kill_agent("B")
-        machines.start_agent("B", env=FAILING)
-        failed = migrate(source, guest.name, "B", *options)
-        machines.kill_agent("B")
-        machines.start_agent("B")
-        assert failed.code == 1
-        assert "runs on A" in failed.stderr
-        assert running_on(machines, guest.name) == ["A"]
-        wait_clean(source, guest.name)
-        guest.verify()
-        guest.wait_answers()
-        move(guest, "A", "B", tracker)
+        for source, target in ("AB", "BA"):
+            fail(guest, source, target, tracker)
+            move(guest, source, target, tracker)
         assert guest.stop_probe().clean
+
+
+def fail(guest: Resident, source: str, target: str, tracker: str) -> None:
+    """A migration whose restore fails: the container runs where it was, and nothing is left."""
+    lab = guest.lab
+    restart_agent(lab, target, FAILING)
+    failed = migrate(lab.host(source), guest.name, target, "--tracker", tracker, *OPTIONS)
+    restart_agent(lab, target, {})
+    assert failed.code == 1
+    assert f"runs on {source}" in failed.stderr
+    assert running_on(lab, guest.name) == [source]
+    wait_clean(lab.host(source), guest.name)
+    wait_clean(lab.host(target))
+    guest.verify()
+    guest.wait_answers()
+
+
+def restart_agent(lab: Lab, name: str, env: Mapping[str, str]) -> None:
+    lab.kill_agent(name)
+    lab.start_agent(name, env=env)
 
 
 @pytest.fixture
