@@ -134,6 +134,9 @@ def recover(migration_id: str | None, owner: Owner | None, asking: Asking) -> No
     "--report", "report_path", type=click.Path(path_type=Path), help="Write the report here."
 )
 @click.option("--id", "migration_id", hidden=True, help="Of a move that a drain has begun.")
+@click.option(
+    "--bandwidth-told", type=click.Path(path_type=Path), hidden=True, help="By a drain, in a file."
+)
 @over_ssh
 def container(
     name: str,

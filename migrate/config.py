@@ -209,6 +209,10 @@ class HostPaths:
         """What is locked by the process that drives one side of a migration: see `claim.py`."""
         return self.run / "claims" / f"{migration_id}.{role}"
 
+    def rate(self, migration_id: str) -> Path:
+        """What a migration may send, if a drain says so (`told_rate.py`)."""
+        return self.run / "rates" / migration_id
+
     def session(self, migration_id: str, role: str) -> Path:
         """The directory of one migration; a tmpfs of its own is mounted there."""
         return self.run / "sessions" / f"{migration_id}.{role}"

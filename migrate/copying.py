@@ -21,6 +21,7 @@ from migrate.core import convergence, throttling
 from migrate.errors import MigrateError
 from migrate.precopy import MemorySource
 from migrate.rootfs import RootfsSource
+from migrate.told_rate import ToldRate
 from transport import tls
 from transport.fan import Outlet
 from transport.sender import PageSender, default_streams
@@ -187,9 +188,14 @@ class Rounds:
             read=read,
             streams=self._options.streams or default_streams(),
             patience_s=self._options.link_patience_s,
-            bytes_s=self._options.bandwidth_mib_s * (1 << 20),
+            rate=self._rate(),
         )
         return self._sender
+
+    def _rate(self) -> Callable[[], float]:
+        """How many bytes a second may leave."""
+        bytes_s, told = self._options.bandwidth_mib_s * (1 << 20), self._options.bandwidth_told
+        return (lambda: bytes_s) if told is None else ToldRate(told, bytes_s)
 
     def _outlet(self, link: TargetLink) -> Outlet:
         opened, loop = link.opened, asyncio.get_running_loop()

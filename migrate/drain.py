@@ -30,7 +30,7 @@ from migrate.claim import Claim
 from migrate.core import messages
 from migrate.core.drain_facts import RATE_BYTES_S, STOP_S, HostState, Resident
 from migrate.core.drain_plan import LEFT, Limits, Outcome, Planner, forecast
-from migrate.drain_moves import Look, Moves, bandwidth_options
+from migrate.drain_moves import Look, Moves
 from migrate.drain_report import exit_code
 from migrate.errors import EXIT_FAILED, EXIT_REFUSED, MigrateError, SessionRefused, Unreachable
 from migrate.host_checks import raise_descriptor_limit
@@ -86,6 +86,8 @@ class Drain:
         # By container: what is asked when it has arrived.
         self._checks: dict[str, asyncio.Task[None]] = {}
         self._asked_back: set[str] = set()
+        # Containers that have failed their checks.
+        self._coming_back: set[str] = set()
         self._stopped = False
         self._moves: dict[str, messages.DrainMove] = {}
         self._state = messages.Drained(
@@ -264,10 +266,10 @@ class Drain:
         if why or self._stopped:
             return Look("undone", why or CANCELLED)
         options = [word for path in self._order.shared for word in ("--shared", path)]
-        options += bandwidth_options(self._share_mib_s)
         if move.policy == "stop-and-copy":
             options += ["--tracker", "none"]
-        await asyncio.to_thread(self._own.begin, migration_id, move.container, move.target, options)
+        named = (migration_id, move.container, move.target, self._share_mib_s)
+        await asyncio.to_thread(self._own.begin, *named, options)
         return Look("moving")
 
     async def _look(self, move: Move) -> Look:
@@ -283,7 +285,7 @@ class Drain:
             return Look("undone", str(error))
         if begun.state != "moving":
             return begun
-        return await asyncio.to_thread(self._own.look, migration_id)
+        return await asyncio.to_thread(self._own.look, migration_id, self._share_mib_s)
 
     async def _ask_back(self, container: str, migration_id: str, host: str) -> Look:
         """How far `host` is with giving a container back; it begins when it is asked first."""
@@ -343,11 +345,13 @@ class Drain:
             return
         migration_id = new_migration_id()
         cordon.expect(self._paths, migration_id)
+        self._coming_back.add(name)
         while True:
             look = await self._ask_back(name, migration_id, target)
             if look.state != "moving":
                 break
             await asyncio.sleep(LOOK_S)
+        self._coming_back.remove(name)
         if look.state == "arrived":
             self._change(name, state="stays", target="", why=f"{why}; moved back")
         else:
@@ -426,14 +430,21 @@ class Drain:
 
     @property
     def _share_mib_s(self) -> float | None:
-        """Of each move; as many as may be at once have all of the drain's bandwidth together."""
+        """Of each move that is under way now; together they have all of the drain's bandwidth."""
         mib_s = self._order.bandwidth_mib_s
-        return None if mib_s is None else mib_s / self._order.parallel
+        if mib_s is None:
+            return None
+        moving = sum(
+            one.state == "moving" and bool(one.target) and one.container not in self._checks
+            for one in self._moves.values()
+        )
+        number = max(moving + len(self._coming_back), 1)
+        return max(mib_s / number, config.BANDWIDTH_MIB_S_MIN)
 
     def _limits(self) -> Limits:
         parallel = self._order.parallel
         deadline_s = self._order.deadline_s
-        share_mib_s = self._share_mib_s or float("inf")
+        share_mib_s = (self._order.bandwidth_mib_s or float("inf")) / parallel
         rate_bytes_s = min(RATE_BYTES_S, share_mib_s * (1 << 20))
         return Limits(parallel, parallel, deadline_s or float("inf"), rate_bytes_s)
 

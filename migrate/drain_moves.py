@@ -13,7 +13,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from migrate import config
+from migrate import config, told_rate
 from migrate.claim import claimant
 from migrate.core.states import SourceState
 from migrate.errors import MigrateError
@@ -33,7 +33,7 @@ _WHY_CHARS_MAX: Final = 500
 
 
 def bandwidth_options(mib_s: float | None) -> list[str]:
-    """Of a `migrate` that may send so much a second."""
+    """Of a command that may send so much a second."""
     return [] if mib_s is None else ["--bandwidth", f"{mib_s:g}"]
 
 
@@ -54,14 +54,23 @@ class Moves:
         self._ended_s: dict[str, float] = {}
 
     def begin(
-        self, migration_id: str, container: str, target: str, options: Sequence[str] = ()
+        self,
+        migration_id: str,
+        container: str,
+        target: str,
+        mib_s: float | None,
+        options: Sequence[str] = (),
     ) -> None:
-        """Blocking, for milliseconds. Raises OSError."""
+        """mib_s: what it may send each second until `look` says otherwise. Blocking, for
+        milliseconds. Raises OSError."""
         sealed_files.make_directory(self._paths.drain)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         log = os.open(self._paths.drain / f"{migration_id}.log", flags, 0o600)
         report = self._paths.drain / f"{migration_id}.json"
         named = ["--to", target, "--id", migration_id, "--report", str(report)]
+        named += bandwidth_options(mib_s)
+        if mib_s is not None:
+            named += ["--bandwidth-told", str(self._paths.rate(migration_id))]
         try:
             self._processes[migration_id] = Outliving(
                 module_command("migrate", "container", container, *named, *options), stderr=log
@@ -69,10 +78,17 @@ class Moves:
         finally:
             os.close(log)
 
-    def look(self, migration_id: str) -> Look:
-        """How far it is. Blocking. Raises JournalError."""
+    def look(self, migration_id: str, mib_s: float | None = None) -> Look:
+        """How far it is. mib_s: what it may send each second from now on, None for as before.
+        Blocking. Raises JournalError."""
+        rate = self._paths.rate(migration_id)
         if self._runs(migration_id):
+            if mib_s is not None:
+                # What can't be told leaves it as it was.
+                with contextlib.suppress(OSError):
+                    told_rate.tell(rate, mib_s)
             return Look("moving")
+        rate.unlink(missing_ok=True)
         with reading(self._paths) as journal:
             state = None if journal is None else journal.state(migration_id, "source")
         match state:

@@ -47,7 +47,7 @@ class MemoryWriter:
         self._place = place
         self._read = read
         self._ended = threading.Event()
-        self._pace = Pace(bytes_s, self._ended)
+        self._pace = Pace(lambda: bytes_s, self._ended)
         # A call that nobody waits for any more must be over before the tasks are given back.
         self._calls = threading.Lock()
         self._tasks: dict[int, _TaskFile] = {}

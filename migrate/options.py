@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from migrate import config
@@ -12,7 +13,8 @@ from migrate.way import DIRECT, Way
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `migrate CONTAINER --to HOST`, as the command line has checked them."""
+    """The options of `migrate CONTAINER --to HOST`, as the command line has checked them.
+    bandwidth_told: a file that says another bandwidth while it goes on (`told_rate.py`)."""
 
     container: str
     target: str
@@ -26,5 +28,6 @@ class Options:
     link_patience_s: float = config.LINK_PATIENCE_S
     silence_s: float = config.FROZEN_SILENCE_S
     bandwidth_mib_s: float = float("inf")
+    bandwidth_told: Path | None = None
     shared: tuple[str, ...] = ()
     way: Way = DIRECT

@@ -49,13 +49,13 @@ class Targets:
     together; for all of its streams. From any thread."""
 
     def __init__(
-        self, outlets: Sequence[Outlet], bytes_s: float, clock: Callable[[], float]
+        self, outlets: Sequence[Outlet], rate: Callable[[], float], clock: Callable[[], float]
     ) -> None:
         if not outlets:
             raise ValueError("a transfer needs a target")
         self.outlets = tuple(outlets)
         self._ended = threading.Event()
-        self.pace = Pace(bytes_s, self._ended, clock)
+        self.pace = Pace(rate, self._ended, clock)
         # Set when that one's streams are to end: alone, or with all.
         self.stopped = [threading.Event() for _ in outlets]
         self._lock = threading.Lock()

@@ -13,16 +13,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+def unlimited() -> float:
+    """A rate."""
+    return float("inf")
+
+
 class Pace:
-    """From any thread. `stopped` ends every wait."""
+    """From any thread. rate: bytes a second, asked before each piece, one question at a time.
+    `stopped` ends every wait."""
 
     def __init__(
         self,
-        bytes_s: float,
+        rate: Callable[[], float],
         stopped: threading.Event,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._bucket = Bucket(bytes_s)
+        self._bucket = Bucket()
+        self._rate = rate
         self._stopped = stopped
         self._clock = clock
         self._lock = threading.Lock()
@@ -30,6 +37,6 @@ class Pace:
     def wait_for(self, count: int) -> None:
         """Returns when so many bytes may leave. Raises AbortedError."""
         with self._lock:
-            wait_s = self._bucket.take(count, self._clock())
+            wait_s = self._bucket.take(count, self._clock(), self._rate())
         if wait_s and self._stopped.wait(wait_s):
             raise AbortedError("the transfer was aborted")

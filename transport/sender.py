@@ -37,6 +37,7 @@ from transport.core.tables import encode_file
 from transport.core.transcript import Carried, StreamDigest
 from transport.errors import AbortedError, SourceFailedError, TransportError
 from transport.fan import Fan, Targets
+from transport.pace import unlimited
 from transport.stream import REOPEN_PATIENCE_S
 from transport.worker import FileJob, Job, Ledger, PageJob, Progress, ReadPages, Runs, Worker
 
@@ -80,7 +81,7 @@ class PageSender:
     `outlets`: the targets, which all get the same; one that can't go on is left out (`fan.py`).
     `read` is called from all threads (`ReadPages`).
     `streams` is `default_streams()` unless given. A broken stream is tried to be reopened for
-    `patience_s`. All streams together send at most `bytes_s` a second, TLS's own bytes excluded.
+    `patience_s`. All streams together send at most `rate()` bytes a second, TLS's own excluded.
     After a TransportError the sender is finished: every later call raises.
     """
 
@@ -92,7 +93,7 @@ class PageSender:
         streams: int | None = None,
         table_bytes: int = TABLE_BYTES,
         patience_s: float = REOPEN_PATIENCE_S,
-        bytes_s: float = float("inf"),
+        rate: Callable[[], float] = unlimited,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         streams = default_streams() if streams is None else streams
@@ -103,7 +104,7 @@ class PageSender:
         self._calls = threading.Lock()
         self._changed = threading.Condition()
         self._error: TransportError | None = None
-        self._targets = Targets(outlets, bytes_s, clock)
+        self._targets = Targets(outlets, rate, clock)
         self._number = 0
         self._workers = []
         self._mail: list[queue.SimpleQueue[_Call | None]] = []

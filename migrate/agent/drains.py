@@ -19,7 +19,7 @@ from migrate import cordon, drain_state, drain_survey
 from migrate.config import BANDWIDTH_MIB_S_MIN, SESSIONS_MAX
 from migrate.core import messages
 from migrate.core.states import TargetState
-from migrate.drain_moves import Moves, bandwidth_options
+from migrate.drain_moves import Moves
 from migrate.errors import JournalError, MigrateError, ProtocolError, UsageError
 from migrate.processes import Outliving, module_command, tail
 from transport import sealed_files
@@ -136,14 +136,13 @@ class Drains:
             looks = [await asyncio.to_thread(self._moves.look, one) for one in self._given_back]
             if sum(one.state == "moving" for one in looks) >= SESSIONS_MAX:
                 raise MigrateError(f"{SESSIONS_MAX} containers are being given back already")
-            options = bandwidth_options(word.bandwidth_mib_s)
-            about = (word.migration_id, word.container, caller, options)
+            about = (word.migration_id, word.container, caller, word.bandwidth_mib_s)
             await asyncio.to_thread(self._moves.begin, *about)
             begun = caller
         if begun != caller:
             raise ProtocolError(f"{word.migration_id} is no migration to {caller}")
         self._given_back[word.migration_id] = caller
-        look = await asyncio.to_thread(self._moves.look, word.migration_id)
+        look = await asyncio.to_thread(self._moves.look, word.migration_id, word.bandwidth_mib_s)
         return messages.GivingBack(word.migration_id, look.state, look.why, look.downtime_ms)
 
     async def _begun_before(self, migration_id: str) -> str | None:

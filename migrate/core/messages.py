@@ -351,7 +351,8 @@ class Description(Message, frozen=True, tag="description"):
 
 class GiveBack(Message, frozen=True, tag="give_back"):
     """Asks for a container that the asking host has sent, by a migration of this id; asked again it
-    begins nothing and is answered how far that one is."""
+    begins nothing and is answered how far that one is. bandwidth_mib_s: what it may send from now
+    on."""
 
     migration_id: MigrationId
     container: ContainerName

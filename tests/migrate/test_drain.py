@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,21 +13,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from migrate import cordon, drain_history, drain_hooks, drain_state
+from migrate import cordon, drain, drain_history, drain_hooks, drain_state
 from migrate.agent.drains import Drains
 from migrate.claim import Claim
 from migrate.config import HostPaths
 from migrate.core import messages
-from migrate.drain_moves import Moves
+from migrate.core.drain_facts import HostState, Resident
+from migrate.drain_moves import Look, Moves
 from migrate.drain_report import exit_code, lines, progress
 from migrate.drain_unit import unit_text
 from migrate.errors import MigrateError, UsageError
 from migrate.journal import Journal, JournalWriter, Migration
 from migrate.policy import PolicyFile
 from migrate.report import write_report
+from migrate.told_rate import ToldRate, tell
 from tests.lab.waiting import wait_until
 from tests.migrate.stage import RECEIVED
 from tests.migrate.test_report import moved
+from transport.pace import Pace
 
 if TYPE_CHECKING:
     from migrate.report import Report
@@ -175,6 +181,88 @@ def test_exit_codes(moves: list[tuple[Any, str]], drained: int, undrained: int) 
     assert exit_code(told, empties=False) == undrained
 
 
+# ---- the bandwidth ----
+
+
+class Moving:
+    """Moves of which "first" arrives when it is looked at again, "other" when it has been told to
+    take all that there is."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, list[float | None]] = {}
+        self._names: dict[str, str] = {}
+
+    def begin(
+        self, migration_id: str, name: str, _target: str, mib_s: float | None, _options: object
+    ) -> None:
+        self._names[migration_id] = name
+        self.told[name] = [mib_s]
+
+    def look(self, migration_id: str, mib_s: float | None) -> Look:
+        told = self.told[self._names[migration_id]]
+        told.append(mib_s)
+        if told is self.told["first"]:
+            return Look("arrived" if len(told) > 2 else "moving")
+        return Look("arrived" if mib_s == 32.0 else "moving")
+
+
+async def test_what_one_move_leaves_of_the_bandwidth_the_others_get(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, target = socket.gethostname(), HostState("B", 1 << 40, 64.0)
+    residents = [Resident(name, here, 1 << 20, 1 << 20) for name in ("first", "other")]
+    order, moves = messages.Drain("start", ("B",), 2, bandwidth_mib_s=32.0), Moving()
+
+    async def told(*_: object) -> HostState:
+        return target
+
+    monkeypatch.setattr(drain, "LOOK_S", 0.0)
+    monkeypatch.setattr(drain, "Moves", lambda _: moves)
+    monkeypatch.setattr(drain.Drain, "_describe", told)
+    monkeypatch.setattr(drain.Drain, "_targets", lambda _: asyncio.sleep(0, [target]))
+    monkeypatch.setattr(drain.Drain, "_residents", lambda _: (residents, {}))
+    async with asyncio.timeout(60):
+        await drain.Drain(paths, {}, "drain-1", order).run()
+    assert drain_state.read(paths).exit_code == 0
+    assert moves.told["first"] == [16.0] * 3
+    assert moves.told["other"] == [16.0] * (len(moves.told["other"]) - 1) + [32.0]
+
+
+class Time(threading.Event):
+    """A clock that whoever waits on it moves."""
+
+    now_s = 0.0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.now_s += timeout or 0.0
+        return False
+
+    def send(self, pace: Pace, until_s: float) -> int:
+        """As much as may leave until then, in bytes."""
+        sent = 0
+        while self.now_s < until_s:
+            pace.wait_for(1 << 17)
+            sent += 1 << 17
+        return sent
+
+
+def test_a_move_sends_what_it_is_told_to_while_it_runs(tmp_path: Path) -> None:
+    """By the bytes that leave in ten seconds of a clock that nobody waits for. A file that is not
+    there, or that nothing can be read from, changes nothing."""
+    time_, path, mib = Time(), tmp_path / "rates" / "m1", 1 << 20
+    pace = Pace(ToldRate(path, 4.0 * mib, lambda: time_.now_s), time_, lambda: time_.now_s)
+    about = pytest.approx
+    assert time_.send(pace, 10.0) == about(40 * mib, abs=2 * mib)
+    tell(path, 8)
+    assert time_.send(pace, 20.0) == about(80 * mib, abs=2 * mib)
+    tell(path, 16.5)
+    assert time_.send(pace, 30.0) == about(165 * mib, abs=5 * mib)
+    path.write_text("nan")
+    assert time_.send(pace, 40.0) == about(165 * mib, abs=5 * mib)
+    path.unlink()
+    assert time_.send(pace, 50.0) == about(165 * mib, abs=5 * mib)
+
+
 # ---- what earlier moves tell ----
 
 
@@ -236,7 +324,7 @@ async def test_a_container_is_given_back_to_the_host_it_came_from_last(
         arrived(paths, "m4", "home", *TAKEN, "running", "done")
         assert not begun
         answer = await drains.told(messages.GiveBack("g1", "c", 2.5), "home")
-        assert begun == [("g1", "c", "home", ["--bandwidth", "2.5"])]
+        assert begun == [("g1", "c", "home", 2.5)]
         assert isinstance(answer, messages.GivingBack)
         await drains.told(messages.GiveBack("g1", "c"), "home")
         assert len(begun) == 1

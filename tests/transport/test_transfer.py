@@ -76,7 +76,7 @@ def test_all_streams_together_keep_to_a_bandwidth(
 ) -> None:
     """At least as long as the bytes take at that rate, on a machine of whatever speed."""
     memory, bytes_s = Memory(2048), 32.0 * (1 << 20)
-    with sender_for(memory, bytes_s=bytes_s, streams=4) as sender:
+    with sender_for(memory, rate=lambda: bytes_s, streams=4) as sender:
         stats = sender.send_round(1, [(TASK, memory.runs)])
         assert arrived(target, memory)
     streams_at_once = 4 * WRITE_BYTES

@@ -1,10 +1,11 @@
 """How many bytes may leave, and when, so that together they keep to a rate. Pure: no clock.
 
-    wait_s = bucket.take(131072, now_s)     before they are written; then wait so long
+    wait_s = bucket.take(131072, now_s, bytes_s)     before they are written; then wait so long
 
 Who takes is let through at once while nobody else has taken ahead of it, and the next one waits as
 long as that takes at this rate. An idle time is made up for by BURST_S of the rate at most, so in
-any T seconds no more leaves than in T + BURST_S at that rate, and one piece.
+any T seconds no more leaves than in T + BURST_S at that rate, and one piece. Each piece may have a
+rate of its own.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ BURST_S: Final = 0.05
 
 
 class Bucket:
-    """bytes_s: the rate; infinite for none."""
+    """See the module."""
 
-    def __init__(self, bytes_s: float) -> None:
-        if not bytes_s > 0:
-            raise ValueError(f"{bytes_s} bytes a second are no rate")
-        self._bytes_s = bytes_s
+    def __init__(self) -> None:
         self._free_s = float("-inf")
 
-    def take(self, count: int, now_s: float) -> float:
-        """The seconds to wait until these may leave. `now_s` never falls."""
+    def take(self, count: int, now_s: float, bytes_s: float) -> float:
+        """The seconds to wait until these may leave. `now_s` never falls. bytes_s: the rate now,
+        infinite for none."""
+        if not bytes_s > 0:
+            raise ValueError(f"{bytes_s} bytes a second are no rate")
         begin_s = max(self._free_s, now_s - BURST_S)
-        self._free_s = begin_s + count / self._bytes_s
+        self._free_s = begin_s + count / bytes_s
         return max(begin_s - now_s, 0.0)
