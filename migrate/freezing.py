@@ -22,7 +22,7 @@ from criu_glue.errors import CriuGlueError
 from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
 from criu_glue.kerndat import KernelCacheError
 from criu_glue.known_pages import KnownPages
-from migrate import cgroup, config, custody, holder, tcp_repair
+from migrate import cgroup, config, custody, holder, masked, tcp_repair
 from migrate.criu_run import OWN_NETWORK, RuntimeOrCriu
 from migrate.errors import DumpFailed, RollbackFailed
 from migrate.guard import GuardPlan, end_criu
@@ -95,6 +95,7 @@ class Freezing:
             "verbosity 2",
             *(_LAZY if is_lazy else ()),
             *(("track-mem",) if parent is not None else ()),
+            *await asyncio.to_thread(masked.dump_options, self.container.spec, self.container.pid),
             f"ghost-limit {config.GHOST_FILE_BYTES_MAX}",
             *([OWN_NETWORK] if has_user_namespace(self.container.spec) else []),
         )

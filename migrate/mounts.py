@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-_MS_NOSUID, _MS_NODEV = 2, 4
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 _MS_BIND = 4096
+_MS_PRIVATE = 1 << 18
 _MNT_DETACH = 2
 # The same on all architectures but alpha (include/uapi/asm-generic/unistd.h).
 _SYS_FSOPEN, _SYS_FSCONFIG = 430, 431
@@ -34,6 +35,16 @@ def mount_tmpfs(directory: Path, size_bytes: int) -> None:
     options = f"mode=0700,size={size_bytes}{',noswap' if keeps_from_swap() else ''}".encode()
     flags = _MS_NOSUID | _MS_NODEV
     if _libc.mount(b"tmpfs", os.fsencode(directory), b"tmpfs", flags, options) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mounting a tmpfs on {directory}: {os.strerror(code)}")
+
+
+def mount_empty(directory: Path) -> None:
+    """Mount a tmpfs that nobody can write to, with the options it has by default. Mounts of it
+    elsewhere stay when this one goes: it is nobody's peer. Raises OSError."""
+    where = os.fsencode(directory)
+    is_mounted = _libc.mount(b"tmpfs", where, b"tmpfs", _MS_RDONLY, None) == 0
+    if not is_mounted or _libc.mount(None, where, None, _MS_PRIVATE, None) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"mounting a tmpfs on {directory}: {os.strerror(code)}")
 

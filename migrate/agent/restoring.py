@@ -31,7 +31,7 @@ from criu_glue.hooks import (
     is_let_go,
     is_refused,
 )
-from migrate import cgroup, config, confinement, output_keeper
+from migrate import cgroup, config, confinement, masked, output_keeper
 from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended
 from migrate.agent.pager_process import PagerProcess
 from migrate.criu_run import OWN_NETWORK, RuntimeOrCriu
@@ -154,6 +154,7 @@ class Restoring:
                 "post-restore",
                 (
                     *_CRIU_OPTIONS,
+                    masked.restore_option(plan.session / "masked"),
                     *(("lazy-pages",) if plan.lazy else ()),
                     *(self._copy_options() if plan.renaming else ()),
                     *((OWN_NETWORK,) if self._make_network else ()),

@@ -8,8 +8,11 @@ from typing import Any, Final
 
 import pytest
 
+from bench import containers
 from bench.containers import ContainerSpec
+from bench.lab.host import Host
 from bench.lab.lab import Lab
+from bench.oci_spec import MASKED
 from bench.probe_process import ProbeProcess, start_probe
 from tests.lab.migrating import (
     REDIS_MIB,
@@ -76,6 +79,22 @@ def check_report(report: dict[str, Any], source: str, target: str) -> None:
     assert report["images_bytes"] > 0
 
 
+def hidden(host: Host, name: str) -> list[str]:
+    """Where an empty tmpfs that nobody can write to is mounted over what the container is not to
+    see."""
+    root = f"/proc/{containers.pid(host, name)}"
+    mounts = host.run(["cat", f"{root}/mountinfo"]).stdout.splitlines()
+    found = []
+    for mount in mounts:
+        front, _, kind = mount.partition(" - ")
+        where, options = front.split()[4:6]
+        if where in MASKED and kind.startswith("tmpfs ") and "ro" in options.split(","):
+            assert host.run(["ls", "-A", f"{root}/root{where}"]).stdout == ""
+            assert host.run(["touch", f"{root}/root{where}/new"], check=False).returncode != 0
+            found.append(where)
+    return sorted(found)
+
+
 def test_memory_moves_there_and_back(agents: Lab) -> None:
     """With a seccomp filter, and clients over both families of addresses."""
     spec = ContainerSpec(
@@ -92,9 +111,12 @@ def test_memory_moves_there_and_back(agents: Lab) -> None:
         resident(agents, spec) as guest,
         start_probe("lines", spec.ip6, spec.port, host=agents.client, rate_per_s=200) as probe6,
     ):
+        masked = hidden(agents.host("A"), spec.name)
+        assert "/sys/firmware" in masked
         for source, target in (("A", "B"), ("B", "A")):
             report = move(guest, source, target)
             check_report(report, source, target)
+            assert hidden(agents.host(target), spec.name) == masked
             assert (report["tracker"], report["restore"]) == ("write-protect", "lazy")
             assert report["warnings"] == []
             # Everything at first, then only what was written.
@@ -112,6 +134,9 @@ def test_memory_moves_there_and_back(agents: Lab) -> None:
             assert report["fill_ms"] > 0
             guest.verify()
             guest.wait_answers()
+        # Nothing of either move is left that could take the mounts with it.
+        wait_clean(agents.host("A"), spec.name)
+        assert hidden(agents.host("A"), spec.name) == masked
         clients = [guest.stop_probe(), probe6.stop()]
     assert all(client.clean for client in clients), clients
 
