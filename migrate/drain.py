@@ -5,8 +5,9 @@
 The agent begins it (`agent/drains.py`), in a session of its own: it outlives the agent, and whoever
 asked for it. It plans by `core/drain_plan.py`, writes down each act before it (`drain_state.py`),
 and looks after the moves, which are commands of their own (`drain_moves.py`), or those of the hosts
-that give back. SIGTERM: it begins nothing more, and ends when what is under way has ended. One that
-is killed is gone on with by `drain-node --resume`, which waits for its moves first.
+that give back (`drain_others.py`). SIGTERM: it begins nothing more, and ends when what is under way
+has ended. One that is killed is gone on with by `drain-node --resume`, which waits for its moves
+first.
 """
 
 from __future__ import annotations
@@ -31,15 +32,13 @@ from migrate.core import messages
 from migrate.core.drain_facts import RATE_BYTES_S, STOP_S, HostState, Resident
 from migrate.core.drain_plan import LEFT, Limits, Outcome, Planner, forecast
 from migrate.drain_moves import Look, Moves
+from migrate.drain_others import DrainRefusedError, Others
 from migrate.drain_report import exit_code
-from migrate.errors import EXIT_FAILED, EXIT_REFUSED, MigrateError, SessionRefused, Unreachable
+from migrate.errors import EXIT_FAILED, MigrateError
 from migrate.host_checks import raise_descriptor_limit
-from migrate.identity import own_identity
 from migrate.logs import log_to_stderr
 from migrate.moving import new_migration_id
-from migrate.operating import say_word
 from migrate.runtimes import known
-from migrate.target_link import TargetLink
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,17 +52,9 @@ log = structlog.get_logger()
 
 # How often moves are looked at.
 LOOK_S: Final = 0.3
-# Hosts that are asked side by side.
-ASKED_MAX: Final = 16
 # Rounds of a dry run, in each of which targets have refused something.
 DRY_ROUNDS_MAX: Final = 8
 CANCELLED: Final = "the drain was cancelled"
-
-
-class DrainRefusedError(MigrateError):
-    """Nothing was moved, since nothing could be."""
-
-    exit_code = EXIT_REFUSED
 
 
 class Drain:
@@ -81,11 +72,11 @@ class Drain:
         self._order = order
         self._host = socket.gethostname()
         self._own = Moves(paths)
+        self._others = Others(paths)
         # By migration: what has to be before it begins, and then "moving".
         self._beginnings: dict[str, asyncio.Task[Look]] = {}
         # By container: what is asked when it has arrived.
         self._checks: dict[str, asyncio.Task[None]] = {}
-        self._asked_back: set[str] = set()
         # Containers that have failed their checks.
         self._coming_back: set[str] = set()
         self._stopped = False
@@ -133,7 +124,7 @@ class Drain:
     # ---- three kinds ----
 
     async def _empty(self) -> None:
-        hosts = await self._targets()
+        hosts = await self._others.targets(self._order.to)
         residents, _ = await asyncio.to_thread(self._residents)
         self._moves = {
             name: one
@@ -158,7 +149,7 @@ class Drain:
         await self._drive(Planner([home], residents, self._limits(), now_s=self._now_s()))
 
     async def _forecast(self) -> None:
-        hosts = await self._targets()
+        hosts = await self._others.targets(self._order.to)
         residents, checks = await asyncio.to_thread(self._residents)
         self._moves = {}
         self._list(residents)
@@ -168,7 +159,7 @@ class Drain:
             planner = Planner(hosts, residents, self._limits(), refused=refused)
             plan = forecast(planner)
             new = {(one.move.container, one.move.target) for one in plan if one.move.target}
-            answers = await self._ask_targets(sorted(new - asked), checks)
+            answers = await self._others.refusals(sorted(new - asked), checks)
             asked |= new
             refused.update(answers)
             if not answers:
@@ -182,38 +173,6 @@ class Drain:
                 predicted_downtime_ms=_finite(one.move.downtime_ms),
             )
         self._note_stays(planner)
-
-    async def _ask_targets(
-        self, pairs: Sequence[tuple[str, str]], checks: Mapping[str, SourceCheck]
-    ) -> dict[tuple[str, str], str]:
-        """Those pairs that the target refuses, and why: each is asked as a dry run asks."""
-        limit = asyncio.Semaphore(ASKED_MAX)
-
-        async def ask(container: str, target: str) -> str:
-            check = checks[container]
-            async with limit:
-                link = TargetLink(target, config.CONTROL_PORT, self._paths)
-                try:
-                    await link.open_session(
-                        check.facts.open_session(
-                            migration_id=new_migration_id(),
-                            attempt=1,
-                            host=self._host,
-                            streams=1,
-                            restore=check.restore,
-                            dry_run=True,
-                        )
-                    )
-                except SessionRefused as error:
-                    return "; ".join(message for _, message, _ in error.refusals)
-                except MigrateError as error:
-                    return error.message
-                finally:
-                    await link.close()
-            return ""
-
-        answers = await asyncio.gather(*(ask(*pair) for pair in pairs))
-        return {pair: why for pair, why in zip(pairs, answers, strict=True) if why}
 
     # ---- the loop ----
 
@@ -288,19 +247,8 @@ class Drain:
         return await asyncio.to_thread(self._own.look, migration_id, self._share_mib_s)
 
     async def _ask_back(self, container: str, migration_id: str, host: str) -> Look:
-        """How far `host` is with giving a container back; it begins when it is asked first."""
-        try:
-            word = messages.GiveBack(migration_id, container, self._share_mib_s)
-            answer = await self._say(word, host)
-        except Unreachable as error:
-            # Whether it has begun is for that host's journal; an undrain can be repeated.
-            return Look("held" if migration_id in self._asked_back else "undone", error.message)
-        except MigrateError as error:
-            return Look("undone", error.message)
-        self._asked_back.add(migration_id)
-        if not isinstance(answer, messages.GivingBack):
-            return Look("undone", f"{host} answered {type(answer).__name__}")
-        return Look(answer.state, answer.why, answer.downtime_ms)
+        word = messages.GiveBack(migration_id, container, self._share_mib_s)
+        return await self._others.give_back(word, host)
 
     async def _ended(self, move: Move, look: Look, planner: Planner, seconds: float) -> None:
         name = move.container
@@ -324,7 +272,7 @@ class Drain:
 
     async def _see(self, target: str, planner: Planner) -> str:
         """Look at a target again; why it is lost, if it is."""
-        told = await self._describe(target)
+        told = await self._others.describe(target)
         if told.closed:
             planner.lose(target, told.closed)
         else:
@@ -381,36 +329,6 @@ class Drain:
             await self._checks.pop(name)
 
     # ---- hosts and containers ----
-
-    async def _targets(self) -> list[HostState]:
-        """The targets as they are. Raises DrainRefusedError if none takes anything."""
-        wanted = list(dict.fromkeys(self._order.to))
-        if self._host in wanted or not wanted:
-            raise DrainRefusedError(
-                "a host can't be emptied to itself", remedy="name other hosts: --to HOST,HOST"
-            )
-        rules = policy.load(self._paths.policy)
-        allowed = drain_survey.may_send(rules, wanted)
-        hosts = list(await asyncio.gather(*(self._describe(one) for one in allowed)))
-        if all(one.closed for one in hosts):
-            why = "; ".join(f"{one.name}: {one.closed}" for one in hosts) or "by its policy"
-            raise DrainRefusedError(
-                f"no host takes what is here ({why})", remedy="name others, or uncordon one"
-            )
-        return hosts
-
-    async def _describe(self, host: str) -> HostState:
-        try:
-            told = await self._say(messages.Describe(), host)
-        except MigrateError as error:
-            return HostState(host, 0, 0.0, closed=error.message)
-        if not isinstance(told, messages.Description) or told.host != host:
-            return HostState(host, 0, 0.0, closed="it answers in another name")
-        return drain_survey.host_state(told)
-
-    async def _say(self, word: messages.SourceMessage, host: str) -> messages.TargetMessage:
-        identity = own_identity(self._paths)
-        return await say_word(word, identity, "host", host=host, address=host)
 
     def _residents(self) -> tuple[list[Resident], dict[str, SourceCheck]]:
         allowed = drain_survey.may_send(policy.load(self._paths.policy), self._order.to)

@@ -20,6 +20,7 @@ from migrate.config import HostPaths
 from migrate.core import messages
 from migrate.core.drain_facts import HostState, Resident
 from migrate.drain_moves import Look, Moves
+from migrate.drain_others import Others
 from migrate.drain_report import exit_code, lines, progress
 from migrate.drain_unit import unit_text
 from migrate.errors import MigrateError, UsageError
@@ -218,8 +219,7 @@ async def test_what_one_move_leaves_of_the_bandwidth_the_others_get(
 
     monkeypatch.setattr(drain, "LOOK_S", 0.0)
     monkeypatch.setattr(drain, "Moves", lambda _: moves)
-    monkeypatch.setattr(drain.Drain, "_describe", told)
-    monkeypatch.setattr(drain.Drain, "_targets", lambda _: asyncio.sleep(0, [target]))
+    monkeypatch.setattr(Others, "describe", told)
     monkeypatch.setattr(drain.Drain, "_residents", lambda _: (residents, {}))
     async with asyncio.timeout(60):
         await drain.Drain(paths, {}, "drain-1", order).run()
