@@ -13,7 +13,6 @@ from migrate import config
 from migrate.commands.ca import at_fleet, operator_paths
 from migrate.errors import ProtocolError, UsageError
 from migrate.identity import identity_errors, own_identity
-from migrate.operating import say_word
 from transport.identity import HostIdentity
 
 if TYPE_CHECKING:
@@ -37,6 +36,10 @@ class Asked:
 
     def say(self, word: messages.SourceMessage, expected: type[_Answer]) -> _Answer:
         """Raises MigrateError."""
+        # What speaks to agents takes half a second of a processor to import, and `migrate status`
+        # of this host needs none of it.
+        from migrate.operating import say_word
+
         answer = asyncio.run(
             say_word(word, self._identity, "operator", host=self.host, address=self._address)
         )

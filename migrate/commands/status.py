@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import click
 import msgspec
 
-from migrate import config, drain_report, drain_state, oversight, standing
+from migrate import config, drain_report, drain_state, standing
 from migrate.commands.asked import at_host
 from migrate.core import messages
 from migrate.errors import MigrateError, UsageError
@@ -47,6 +47,8 @@ def status(migration_id: str | None, as_json: bool, asked: Asked | None) -> None
 def cancel(migration_id: str, asked: Asked | None) -> None:
     """End a migration that is not committed; its container stays where it is. By the id of the
     host's drain, or "drain": it begins no more moves, and those under way end."""
+    from migrate import oversight
+
     log_to_stderr(logging.WARNING)
     drained = _drained(asked)
     if migration_id in ("drain", drained.drain_id):
@@ -81,6 +83,8 @@ def _drained(asked: Asked | None) -> messages.Drained:
 
 def _cancel_there(asked: Asked, migration_id: str) -> str:
     """What has become of it. Raises MigrateError."""
+    from migrate import oversight
+
     limit_s = time.monotonic() + config.UNDO_DEADLINE_S
     overview = asked.say(messages.Cancel(migration_id), messages.Overview)
     while True:
