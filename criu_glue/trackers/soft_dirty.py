@@ -20,6 +20,7 @@ leaves out what has not changed. Blind spot: a device that writes by DMA to a pa
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -174,6 +175,12 @@ def supported() -> str | None:
     if cleared & SOFT_DIRTY:
         return "this kernel does not clear soft-dirty bits"
     return None if written & PLACE else "page frames are hidden from this process (CAP_SYS_ADMIN)"
+
+
+@functools.cache
+def is_noted() -> bool:
+    """Whether this kernel notes soft-dirty pages; what it says once it says always."""
+    return supported() is None
 
 
 def _clear_own() -> None:

@@ -33,6 +33,7 @@ from criu_glue.errors import (
 )
 from criu_glue.mappings import check_count, private_anonymous
 from criu_glue.memory import TaskMemory
+from criu_glue.trackers import soft_dirty
 from criu_glue.trackers.base import TaskPages
 from criu_glue.trackers.scan import PageScanner
 from criu_glue.trackers.tracked_task import TrackedTask
@@ -109,6 +110,7 @@ class WriteProtectTracker:
         if tracked.uffd < 0 and not last:
             try:
                 tracked.reopen()
+                _clear_soft_dirty(tracked)
             except InjectionError as error:
                 self.untracked[task.pid] = str(error)
         # Opened anew each time: they belong to the memory that the task had when they were opened.
@@ -149,6 +151,13 @@ class WriteProtectTracker:
         except InjectionError as error:
             self.untracked[tracked.task.pid] = str(error)
             return False
+
+
+def _clear_soft_dirty(tracked: TrackedTask) -> None:
+    """From now on these bits are set for what is written: CRIU's final dump takes hold of pages
+    that have one (`known_pages.py`), and unless somebody clears them all have."""
+    if soft_dirty.is_noted():
+        tracked.task.write(f"task/{tracked.thread}/clear_refs", soft_dirty.CLEAR_SOFT_DIRTY)
 
 
 def _one_per_memory(tasks: list[TrackedTask]) -> list[TrackedTask]:

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from criu_glue.trackers import write_protect
+from criu_glue.trackers.page_entries import read_pieces, written_runs
 from criu_glue.trackers.soft_dirty import SoftDirtyTracker
+from criu_glue.trackers.write_protect import WriteProtectTracker
 from tests.criu_glue.puppets import (
     ARENA,
     PAGE,
@@ -88,10 +91,36 @@ def another_program(puppet: Puppet, tracker: SoftDirtyTracker) -> None:
     assert reported(tracker, puppet.pid) == [2, 3, 4]
 
 
+def bits_beside_write_protection(puppet: Puppet, tracker: SoftDirtyTracker) -> None:
+    """The other tracker has all bits cleared once, for CRIU to see what was written since."""
+    if write_protect.supported() is not None:
+        # Linux before 6.7, where it is not chosen.
+        return
+    other = WriteProtectTracker(lambda: [puppet.pid])
+    puppet.do("map", ARENA, PAGES, READ_WRITE)
+    puppet.do("write", ARENA, PAGES, 1)
+    assert len(dirty(puppet)) == PAGES
+    other.collect()
+    assert dirty(puppet) == []
+    puppet.do("write", ARENA + 7 * PAGE, 2, 9)
+    other.collect()
+    assert dirty(puppet) == [7, 8]
+    other.detach()
+
+
+def dirty(puppet: Puppet) -> list[int]:
+    """The soft-dirty pages of its arena, by their numbers."""
+    puppet.settle()
+    with Path(f"/proc/{puppet.pid}/pagemap").open("rb") as pagemap:
+        pieces = read_pieces(pagemap.fileno(), [(ARENA, ARENA + PAGES * PAGE)])
+    return pages_in(written_runs(pieces, pieces), ARENA, PAGES)
+
+
 SCENES: Final[tuple[Callable[[Puppet, SoftDirtyTracker], None], ...]] = (
     exactly_what_was_written,
     moved_over_what_was_sent,
     another_program,
+    bits_beside_write_protection,
 )
 
 
