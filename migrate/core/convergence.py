@@ -21,24 +21,26 @@ from typing import Final, Protocol
 PAGE_BYTES: Final = 4096
 GIB: Final = 1 << 30
 
-FREEZE_MS: Final = 10.0
-"""Unplugging by netlink and freezing the cgroup: a few milliseconds each."""
-DUMP_MS: Final = 120.0
-"""CRIU's dump below runc without memory, as seen by its hooks (`network-lock` to `post-dump` and
-what comes before)."""
-DUMP_MS_PER_GIB: Final = 130.0
-"""What a lazy dump adds per GiB of present memory: CRIU fills its page pipes."""
+FREEZE_MS: Final = 2.0
+"""Unplugging by netlink and freezing the cgroup: 0.5 to 1 ms where nothing else runs."""
+DUMP_MS: Final = 85.0
+"""CRIU's dump below runc without memory, from the freeze to `post-dump`: 83 ms of 16 MiB."""
+DUMP_MS_PER_GIB: Final = 95.0
+"""What a dump adds per GiB of present memory, which it leaves alone (`criu_glue/known_pages.py`):
+the kernel walks its page tables for `smaps`, PAGEMAP_SCAN and `clear_refs`. 1 GiB took 160 to 190
+ms."""
 DUMP_SHARED_MS_PER_GIB: Final = 800.0
 """Shared memory is never lazy, CRIU writes all of it: full dumps of 1 GiB took 0.72 to 0.9 s."""
-RESTORE_MS: Final = 110.0
-"""A lazy restore with runc up to the hold: 90 to 135 ms."""
+RESTORE_MS: Final = 80.0
+"""The images' way, and a lazy restore with runc up to the hold: 65 to 90 ms."""
 RESTORE_EAGER_MS_PER_GIB: Final = 1900.0
 """An eager restore of 1 GiB: 1.2 to 3.7 s, 1.9 s when nothing else ran. Shared memory is always
 eager."""
-HANDOVER_MS: Final = 15.0
-"""Two synced journal records, besides the round trip."""
-RESUME_MS: Final = 10.0
-"""CRIU's way from `post-restore` to the first instruction."""
+HANDOVER_MS: Final = 5.0
+"""Two synced journal records, besides the round trip: 4 to 5 ms."""
+RESUME_MS: Final = 20.0
+"""CRIU's way from `post-restore` to the first instruction, with a look at what confines the
+tasks: 13 to 22 ms."""
 ROUND_TRIP_MS: Final = 1.0
 """A local network, until pings have been answered."""
 

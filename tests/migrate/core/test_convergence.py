@@ -365,7 +365,8 @@ def test_a_burst_alone_is_no_stall() -> None:
 def test_what_no_round_can_shorten_is_not_waited_for() -> None:
     """Almost nothing is left, and still the dump and the restore take longer than allowed."""
     past = history((1024, 1000), (1, 3))
-    decision = decide(past, CONTAINER, LIMITS)
+    floor_ms = predict(past, CONTAINER, 0).downtime_ms
+    decision = decide(past, CONTAINER, Limits(max_downtime_ms=floor_ms - 1, max_rounds=30))
     assert decision.verdict is Verdict.STALLED
     assert "no round of pre-copy can shorten" in decision.reason
 
