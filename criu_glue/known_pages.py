@@ -55,7 +55,7 @@ class KnownPages:
     def name_tasks(self, cgroup: Path) -> None:
         """Those of the frozen container, before the dump begins."""
         for pid in cgroup_pids(cgroup):
-            with contextlib.suppress(TaskGoneError):
-                number = Task(pid).vpid()
+            with contextlib.suppress(TaskGoneError), contextlib.closing(Task(pid)) as task:
+                number = task.vpid()
                 whole = encode_pagemap(whole_space_pagemap(number))
                 (self.directory / f"pagemap-{number}.img").write_bytes(whole)

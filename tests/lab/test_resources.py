@@ -91,7 +91,8 @@ def test_no_space_for_the_images_of_the_dump(lab: Lab) -> None:
             shrink(lab.host("A"), f"/run/migrate/sessions/{migration_id(underway)}.source", 40)
             brake.release()
             told = explained(underway.finish())
-        assert "no space left on the session's tmpfs" in told.error
+        # In CRIU's own words where its log found room for them.
+        assert "no space left" in told.error.lower()
         assert (told.host, told.phase, told.container) == ("A", "dump", "runs on A")
         assert told.remedy
         assert_undone(under)
