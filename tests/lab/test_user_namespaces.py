@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 
-from bench.containers import ContainerSpec, bundle_path, create, host_device
+from bench.containers import ContainerSpec, bundle_path, create, host_device, pid
 from bench.lab.host import Host
 from bench.lab.lab import Lab
 from bench.probe_process import start_probe
@@ -28,6 +28,7 @@ from tests.lab.invariants import (
 from tests.lab.migrating import Resident, begin, expel, migrate, running_on, wait_clean
 from tests.lab.test_confinement import READ, rewrite
 from tests.lab.test_killed_dump import injected, killer
+from tests.lab.waiting import wait_until
 
 SPEC: Final = ContainerSpec("un1", "memory", memory_mib=24, address="10.77.0.92/24", address6=None)
 # See MEMORY in test_killed_dump.
@@ -85,8 +86,15 @@ def guest(lab: Lab, spec: ContainerSpec) -> Iterator[Resident]:
         rewrite(host, spec.name, map_ids)
         of_link = (host_device(spec.name), spec.hardware_address, spec.address)
         host.run(["sh", "-c", START, "start", spec.name, bundle_path(spec.name), *of_link])
+        wait_until("its server listens", lambda: listens(host, spec))
         client = stack.enter_context(start_probe("lines", spec.ip, spec.port, host=lab.client))
         yield Resident(lab, spec, client)
+
+
+def listens(host: Host, spec: ContainerSpec) -> bool:
+    """Asked of the kernel: its one client is yet to come."""
+    entered = ["nsenter", "--net", "--target", str(pid(host, spec.name))]
+    return bool(host.run([*entered, "ss", "-Hltn", "sport", "=", f":{spec.port}"]).stdout)
 
 
 def map_ids(config: dict[str, Any]) -> None:
