@@ -33,28 +33,29 @@ def mount_tmpfs(directory: Path, size_bytes: int) -> None:
     It allows execution, which /run may not: the gate and the hook are programs in it.
     """
     options = f"mode=0700,size={size_bytes}{',noswap' if keeps_from_swap() else ''}".encode()
-    flags = _MS_NOSUID | _MS_NODEV
-    if _libc.mount(b"tmpfs", os.fsencode(directory), b"tmpfs", flags, options) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"mounting a tmpfs on {directory}: {os.strerror(code)}")
+    _mount("tmpfs", directory, b"tmpfs", _MS_NOSUID | _MS_NODEV, options)
 
 
 def mount_empty(directory: Path) -> None:
     """Mount a tmpfs that nobody can write to, with the options it has by default. Mounts of it
     elsewhere stay when this one goes: it is nobody's peer. Raises OSError."""
-    where = os.fsencode(directory)
-    is_mounted = _libc.mount(b"tmpfs", where, b"tmpfs", _MS_RDONLY, None) == 0
-    if not is_mounted or _libc.mount(None, where, None, _MS_PRIVATE, None) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"mounting a tmpfs on {directory}: {os.strerror(code)}")
+    _mount("tmpfs", directory, b"tmpfs", _MS_RDONLY)
+    _mount("none", directory, None, _MS_PRIVATE)
 
 
 def mount_again(directory: Path, on: Path) -> None:
     """Have what is in `directory` in the directory `on` too; its file system stays until it is
     unmounted from both. Raises OSError."""
-    if _libc.mount(os.fsencode(directory), os.fsencode(on), None, _MS_BIND, None) != 0:
+    _mount(directory, on, None, _MS_BIND)
+
+
+def _mount(
+    what: Path | str, on: Path, kind: bytes | None, flags: int, options: bytes | None = None
+) -> None:
+    """mount(2). Raises OSError."""
+    if _libc.mount(os.fsencode(what), os.fsencode(on), kind, flags, options) != 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"mounting {directory} on {on}: {os.strerror(code)}")
+        raise OSError(code, f"mounting {what} on {on}: {os.strerror(code)}")
 
 
 @cache
