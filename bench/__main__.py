@@ -39,8 +39,9 @@ TITLE: Final = """\
 
 Made by `python -m bench report` of `results.jsonl`. A container is moved between two lab hosts
 while a client asks it 1,000 times a second over one TCP connection; its gap is the longest time
-between two answers, over the whole move. Medians, and p95 by nearest rank; every move's memory was
-verified.
+between two answers, over the whole move. Of a container of memory a second client asks by
+datagrams, which nobody sends again, and a thread of the container looks at the clock each ms.
+Medians, and p95 by nearest rank; every move's memory was verified.
 
 ![Downtime against memory](downtime.png)
 

@@ -40,6 +40,8 @@ PORTS: Final = {
 }
 CLIENTS: Final = {"redis": "redis", "nginx": "http", "web": "http"}
 """What a workload speaks (bench/probe.py); the others answer lines."""
+TICKING: Final = ("memory",)
+"""These answer datagrams too."""
 PORT_ANNOTATION: Final = "dolly.port"
 """Tells `start`, from the bundle alone, what to wait for."""
 RUNTIME_ANNOTATION: Final = "dolly.runtime"
@@ -142,6 +144,11 @@ class ContainerSpec:
     def client(self) -> str:
         """The kind of bench.probe that it answers."""
         return CLIENTS.get(self.workload, "lines")
+
+    @property
+    def ticks(self) -> bool:
+        """Whether it answers bench.probe's datagrams too."""
+        return self.workload in TICKING
 
     @property
     def ip(self) -> str:

@@ -1,12 +1,15 @@
 """The client that must not notice: one TCP connection, opened once, never opened again.
 
-    python3 -m bench.probe lines|redis|http ADDRESS PORT [--rate N] [--seconds N] [--drain-s N]
+    python3 -m bench.probe KIND ADDRESS PORT [--rate N] [--seconds N] [--drain-s N]
 
 Requests go out at a fixed rate without waiting for answers, so that packets are in flight whenever
 the container stops. Every answer must be the exact next one. Output: the line "connected" when the
 first answer has come, and at the end one line of JSON (`Report`). It ends after a line on standard
 input (or its end), SIGTERM or SIGINT; then no more requests are sent and the answers still missing
 are awaited for --drain-s. Exit status 0: nothing was lost, reordered, doubled or reset.
+
+KIND is lines, redis or http; `ticks` are datagrams: what is lost of them stays lost, so that their
+gap has no retransmission in it. That breaks nothing, but the report is not clean either.
 
 It runs in a process of its own, so that nothing else delays its clock, and in the network namespace
 of a client. `ProbeProcess` (bench/probe_process.py) starts and stops it.
@@ -15,6 +18,7 @@ of a client. `ProbeProcess` (bench/probe_process.py) starts and stops it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -34,13 +38,14 @@ from bench.probe_accounting import (
     HttpAnswers,
     LineAnswers,
     RedisAnswers,
+    TickAnswers,
 )
 from bench.workloads.resp import RespError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-KINDS = ("lines", "redis", "http")
+KINDS = ("lines", "redis", "http", "ticks")
 CONNECT_S = 5.0
 RATE_PER_S = 1000.0
 DRAIN_S = 10.0
@@ -86,6 +91,14 @@ class Report:
             and not self.resets
             and not self.error
         )
+
+
+def connect_datagrams(address: str, port: int) -> socket.socket:
+    """A socket that hears nobody else. Raises OSError."""
+    connection = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    connection.connect((address, port))
+    connection.setblocking(False)
+    return connection
 
 
 def connect(address: str, port: int, deadline_s: float = CONNECT_S) -> socket.socket:
@@ -136,7 +149,7 @@ class Probe:
             if drain_until_s is None:
                 next_send_s = self._queue_due(now_s, next_send_s)
                 wait_s = min(next_send_s - now_s, IDLE_S)
-            elif self._answers.order.received >= self._sent or now_s >= drain_until_s:
+            elif self._answers.order.is_complete(self._sent) or now_s >= drain_until_s:
                 break
             else:
                 wait_s = min(drain_until_s - now_s, IDLE_S)
@@ -212,7 +225,7 @@ class Probe:
     def _report(self, begin_s: float) -> Report:
         end_s = self._clock()
         order = self._answers.order
-        if order.received < self._sent:
+        if not order.is_complete(self._sent):
             self._gaps.unanswered(end_s)
         return Report(
             sent=self._sent,
@@ -232,10 +245,26 @@ class Probe:
         )
 
 
+class TickProbe(Probe):
+    """The same with a datagram for each request, whatever becomes of it."""
+
+    def _send(self) -> None:
+        for request in self._unsent.splitlines(keepends=True):
+            # Refused while nobody has the port; no room in the socket.
+            with contextlib.suppress(OSError):
+                self._connection.send(request)
+        self._unsent.clear()
+
+    def _lost(self, error: str) -> None:
+        """There is no connection that could break."""
+
+
 def answers_for(kind: str) -> Answers:
-    """The wire format of a workload: "redis", "http", or "lines" for all the others."""
+    """The wire format of a workload: "redis", "http", "ticks", or "lines" for all the others."""
     if kind == "lines":
         return LineAnswers()
+    if kind == "ticks":
+        return TickAnswers()
     if kind == "http":
         return HttpAnswers("dolly")
     # A key of its own: the first answer is 1 whatever ran before on the same server.
@@ -268,13 +297,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--drain-s", type=float, default=DRAIN_S)
     options = parser.parse_args(arguments)
     stop_fds = stop_descriptors()
+    is_ticks = options.kind == "ticks"
     try:
-        connection = connect(options.address, options.port)
+        connection = (connect_datagrams if is_ticks else connect)(options.address, options.port)
     except OSError as error:
         print(json.dumps(asdict(Report(error=f"connecting: {error!r}"))), flush=True)
         return 2
     with connection:
-        probe = Probe(
+        probe = (TickProbe if is_ticks else Probe)(
             connection,
             answers_for(options.kind),
             rate_per_s=options.rate,

@@ -3,6 +3,7 @@
 Three wire formats are known. In each the n-th answer on a connection must carry exactly n::
 
     lines (bench/workloads/line_server.h)   "17\\n"               ->  "17 90210\\n"
+    ticks (the same in datagrams)           one may be lost, none may be late or come twice
     redis                                   INCR probe:<unique>   ->  ":17\\r\\n"
     http (nginx, bench/workloads/web.py)    GET /17 HTTP/1.1      ->  200, body "17 /17\\n"
 
@@ -60,6 +61,24 @@ class OrderChecker:
         if len(self.violations) < LISTED_MAX:
             self.violations.append((self._next, number))
 
+    def is_complete(self, sent: int) -> bool:
+        """Whether no answer to so many requests is to be waited for."""
+        return self.received >= sent
+
+
+class LossyOrder(OrderChecker):
+    """Every number must be greater than its predecessor."""
+
+    def check(self, number: int) -> None:
+        self.received += 1
+        if number < self._next:
+            self.violate(number)
+        self._next = max(self._next, number + 1)
+
+    def is_complete(self, sent: int) -> bool:
+        """Whether the last one is answered: what is missing before it is lost."""
+        return self._next > sent
+
 
 class Answers(Protocol):
     """One wire format."""
@@ -76,7 +95,7 @@ class LineAnswers:
     """The line protocol of bench/workloads/line_server.h."""
 
     def __init__(self) -> None:
-        self.order = OrderChecker()
+        self.order: OrderChecker = OrderChecker()
         self._rest = b""
         self._counter = 0
 
@@ -97,6 +116,14 @@ class LineAnswers:
                 self.order.violate(number)
             self._counter = counter
         return len(lines)
+
+
+class TickAnswers(LineAnswers):
+    """The same in datagrams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = LossyOrder()
 
 
 class RedisAnswers:

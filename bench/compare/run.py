@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -17,7 +18,7 @@ from bench.demo import Workload
 from bench.lab.errors import LabError
 from bench.lab.lab import Lab
 from bench.load import Load
-from bench.probe_process import ProbeError, ProbeProcess, start_probe
+from bench.probe_process import ProbeError, ProbeProcess, run_module, start_probe
 from bench.soak_samples import wait_settled
 
 if TYPE_CHECKING:
@@ -50,7 +51,10 @@ class Row(msgspec.Struct, frozen=True, tag="row"):
     """One run. client_gap_ms: the longest time between two answers on the client's one connection.
     wire_mib: what A sent on its link from the begin of the move to its end, the client's part
     included. throughput: of a load besides the client, if there was one. outcome "lost": the client
-    or the memory missed something."""
+    or the memory missed something. Where the workload answers datagrams, a client that sends one
+    each ms has udp_gap_ms, which no retransmission is in; udp_lost had no answer, udp_doubled more
+    than one. still_ms: the longest that a thread of the container which should run each ms did not,
+    by the wall clock."""
 
     system: str
     workload: str
@@ -66,6 +70,10 @@ class Row(msgspec.Struct, frozen=True, tag="row"):
     parts_ms: dict[str, float] = {}
     facts: dict[str, Any] = {}
     throughput: Around | None = None
+    udp_gap_ms: float | None = None
+    udp_lost: int | None = None
+    udp_doubled: int | None = None
+    still_ms: float | None = None
 
 
 def conditions(lab: Lab) -> Conditions:
@@ -131,10 +139,17 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
     if workload.writer is not None:
         stack.enter_context(workload.writer)
     probe = stack.enter_context(start_probe(spec.client, spec.ip, spec.port, host=client))
+    ticks = (
+        stack.enter_context(start_probe("ticks", spec.ip, spec.port, host=client))
+        if spec.ticks
+        else None
+    )
     for host in scene.lab.hosts:
         wait_settled(host)
     load = stack.enter_context(_load(scene, workload)) if workload.kind == "redis" else None
     time.sleep(BEFORE_S)
+    if spec.ticks:
+        _longest_still_ms(scene)  # and forgotten
     begun_s = time.monotonic()
     sent_bytes = _sent_bytes(scene.source)
     moved = system.move(scene)
@@ -142,6 +157,8 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
     time.sleep(AFTER_S)
     throughput = _throughput(load, begun_s) if load is not None else None
     seen = probe.stop()
+    ticked = ticks.stop() if ticks is not None else None
+    still_ms = _longest_still_ms(scene) if spec.ticks else None
     verified = workload.verify(client)
     is_whole = seen.clean and verified
     return msgspec.structs.replace(
@@ -156,7 +173,21 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
         parts_ms=moved.parts_ms,
         facts=moved.facts,
         throughput=throughput,
+        udp_gap_ms=ticked.gap_max_ms if ticked else None,
+        udp_lost=ticked.sent - (ticked.received - ticked.out_of_order) if ticked else None,
+        udp_doubled=ticked.out_of_order if ticked else None,
+        still_ms=still_ms,
     )
+
+
+def _longest_still_ms(scene: Scene) -> float:
+    """Since it was asked last. Raises LabError or ProbeError."""
+    spec = scene.spec
+    said = run_module(scene.lab.client, "bench.workloads.ask", spec.ip, str(spec.port), "STATS")
+    found = re.search(r"\bwall_pause_us=(\d+)", said)
+    if found is None:
+        raise ProbeError(f"the container says {said!r}")
+    return int(found[1]) / 1000
 
 
 def _load(scene: Scene, workload: Workload) -> ProbeProcess:

@@ -5,6 +5,7 @@
  *     lines_serve(port, handler)     never returns; handler(line, reply) is called for every line
  *     reply_add(reply, "fmt", …)     adds to the answer; sent when the lines read so far are done
  *     reply_sequence(line, reply)    answers a line that is a number: what every workload does
+ *     ticks_serve(port)              such lines in datagrams over IPv4, by a thread of its own
  *
  * The answer to "<number>" is "<number> <count>": how many of these the server has answered to all
  * clients. It grows strictly, so a server that was restarted or set back gives itself away.
@@ -37,6 +38,8 @@ enum {
 	CLIENTS_MAX = 128,           /* threads; a further client is closed at once */
 	CLIENT_STACK_BYTES = 256 * 1024,
 	LISTEN_BACKLOG = 64,
+	TICK_BYTES_MAX = 512, /* a datagram; its answer fits into REPLY_BYTES_MAX, one of a few lines
+	                       * into a frame */
 };
 
 struct reply {
@@ -105,6 +108,11 @@ static inline int reply_sequence(const char *line, struct reply *reply)
 	reply_add(reply, "%s %llu\n", line,
 	          (unsigned long long)atomic_fetch_add(&lines_answered, 1) + 1);
 	return 1;
+}
+
+static inline void reply_tick(const char *line, struct reply *reply)
+{
+	reply_sequence(line, reply);
 }
 
 /* Calls the handler for every complete line; returns the bytes consumed, -1 for too long a line. */
@@ -213,6 +221,38 @@ __attribute__((noreturn)) static inline void lines_serve(int port, line_handler 
 			if (listeners[i].revents & POLLIN)
 				lines_accept(listeners[i].fd, handler);
 	}
+}
+
+/* Nothing here is sent again when it is lost: a client hears for how long nobody answered. */
+static inline void *ticks_thread(void *argument)
+{
+	struct line_client server = {.fd = *(int *)argument, .handler = reply_tick};
+	struct sockaddr_in from;
+	char bytes[TICK_BYTES_MAX];
+
+	for (;;) {
+		socklen_t size = sizeof from;
+		ssize_t n = recvfrom(server.fd, bytes, sizeof bytes, 0, (void *)&from, &size);
+		if (n <= 0)
+			continue; /* a signal, or an error of an earlier answer, which is the client's loss */
+		server.reply.used = 0;
+		lines_consume(&server, bytes, (size_t)n);
+		sendto(server.fd, server.reply.bytes, server.reply.used, 0, (void *)&from, size);
+	}
+	return NULL;
+}
+
+static inline void ticks_serve(int port)
+{
+	static int fd; /* for as long as the thread lives */
+	struct sockaddr_in here = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
+	pthread_t thread;
+
+	fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (fd < 0 || bind(fd, (void *)&here, sizeof here))
+		die("bind");
+	if (pthread_create(&thread, NULL, ticks_thread, &fd))
+		die("pthread_create");
 }
 
 /* A number of the command line within its limits, or the end of the program with a message. */

@@ -21,6 +21,8 @@
  *     STATS        ->  STATS pause_us=N wall_pause_us=N dirtied=PAGES rate_mib_s=N answers=N
  *     CORRUPT      ->  CORRUPT ok address=A         flips a bit of the last page; again: flips back
  *
+ * Sequences are answered in datagrams too, on the same port number.
+ *
  * pause_us is the longest pause of a 1 ms ticker since the last STATS. CRIU restores a process into
  * a time namespace in which CLOCK_MONOTONIC goes on from the dump, so a migration does not appear
  * there; wall_pause_us is the same by CLOCK_REALTIME, where it does.
@@ -380,5 +382,6 @@ int main(int argc, char **argv)
 	fill();
 	start(writer_thread);
 	start(ticker_thread);
+	ticks_serve(port);
 	lines_serve(port, answer_line); /* the port opens when the memory is ready */
 }

@@ -9,13 +9,14 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.probe import Probe, Report, connect
+from bench.probe import Probe, Report, TickProbe, connect, connect_datagrams
 from bench.probe_accounting import (
     LISTED_MAX,
     LONG_GAP_MS,
@@ -26,6 +27,7 @@ from bench.probe_accounting import (
     LineAnswers,
     OrderChecker,
     RedisAnswers,
+    TickAnswers,
 )
 from bench.probe_process import ROOT, ProbeError, ProbeProcess, start_probe
 from tests.bench.fake_server import FakeServer, lines
@@ -57,6 +59,18 @@ def test_violations_tell_what_was_expected() -> None:
         order.check(number)
     assert order.out_of_order == 2
     assert order.violations == [(3, 4), (6, 5)]
+
+
+def test_ticks_may_be_lost_but_not_late_or_doubled() -> None:
+    ticks = TickAnswers()
+    ticks.feed(b"3 1\n")
+    ticks.feed(b"7 2\n")
+    assert ticks.order.out_of_order == 0
+    assert ticks.order.is_complete(7)
+    assert not ticks.order.is_complete(8)
+    for late in (b"7 3\n", b"5 4\n"):
+        ticks.feed(late)
+    assert ticks.order.violations == [(8, 7), (8, 5)]
 
 
 def test_violations_are_counted_beyond_those_listed() -> None:
@@ -341,18 +355,67 @@ def test_requests_wait_for_nobody_but_memory_is_bounded(monkeypatch: pytest.Monk
         end.close()
 
 
+LOST, DOUBLED, LAST = range(20, 60), 80, 120
+
+
+def answer_datagrams(server: socket.socket, stop_writer: int) -> None:
+    """Until an empty one; the probe is told to stop with the last one that matters."""
+    counter = 0
+    while datagram := (heard := server.recvfrom(100))[0]:
+        number = int(datagram)
+        for _ in range(0 if number in LOST else 1 + (number == DOUBLED)):
+            counter += 1
+            server.sendto(b"%d %d\n" % (number, counter), heard[1])
+        if number == LAST:
+            os.write(stop_writer, b"x")
+
+
+def test_ticks_that_are_lost_break_nothing() -> None:
+    stop_reader, stop_writer = os.pipe()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(20)
+        thread = threading.Thread(target=answer_datagrams, args=(server, stop_writer))
+        thread.start()
+        with connect_datagrams(*server.getsockname()) as connection:
+            # Slowly enough for the sockets, also when it has to catch up.
+            report = TickProbe(connection, TickAnswers(), rate_per_s=500.0).run([stop_reader])
+            connection.send(b"")
+        thread.join()
+    os.close(stop_reader)
+    os.close(stop_writer)
+    assert report.sent - report.received == len(LOST) - 1
+    assert report.violations == [(DOUBLED + 1, DOUBLED)]
+    assert (report.resets, report.error) == (0, "")
+
+
+def test_ticks_to_nobody_are_lost() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address, port = nobody.getsockname()
+    with connect_datagrams(address, port) as connection:
+        probe = TickProbe(connection, TickAnswers(), rate_per_s=RATE_PER_S, drain_s=0.05)
+        report = probe.run([], 0.1)
+    assert report.sent > 0
+    assert (report.received, report.resets, report.error) == (0, 0, "")
+
+
 # ---- as a process ----
 
 
 def test_process_reports_a_clean_run(start_workload: StartWorkload) -> None:
     memory = start_workload("memory", "PORT", "1", "0")
-    with start_probe("lines", "::1", memory.port) as probe:
+    with (
+        start_probe("lines", "::1", memory.port) as probe,
+        start_probe("ticks", "127.0.0.1", memory.port) as ticks,
+    ):
         assert probe.alive()
         answers_before = memory.ask("STATS")[0]
-        report = probe.stop()
+        reports = probe.stop(), ticks.stop()
     assert "answers=0" not in answers_before
-    assert report.clean, report
-    assert report.gap_p50_ms <= report.gap_p95_ms <= report.gap_max_ms
+    for report in reports:
+        assert report.clean, report
+        assert report.gap_p50_ms <= report.gap_p95_ms <= report.gap_max_ms
 
 
 def test_process_ends_when_the_server_does(start_workload: StartWorkload) -> None:

@@ -44,6 +44,9 @@ def test_every_way_moves_a_container_and_leaves_nothing() -> None:
     done, lost = rows[:3], rows[3]
     assert [row.outcome for row in done] == ["done"] * 3, rows
     assert all(row.client_gap_ms and row.wire_mib and row.wire_mib > 4.0 for row in done)
+    # The third does nothing for its client's packets meanwhile.
+    assert done[2].udp_lost
+    assert all(row.udp_gap_ms and row.still_ms for row in done)
     assert lost.outcome in ("lost", "failed")
     assert set(rows[0].parts_ms) >= {"dump", "restore"}
     assert rows[0].facts["predicted_downtime_ms"]
