@@ -22,7 +22,7 @@ import contextlib
 import secrets
 import socket
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 import structlog
@@ -31,7 +31,7 @@ from criu_glue import images
 from criu_glue.errors import CriuGlueError
 from migrate import config, copy_identity, preflight, progress, recovery
 from migrate.capturing import Capturing, send
-from migrate.copies_wanted import in_ranges, readdressed
+from migrate.copies_wanted import in_ranges, others, readdressed
 from migrate.copy_session import CopySession
 from migrate.copying import Rounds
 from migrate.core.clock_relation import ClockRelation
@@ -44,6 +44,8 @@ from migrate.errors import (
     MigrateError,
     NotConverging,
     PreflightRefused,
+    SessionRefused,
+    UsageError,
     remedy_of,
     runs_on,
 )
@@ -66,7 +68,9 @@ if TYPE_CHECKING:
     from migrate.copies_wanted import Alike, Wanted
     from migrate.copy_identity import CopyIdentity
     from migrate.core.confinement import Confinements
+    from migrate.core.messages import SessionOpened
     from migrate.facts import ContainerFacts
+    from migrate.network_identity import IP
     from migrate.options import Options
     from migrate.progress import Observer
     from migrate.report import Outcome
@@ -75,6 +79,9 @@ if TYPE_CHECKING:
     from migrate.undertaking import Entry
 
 log = structlog.get_logger()
+
+# Copies that others make at the same time from the same range get some of its addresses.
+READDRESSED_MAX: Final = 8
 
 _T = TypeVar("_T")
 
@@ -106,6 +113,8 @@ class Cloning:
         self._builder = ReportBuilder(migration_id, options.container, self._host, options.target)
         self._first = FirstSteps(options, runtime, paths, self._host, self._builder, observer)
         self._begun = Undertaking(migration_id, runtime, paths, self._host)
+        # Addresses of ranges.
+        self._taken: set[IP] = set()
         self._entries: list[Entry] = []
         self._sessions: list[CopySession] = []
         self._hosts: list[HostCopies] = []
@@ -256,8 +265,10 @@ class Cloning:
             return
         # Without such a bridge here nothing is known; the targets look for themselves.
         with contextlib.suppress(FileNotFoundError):
-            taken = await asyncio.to_thread(preflight.taken_addresses, facts.network, candidates)
-            self._wanted = readdressed(self._wanted, pools, taken)
+            self._taken = await asyncio.to_thread(
+                preflight.taken_addresses, facts.network, candidates
+            )
+            self._wanted = readdressed(self._wanted, pools, self._taken)
 
     async def _enter_all(self) -> None:
         """Each copy has an entry in the journal, the first one that of the freeze."""
@@ -287,10 +298,41 @@ class Cloning:
 
     async def _open_on(self, host: HostCopies, facts: ContainerFacts) -> None:
         async def open_one(copy: CopySession) -> None:
-            opened = await copy.open(self._first.request(facts, copy.entry, copy.identity))
+            opened = await self._ask(copy, facts)
             await self._first.heard(copy.entry, opened, copy.link.port)
 
         await host.each(open_one)
+
+    async def _ask(self, copy: CopySession, facts: ContainerFacts) -> SessionOpened:
+        """With another address of its range when the target has found its own taken. Raises what
+        the target refused at last."""
+        for _ in range(READDRESSED_MAX):
+            try:
+                return await copy.open(self._first.request(facts, copy.entry, copy.identity))
+            except SessionRefused as refused:
+                if any(code != "address-taken" for code, _, _ in refused.refusals):
+                    raise
+                if not self._readdress(copy, facts):
+                    raise
+        return await copy.open(self._first.request(facts, copy.entry, copy.identity))
+
+    def _readdress(self, copy: CopySession, facts: ContainerFacts) -> bool:
+        """Give the copy other addresses; whether there are any."""
+        name = copy.identity.name
+        wanted = {one.name: one for one in self._wanted}
+        self._taken.update(address for one in self._wanted for address in one.addresses)
+        own = wanted[name].addresses
+        try:
+            addresses = others(self._alike.pools, own, self._taken)
+        except UsageError:
+            return False
+        if addresses == own:
+            return False
+        wanted[name] = replace(wanted[name], addresses=addresses)
+        self._wanted = tuple(wanted.values())
+        fresh = copy_identity.identity_of(facts.network, name, addresses)
+        copy.identity = replace(copy.identity, network=fresh.network, renamed=fresh.renamed)
+        return True
 
     async def _begin_rounds(self, facts: ContainerFacts) -> Rounds:
         self._phase = "precopy"

@@ -1,14 +1,17 @@
-"""Which copies are asked for: how many, where, by which names and addresses. Pure.
+"""Which copies are asked for: how many, where, by which names and addresses. Pure, but for the
+choice of another address.
 
 --to B,C --count 5 --name lamb-{n} --ip 10.0.0.10-10.0.0.19/24
     lamb-1 on B 10.0.0.10, lamb-2 on C 10.0.0.11, lamb-3 on B 10.0.0.12, …
 
-Of a range, what turns out to be taken is left out (`readdressed`).
+Of a range, what turns out to be taken is left out (`readdressed`), also what turns out to be when
+a copy is asked for (`others`).
 """
 
 from __future__ import annotations
 
 import ipaddress
+import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -83,6 +86,23 @@ def readdressed(
         replace(copy, addresses=tuple(family[at] for family in families if family))
         for at, copy in enumerate(copies)
     )
+
+
+def others(pools: Sequence[Pool], own: Sequence[IP], taken: Collection[IP]) -> tuple[IP, ...]:
+    """In place of a copy's own addresses, those of ranges, some that are not in `taken`: any, so
+    that two who have met at one address do not go on side by side. Raises UsageError when there are
+    no more."""
+    ranges = in_ranges(pools)
+    found = []
+    for address in own:
+        if address not in ranges:
+            found.append(address)
+            continue
+        free = [one for one in ranges if one.version == address.version and one not in taken]
+        if not free:
+            raise UsageError(f"{address} is taken, and no other of its range is free")
+        found.append(secrets.choice(free))
+    return tuple(found)
 
 
 def in_ranges(pools: Sequence[Pool]) -> list[IP]:

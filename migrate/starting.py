@@ -34,29 +34,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from criu_glue.core.pagemap import PageRuns
-    from migrate import config
-    from migrate.copies_wanted import Alike, Wanted
     from migrate.errors import MigrateError
-    from migrate.options import Options
-    from migrate.progress import Observer
     from migrate.runtimes.base import Runtime
 
 
 class Starting(Cloning):
     """See the module. `options.container` is the one that is kept."""
 
-    def __init__(
-        self,
-        options: Options,
-        kept: Kept,
-        wanted: Sequence[Wanted],
-        alike: Alike,
-        runtime: Runtime,
-        paths: config.HostPaths,
-        observer: Observer,
-        migration_id: str,
-    ) -> None:
-        super().__init__(options, wanted, alike, runtime, paths, observer, migration_id)
+    def __init__(self, kept: Kept, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self._kept = kept
 
     async def _steps(self) -> None:

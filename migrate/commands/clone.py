@@ -224,7 +224,7 @@ def starting(
     options = Options(name, hosts, **asked)
     driver = known.drivers()[kept.about.request.runtime]
     return partial(
-        Starting, options, kept, wanted, alike, driver, paths, migration_id=new_migration_id()
+        Starting, kept, options, wanted, alike, driver, paths, migration_id=new_migration_id()
     )
 
 

@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 
-from migrate.copies_wanted import Pool, Wanted, in_ranges, readdressed, wanted_copies
+from migrate.copies_wanted import Pool, Wanted, in_ranges, others, readdressed, wanted_copies
 from migrate.core.messages import MAX_COPIES
 from migrate.errors import MigrateError
 
@@ -97,3 +97,13 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(MigrateError, match=match):
         wanted(hosts, count, pattern, given)
+
+
+def test_what_turns_out_to_be_taken_is_replaced_by_another_of_the_range() -> None:
+    pools = [Pool.parse(text) for text in ("10.0.0.7-10.0.0.9", "fd00::7", "fd00::a-fd00::b")]
+    own = [ipaddress.ip_address(text) for text in ("10.0.0.7", "fd00::7")]
+    taken = {*own, ipaddress.ip_address("10.0.0.8")}
+    # The one that was given by itself stays, whoever has it.
+    assert list(map(str, others(pools, own, taken))) == ["10.0.0.9", "fd00::7"]
+    with pytest.raises(MigrateError, match="no other of its range"):
+        others(pools, own, {*taken, ipaddress.ip_address("10.0.0.9")})
