@@ -21,7 +21,7 @@ from migrate.copies_wanted import Alike, Wanted
 from migrate.copying import Rounds
 from migrate.core.states import SourceState as S
 from migrate.driver import quietly
-from migrate.errors import PreflightRefused, TransferFailed, UsageError
+from migrate.errors import PreflightRefused, TransferFailed, UsageError, remedy_of
 from migrate.host_checks import space_refusals
 from migrate.identity import own_identity
 from migrate.memory_writer import MemoryWriter
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 # Of the manifest, of runs, and of what a target is told.
 _MORE_BYTES = 64 << 20
 _MORE_FILES = 1024
+_SEE_SPACE = "see how much is free there (df, df -i)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +116,20 @@ class Saving(Cloning):
         """Make of the directory's files what those of `source` are."""
         status, words = await run_rsync(options, source, str(self._place.rootfs), files)
         if status not in RSYNC_DONE:
-            raise TransferFailed(f"the root file system can't be kept: {words}")
+            raise TransferFailed(
+                f"the root file system can't be kept in {self._place.directory}: {words}",
+                remedy=_SEE_SPACE,
+            )
 
     async def _finish(self, rounds: Rounds, image_dir: Path, confinement: Confinements) -> None:
         self._enter("sign")
-        await asyncio.to_thread(self._seal, image_dir, confinement)
+        try:
+            await asyncio.to_thread(self._seal, image_dir, confinement)
+        except OSError as error:
+            raise TransferFailed(
+                f"{self._place.directory} can't be written: {error}",
+                remedy=remedy_of(error) or _SEE_SPACE,
+            ) from error
         # Whoever cancels it from here on is too late.
         self._is_told_to_run = True
         await asyncio.to_thread(self._place.directory.rename, self._keep.directory)

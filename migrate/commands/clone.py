@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from migrate import config
 from migrate.commands.copied_how import copied_how, host_and_port
@@ -198,6 +199,11 @@ def saving(
     is_for_fleet = target == "fleet"
     whose = socket.gethostname() if is_for_fleet or target is None else target
     keep = Keep(directory, whose, is_for_fleet, days)
+    context = click.get_current_context()
+    if context.get_parameter_source("on_stall") is not ParameterSource.COMMANDLINE:
+        # Nobody waits for the disk while the container stands still, so a slow one is no reason to
+        # slow the container.
+        asked = {**asked, "on_stall": "freeze"}
     options = Options(validate_name(name), whose, **asked)
     driver = _driver(name, runtime)
     return partial(

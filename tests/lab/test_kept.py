@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from bench.containers import ContainerSpec
@@ -41,13 +42,53 @@ def start_refused(host: Host, target: str, directory: str = KEPT) -> str:
     return done.stderr
 
 
-def begun(host: Host) -> dict[str, int]:
+def begun(host: Host, directory: str = KEPT) -> dict[str, int]:
     """Directories of saves that have not ended, and how many bytes of memory are in each."""
-    found = host.path("/var/lib").glob(f"{Path(KEPT).name}.unfinished-*")
+    kept = Path(directory)
+    found = host.path(kept.parent).glob(f"{kept.name}.unfinished-*")
     return {
-        f"/var/lib/{one.name}": sum(file.stat().st_size for file in one.glob("memory/*.pages"))
+        str(kept.with_name(one.name)): sum(
+            file.stat().st_size for file in one.glob("memory/*.pages")
+        )
         for one in found
     }
+
+
+@contextlib.contextmanager
+def disk(host: Host, mib: int) -> Iterator[str]:
+    """A file system of that size."""
+    directory = "/mnt/small"
+    host.run(["mkdir", "-p", directory])
+    host.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "small", directory])
+    try:
+        yield directory
+    finally:
+        # A save that a test has failed over may still be at work there.
+        host.run(["umount", "--lazy", directory])
+
+
+def test_a_disk_that_fills_up_ends_a_save(new_lab: Callable[..., Lab]) -> None:
+    """In the middle of it, by somebody else: the container runs on, and nothing of it is left."""
+    lab = new_lab(["A"])
+    source = lab.host("A")
+    spec = replace(SPEC, memory_mib=64)
+    with resident(lab, spec) as guest, disk(source, 256) as directory:
+        save_to = f"{directory}/kept"
+        # A quarter of its memory is written at once, and the next one seconds later.
+        filled = clone(source, spec.name, "--save", save_to, "--bandwidth", "4")
+        wait_until("memory is written", lambda: any(begun(source, save_to).values()))
+        source.run(["sh", "-c", 'cat /dev/zero >"$0/filler"', directory], check=False)
+        done = filled.finish()
+        assert done.code == 1, done
+        assert f"{directory}/kept" in done.stderr
+        assert "No space left on device" in done.stderr
+        assert "container: runs on A" in done.stderr
+        assert "free space there" in done.stderr
+        assert [one.name for one in source.path(directory).iterdir()] == ["filler"]
+        wait_clean(source, spec.name)
+        guest.verify()
+        guest.wait_answers()
+        assert guest.stop_probe().clean
 
 
 def test_a_save_that_is_killed_leaves_nothing(new_lab: Callable[..., Lab]) -> None:

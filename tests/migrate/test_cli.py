@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from migrate.cli import cli
+from migrate.commands import clone
 
 COMMANDS = {
     *("agent", "ca", "cancel", "clone", "container", "hosts", "identity", "log", "once"),
@@ -49,3 +52,26 @@ def test_what_starts_often_imports_little(module: str, allowed: set[str]) -> Non
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert HEAVY & set(done.stdout.split()) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--save", "/nowhere/kept"], "freeze"),
+        (["--save", "/nowhere/kept", "--on-stall", "throttle"], "throttle"),
+        (["--to", "B"], "throttle"),
+    ],
+)
+def test_a_slow_disk_slows_no_container_unless_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], expected: str
+) -> None:
+    made: list[Any] = []
+
+    def carry_out(make: Any, *_: object) -> SimpleNamespace:
+        made.append(make.args[0].on_stall)
+        return SimpleNamespace(copies=())
+
+    monkeypatch.setattr(clone, "carry_out", carry_out)
+    command = ["clone", "ewe", "--runtime", "runc", *words]
+    CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert made == [expected]
