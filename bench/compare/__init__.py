@@ -6,6 +6,7 @@
     by_runc.py   stop-and-copy, and CRIU's own post-copy, as shell scripts around runc
     by_podman.py Podman's checkpoint, export and restore
     run.py       one measurement, from the outside, as one line of JSON
+    cost.py      what that took of the hosts
     tables.py    medians and percentiles of those lines
     plots.py     the same as pictures
 

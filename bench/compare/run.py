@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
+from bench.compare.cost import Cost, CostMeter
 from bench.compare.systems import ImpossibleError, MoveError, Scene
 from bench.compare.throughput import Around, around
 from bench.containers import ContainerError
@@ -54,7 +55,7 @@ class Row(msgspec.Struct, frozen=True, tag="row"):
     or the memory missed something. Where the workload answers datagrams, a client that sends one
     each ms has udp_gap_ms, which no retransmission is in; udp_lost had no answer, udp_doubled more
     than one. still_ms: the longest that a thread of the container which should run each ms did not,
-    by the wall clock."""
+    by the wall clock. costs: what the move took of each host, by its name."""
 
     system: str
     workload: str
@@ -74,6 +75,7 @@ class Row(msgspec.Struct, frozen=True, tag="row"):
     udp_lost: int | None = None
     udp_doubled: int | None = None
     still_ms: float | None = None
+    costs: dict[str, Cost] = {}
 
 
 def conditions(lab: Lab) -> Conditions:
@@ -152,7 +154,9 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
         _longest_still_ms(scene)  # and forgotten
     begun_s = time.monotonic()
     sent_bytes = _sent_bytes(scene.source)
-    moved = system.move(scene)
+    with CostMeter(*scene.lab.hosts) as meter:
+        moved = system.move(scene)
+        costs = meter.costs()
     sent_bytes = _sent_bytes(scene.source) - sent_bytes
     time.sleep(AFTER_S)
     throughput = _throughput(load, begun_s) if load is not None else None
@@ -177,6 +181,7 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
         udp_lost=ticked.sent - (ticked.received - ticked.out_of_order) if ticked else None,
         udp_doubled=ticked.out_of_order if ticked else None,
         still_ms=still_ms,
+        costs=costs,
     )
 
 

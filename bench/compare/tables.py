@@ -96,6 +96,7 @@ def render(results: Results) -> str:
     for case, systems in by_case(results.rows).items():
         parts += [f"## {case}", _downtimes(systems)]
     parts += ["## What the downtime consists of", _breakdown(results.rows)]
+    parts += ["## What a move takes of the hosts", _costs(results.rows)]
     parts += ["## What had been predicted", _predictions(results.rows)]
     parts += ["## What a loaded Redis answers meanwhile", _throughputs(results.rows)]
     return "\n\n".join(parts) + "\n"
@@ -153,6 +154,33 @@ def _breakdown(rows: Iterable[Row]) -> str:
                     for name in names
                 )
                 lines.append(f"- {case}: **{system}**: {said} ms")
+    return "\n".join(lines)
+
+
+def _costs(rows: Iterable[Row]) -> str:
+    """Medians."""
+    lines = [
+        "What processes of the hosts other than the container used until the move was over:"
+        " processor time, anonymous memory and files on tmpfs, the most beyond what was before.",
+        "",
+        "| | n | source: CPU, s | memory, MiB | files, MiB | target: CPU, s | memory, MiB |"
+        " files, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case, systems in by_case(rows).items():
+        for system, of_system in systems.items():
+            costs = [row.costs for row in of_system if row.outcome == "done" and row.costs]
+            if not costs:
+                continue
+            cells = []
+            for host in ("A", "B"):
+                here = [one[host] for one in costs]
+                cells += [
+                    f"{statistics.median(one.cpu_s for one in here):.1f}",
+                    _median(one.memory_mib for one in here),
+                    _median(one.files_mib for one in here),
+                ]
+            lines.append(f"| {case}: {system} | {len(costs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

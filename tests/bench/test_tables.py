@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from bench.compare.cost import Cost
 from bench.compare.run import Conditions, Row
 from bench.compare.tables import ResultsError, Spread, predictions, read, render
 
@@ -57,6 +58,16 @@ def test_parts_and_predictions() -> None:
     text = render(read(lines(HERE, *rows)))
     assert "**ours**: dump 20, restore 5 ms" in text
     assert "Of 3 moves with pre-copy, the downtime of 2 was within 25 %" in text
+
+
+def test_costs_are_medians_of_each_host() -> None:
+    rows = [
+        row(
+            number, 50.0, costs={"A": Cost(number, 10.0, 0.0), "B": Cost(0.25, 20.0, 30.0 * number)}
+        )
+        for number in (1, 2, 4)
+    ]
+    assert "ours | 3 | 2.0 | 10 | 0 | 0.2 | 20 | 60 |" in render(read(lines(HERE, *rows)))
 
 
 @pytest.mark.parametrize(

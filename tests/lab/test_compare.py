@@ -47,6 +47,11 @@ def test_every_way_moves_a_container_and_leaves_nothing() -> None:
     # The third does nothing for its client's packets meanwhile.
     assert done[2].udp_lost
     assert all(row.udp_gap_ms and row.still_ms for row in done)
+    for row in done:
+        for cost in row.costs.values():
+            assert cost.cpu_s > 0
+        # The container's memory lies there in files, until it is the container's.
+        assert row.costs["B"].files_mib > 4
     assert lost.outcome in ("lost", "failed")
     assert set(rows[0].parts_ms) >= {"dump", "restore"}
     assert rows[0].facts["predicted_downtime_ms"]
