@@ -16,7 +16,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PAGE_BYTES: Final = 4096
 GIB: Final = 1 << 30
@@ -47,7 +50,11 @@ ROUND_TRIP_MS: Final = 1.0
 RATE_BYTES_MS: Final = 100.0 * (1 << 20) / 1000
 """100 MiB/s, a gigabit link, until a round has been measured."""
 RATE_SAMPLE_BYTES: Final = 16 << 20
-"""A round must be as large as this to say how fast the way is; smaller ones measure round trips."""
+"""A round must be as large as this to say how slow the way is; smaller ones measure round trips."""
+RATE_ROUNDS: Final = 3
+"""So many of the last rounds, smaller ones too, say together how fast the way is at least,"""
+RATE_BYTES_MIN: Final = 1 << 20
+"""if they are as large as this: less may be what a shaped link lets through at once."""
 MIN_DURATION_MS: Final = 0.1
 """Shorter ones are the clock's noise; also keeps divisions defined."""
 
@@ -200,14 +207,21 @@ class History:
     @property
     def rate_bytes_ms(self) -> float:
         """How fast pages with content are read, compared, compressed and sent, by all streams
-        together: of the last round that was large enough to tell, else of the largest."""
-        if not self.rounds:
+        together: of the last round that was large enough to tell, else of the largest.
+
+        What a round costs besides makes small ones look slow, never fast. So the last ones behind
+        that one count where they were faster: a container that is slowed leaves more of the
+        processor to them.
+        """
+        works = [_work_bytes(one) for one in self.rounds]
+        if not any(works):
             return RATE_BYTES_MS
-        for stats in reversed(self.rounds):
-            if _work_bytes(stats) >= RATE_SAMPLE_BYTES:
-                return _rate(stats)
-        largest = max(self.rounds, key=_work_bytes)
-        return _rate(largest) if _work_bytes(largest) else RATE_BYTES_MS
+        large = [number for number, work in enumerate(works) if work >= RATE_SAMPLE_BYTES]
+        telling = large[-1] if large else works.index(max(works))
+        rate, smaller = _rate([self.rounds[telling]]), self.rounds[telling + 1 :][-RATE_ROUNDS:]
+        if sum(map(_work_bytes, smaller)) < RATE_BYTES_MIN:
+            return rate
+        return max(rate, _rate(smaller))
 
     @property
     def overhead_ms(self) -> float:
@@ -386,8 +400,9 @@ def _duration(stats: RoundStats) -> float:
     return max(stats.duration_ms, MIN_DURATION_MS)
 
 
-def _rate(stats: RoundStats) -> float:
-    return _work_bytes(stats) / _duration(stats)
+def _rate(rounds: Sequence[RoundStats]) -> float:
+    """Of these rounds together."""
+    return sum(map(_work_bytes, rounds)) / sum(map(_duration, rounds))
 
 
 def _or(measured: float | None, prior: float) -> float:

@@ -122,6 +122,32 @@ def test_the_rate_is_that_of_the_last_round_that_was_large_enough() -> None:
     assert history((2, 1), (1, 10)).rate_bytes_ms == pytest.approx(2 * MIB)
 
 
+def test_small_rounds_count_together_where_they_are_faster() -> None:
+    assert history((1024, 1024), (2, 1), (1, 2)).rate_bytes_ms == pytest.approx(MIB)
+    assert history((1024, 1024), (2, 1), (1, 0.5)).rate_bytes_ms == pytest.approx(2 * MIB)
+    # Only the last ones, and none that the large one came after.
+    past = history((1024, 1024), (9, 1), (2, 1), (2, 1), (2, 1))
+    assert past.rate_bytes_ms == pytest.approx(2 * MIB)
+    assert history((9, 1), (1024, 1024), (1, 2)).rate_bytes_ms == pytest.approx(MIB)
+    # What a shaped link lets through at once says nothing.
+    assert history((1024, 1024), (0.2, 0.01), (0.2, 0.01)).rate_bytes_ms == pytest.approx(MIB)
+
+
+def test_a_redis_that_was_slowed_is_frozen_when_its_rounds_are_short() -> None:
+    """Of 256 MiB, between emulated machines (docs/facts.md): the more it was slowed the faster its
+    pages were sent, which only small rounds could show."""
+    past = history(
+        *((330.1, 105_050), (20.8, 3320), (6.3, 1150), (3.0, 660), (2.2, 380), (1.6, 310)),
+        *((1.5, 280), (1.4, 290), (5.5, 750), (2.4, 330)),
+    )
+    workload = Workload(memory_bytes=331 * MIB)
+    assert decide(past, workload, LIMITS).verdict is Verdict.STALLED
+    past.add(Round(pages(1.65 * MIB), 210))
+    decision = decide(past, workload, LIMITS)
+    assert decision.rate_bytes_s > 7 * MIB
+    assert decision.verdict is Verdict.FREEZE
+
+
 def test_zero_pages_do_not_make_the_way_look_faster() -> None:
     past = History([Round(pages(64 * MIB), 64, zero_pages=pages(GIB))])
     assert past.rate_bytes_ms == pytest.approx(MIB)
