@@ -63,13 +63,15 @@ STDIN = 0
 class Report:
     """What a client noticed. Gaps are times between successive answers, in ms.
 
-    `gaps_over_100_ms`: (beginning since the first answer, length). `started_monotonic_s`: the first
-    answer's time on the machine's CLOCK_MONOTONIC, to relate gaps to the phases of a migration.
+    `doubled`: of those out of order; known of `ticks`. `gaps_over_100_ms`: (beginning since the
+    first answer, length). `started_monotonic_s`: the first answer's time on the machine's
+    CLOCK_MONOTONIC, to relate gaps to the phases of a migration.
     """
 
     sent: int = 0
     received: int = 0
     out_of_order: int = 0
+    doubled: int = 0
     resets: int = 0
     gap_max_ms: float = 0.0
     gap_p50_ms: float = 0.0
@@ -231,6 +233,7 @@ class Probe:
             sent=self._sent,
             received=order.received,
             out_of_order=order.out_of_order,
+            doubled=order.doubled,
             resets=self._resets,
             gap_max_ms=round(self._gaps.max_ms, 3),
             gap_p50_ms=round(self._gaps.percentile_ms(0.50), 3),

@@ -3,7 +3,7 @@
 Three wire formats are known. In each the n-th answer on a connection must carry exactly n::
 
     lines (bench/workloads/line_server.h)   "17\\n"               ->  "17 90210\\n"
-    ticks (the same in datagrams)           one may be lost, none may be late or come twice
+    ticks (the same in datagrams)           one may be lost; late or twice is out of order
     redis                                   INCR probe:<unique>   ->  ":17\\r\\n"
     http (nginx, bench/workloads/web.py)    GET /17 HTTP/1.1      ->  200, body "17 /17\\n"
 
@@ -25,6 +25,8 @@ from bench.workloads.resp import Decoder, encode
 LONG_GAP_MS = 100.0
 """Gaps above this are listed one by one: far above a scheduler's hiccup, below a retransmission."""
 LISTED_MAX = 1000
+TICKS_MAX = 10_000_000
+"""Datagrams of one probe, a byte each: hours."""
 LINE_BYTES_MAX = 256
 HEAD_BYTES_MAX = 4096
 """Ten times what both servers send."""
@@ -46,6 +48,7 @@ class OrderChecker:
     def __init__(self) -> None:
         self.received = 0
         self.out_of_order = 0
+        self.doubled = 0
         self.violations: list[tuple[int, int]] = []
         self._next = 1
 
@@ -67,10 +70,19 @@ class OrderChecker:
 
 
 class LossyOrder(OrderChecker):
-    """Every number must be greater than its predecessor."""
+    """Every number must be greater than its predecessor; those that are not come late or again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen = bytearray()
 
     def check(self, number: int) -> None:
         self.received += 1
+        if number >= TICKS_MAX:
+            raise AnswerError(f"nobody asked for {number}")
+        self._seen.extend(bytes(max(0, number + 1 - len(self._seen))))
+        self.doubled += self._seen[number]
+        self._seen[number] = 1
         if number < self._next:
             self.violate(number)
         self._next = max(self._next, number + 1)

@@ -53,9 +53,10 @@ class Row(msgspec.Struct, frozen=True, tag="row"):
     wire_mib: what A sent on its link from the begin of the move to its end, the client's part
     included. throughput: of a load besides the client, if there was one. outcome "lost": the client
     or the memory missed something. Where the workload answers datagrams, a client that sends one
-    each ms has udp_gap_ms, which no retransmission is in; udp_lost had no answer, udp_doubled more
-    than one. still_ms: the longest that a thread of the container which should run each ms did not,
-    by the wall clock. costs: what the move took of each host, by its name."""
+    each ms has udp_gap_ms, which no retransmission is in; udp_lost had no answer, udp_doubled one
+    too many, udp_late one after that of a later one. still_ms: the longest that a thread of the
+    container which should run each ms did not, by the wall clock. costs: what the move took of each
+    host, by its name."""
 
     system: str
     workload: str
@@ -74,6 +75,7 @@ class Row(msgspec.Struct, frozen=True, tag="row"):
     udp_gap_ms: float | None = None
     udp_lost: int | None = None
     udp_doubled: int | None = None
+    udp_late: int | None = None
     still_ms: float | None = None
     costs: dict[str, Cost] = {}
 
@@ -178,8 +180,9 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
         facts=moved.facts,
         throughput=throughput,
         udp_gap_ms=ticked.gap_max_ms if ticked else None,
-        udp_lost=ticked.sent - (ticked.received - ticked.out_of_order) if ticked else None,
-        udp_doubled=ticked.out_of_order if ticked else None,
+        udp_lost=ticked.sent - (ticked.received - ticked.doubled) if ticked else None,
+        udp_doubled=ticked.doubled if ticked else None,
+        udp_late=ticked.out_of_order - ticked.doubled if ticked else None,
         still_ms=still_ms,
         costs=costs,
     )

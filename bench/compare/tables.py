@@ -104,15 +104,15 @@ def render(results: Results) -> str:
 
 def _downtimes(systems: dict[str, list[Row]]) -> str:
     lines = [
-        "| | n | client's gap, ms: median | p95 | min | max | by datagrams, ms | datagrams lost |"
-        " container still, ms | whole move, s | sent, MiB | |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| | n | client's gap, ms: median | p95 | min | max | by datagrams, ms |"
+        " datagrams lost | late | container still, ms | whole move, s | sent, MiB | |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for system, rows in systems.items():
         done = [row for row in rows if row.outcome == "done"]
         others = _others(rows)
         if not done:
-            lines.append(f"| {system} | 0 | | | | | | | | | | {others} |")
+            lines.append(f"| {system} | 0 | | | | | | | | | | | {others} |")
             continue
         gap = Spread.of(downtimes_ms(done))
         total_s = statistics.median(row.total_ms or 0.0 for row in done) / 1000
@@ -120,8 +120,9 @@ def _downtimes(systems: dict[str, list[Row]]) -> str:
         lines.append(
             f"| {system} | {gap.n} | {gap.median:.0f} | {gap.p95:.0f} | {gap.least:.0f} |"
             f" {gap.greatest:.0f} | {_median(row.udp_gap_ms for row in done)} |"
-            f" {_median(row.udp_lost for row in done)} | {_median(row.still_ms for row in done)} |"
-            f" {total_s:.1f} | {wire_mib:.0f} | {others} |"
+            f" {_median(row.udp_lost for row in done)} | {_median(row.udp_late for row in done)} |"
+            f" {_median(row.still_ms for row in done)} | {total_s:.1f} | {wire_mib:.0f} |"
+            f" {others} |"
         )
     return "\n".join(lines)
 

@@ -71,6 +71,7 @@ def test_ticks_may_be_lost_but_not_late_or_doubled() -> None:
     for late in (b"7 3\n", b"5 4\n"):
         ticks.feed(late)
     assert ticks.order.violations == [(8, 7), (8, 5)]
+    assert ticks.order.doubled == 1
 
 
 def test_violations_are_counted_beyond_those_listed() -> None:

@@ -29,17 +29,17 @@ def test_the_spread_of_five() -> None:
 
 def test_what_failed_is_in_the_table_and_not_in_the_figures() -> None:
     rows = [
-        row(1, 100.0, udp_gap_ms=80.0, udp_lost=0, still_ms=70.0),
-        row(2, 300.0, udp_gap_ms=200.0, udp_lost=2, still_ms=170.0),
+        row(1, 100.0, udp_gap_ms=80.0, udp_lost=0, udp_late=6, still_ms=70.0),
+        row(2, 300.0, udp_gap_ms=200.0, udp_lost=2, udp_late=10, still_ms=170.0),
         row(3, 9000.0, outcome="lost", why="2 | 3"),
         row(4, 200.0),
     ]
     other = [row(1, 0.0, system="theirs", outcome="impossible", why="no bits", client_gap_ms=None)]
     text = render(read(lines(HERE, *rows, *other)))
     assert "## memory, 16 MiB, 50 MiB/s written, link unshaped" in text
-    figures = "3 | 200 | 300 | 100 | 300 | 140 | 1 | 120 | 1.0 | 20"
+    figures = "3 | 200 | 300 | 100 | 300 | 140 | 1 | 8 | 120 | 1.0 | 20"
     assert f"| ours | {figures} | 1 lost: 2 / 3 |" in text
-    assert "| theirs | 0 | | | | | | | | | | 1 impossible: no bits |" in text
+    assert "| theirs | 0 | | | | | | | | | | | 1 impossible: no bits |" in text
     assert "Linux 6.18, 2 cores" in text
     assert "No move had a prediction." in text
 
