@@ -79,7 +79,8 @@ class Pager:
         self._broken_bytes = 0
         # Tasks whose images can't be read.
         self._unreadable: set[int] = set()
-        self._waiting: list[tuple[UffdMemory, int]] = []
+        # Faults that can't be served yet: where, and since when (µs).
+        self._waiting: list[tuple[UffdMemory, int, int]] = []
         self._waiting_s = _RETRY_S
         self._resting_until_s = 0.0
         self._buffer = Buffer(CHUNK_BYTES)
@@ -337,6 +338,7 @@ class Pager:
         self._report_error(f"task {memory.task}: {error}")
 
     def _read_events(self, memory: UffdMemory) -> None:
+        heard_us = _now_us()
         try:
             events = memory.read_events()
         except UffdError as error:
@@ -354,7 +356,7 @@ class Pager:
             self._take(child)
             self._state.missing_bytes += child.missing.bytes
         for address in dict.fromkeys(events.faults):
-            self._serve(memory, address)
+            self._serve(memory, address, heard_us)
         if self._is_held(memory):
             self._drop_if_filled(memory)
 
@@ -364,13 +366,12 @@ class Pager:
     def _serve_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
         self._waiting_s = _RETRY_S
-        for memory, address in waiting:
-            self._serve(memory, address)
+        for memory, address, heard_us in waiting:
+            self._serve(memory, address, heard_us)
 
-    def _serve(self, memory: UffdMemory, address: int) -> None:
+    def _serve(self, memory: UffdMemory, address: int, heard_us: int) -> None:
         if not self._is_held(memory):
             return
-        started_ns = time.monotonic_ns()
         try:
             result = memory.serve_fault(address, self._buffer)
         except TaskGoneError:
@@ -380,13 +381,9 @@ class Pager:
             self._give_up(memory, error)
             return
         if result is Filled.DONE:
-            state = self._state
-            state.faults += 1
-            taken_us = (time.monotonic_ns() - started_ns) // 1000
-            state.fault_us_sum += taken_us
-            state.fault_us_max = max(state.fault_us_max, taken_us)
+            self._state.count_fault(_now_us() - heard_us)
             return
-        self._waiting.append((memory, address))
+        self._waiting.append((memory, address, heard_us))
         if result is Filled.NO_MEMORY:
             self._waiting_s = _NO_MEMORY_S
 

@@ -1,6 +1,7 @@
 """A page that the pager's processes and everybody else may look at: WORK/pager.state.
 
-    u64 words, little-endian, in the order of PagerState; from byte 1024 on the error as UTF-8
+    u64 words, little-endian, in the order of PagerState; from word 32 on how many page faults
+    waited for how long (core/latency.py); from byte 1024 on the error as UTF-8
 
 The pager's two processes have it mapped and write to it; others read it as a file. It is allocated
 when it is made, so no full disk keeps the end of a fill from being told. A word changes at once,
@@ -17,6 +18,7 @@ import os
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, Self
 
+from criu_glue.core.latency import BUCKETS, bucket_of
 from criu_glue.errors import CriuGlueError
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 STATE_NAME: Final = "pager.state"
 _BYTES: Final = 4096
 _MAGIC: Final = int.from_bytes(b"dollypg1", "little")
+_WAITS_AT: Final = 32
 _ERROR_AT: Final = 1024
 _ERROR_BYTES_MAX: Final = 2048
 
@@ -86,7 +89,7 @@ class PagerState:
     tasks = _Word(10)
     # Never too few; counted anew twenty times a second.
     missing_bytes = _Word(11)
-    # Pages that were needed before the fill brought them.
+    # Pages that were needed before the fill brought them; how long they waited is in fault_waits.
     faults = _Word(12)
     filled_bytes = _Word(13)
     # Content of zeros: left to the kernel, which gives zeros by itself.
@@ -95,8 +98,6 @@ class PagerState:
     present_bytes = _Word(15)
     # In no mapping when the fill came, though no event said so.
     unplaced_bytes = _Word(16)
-    fault_us_sum = _Word(17)
-    fault_us_max = _Word(18)
     # When CRIU had finished (CLOCK_MONOTONIC), and how long the fill took from then on.
     restored_us = _Word(19)
     fill_us = _Word(20)
@@ -168,6 +169,17 @@ class PagerState:
         self._error_bytes = 0
         self._page[_ERROR_AT : _ERROR_AT + len(data)] = data
         self._error_bytes = len(data)
+
+    @property
+    def fault_waits(self) -> memoryview:
+        """How many page faults waited for how long: the buckets of core/latency.py, as u64. From
+        when a pager has heard of them, which may be a chunk of the fill later than they were."""
+        return self.words[_WAITS_AT : _WAITS_AT + BUCKETS]
+
+    def count_fault(self, waited_us: int) -> None:
+        """A page that was needed is there."""
+        self.faults += 1
+        self.words[_WAITS_AT + bucket_of(waited_us)] += 1
 
     @property
     def criu_number(self) -> memoryview:

@@ -23,6 +23,8 @@ KEPT: Final = (
     "bytes_sent",
     "fill_ms",
     "faults",
+    "fault_p50_us",
+    "fault_p99_us",
     "held_frames",
 )
 

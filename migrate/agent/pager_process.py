@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from criu_glue import pager, pager_watch
+from criu_glue.core.latency import percentile_us
 from criu_glue.errors import CriuGlueError
 from criu_glue.pager_state import PagerState, PagerStateError, Phase
 from migrate import config
@@ -32,11 +33,14 @@ SOURCE = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, slots=True)
 class FillResult:
-    """What the fill took. faults: pages that were needed before the fill brought them."""
+    """What the fill took. faults: pages that were needed before the fill brought them; how long
+    half of them waited at most, and 99 % (0 without any)."""
 
     fill_ms: float
     faults: int
     filled_bytes: int
+    fault_p50_us: int
+    fault_p99_us: int
 
 
 class PagerLost(RestoreFailed):
@@ -133,7 +137,8 @@ class PagerProcess:
             # Dead since it was replaced, or in this moment: it would stay a zombie.
             await self._process.wait()
         self.close()
-        return FillResult(state.fill_us / 1000, state.faults, state.filled_bytes)
+        median_us, p99_us = (percentile_us(state.fault_waits, share) for share in (0.5, 0.99))
+        return FillResult(state.fill_us / 1000, state.faults, state.filled_bytes, median_us, p99_us)
 
     async def end(self) -> None:
         """End a pager whose tasks are dead, or never came, whatever processes it consists of now.

@@ -481,6 +481,8 @@ class Session:
             fill_ms=result.fill_ms if result else 0.0,
             faults=result.faults if result else 0,
             filled_bytes=result.filled_bytes if result else 0,
+            fault_p50_us=result.fault_p50_us if result else 0,
+            fault_p99_us=result.fault_p99_us if result else 0,
         )
         return E.FILL_DONE
 

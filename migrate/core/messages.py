@@ -482,11 +482,14 @@ class FillProgress(Message, frozen=True, tag="fill_progress"):
 
 
 class FillDone(Message, frozen=True, tag="fill_done"):
-    """All memory is there. faults: pages that were needed before the fill brought them."""
+    """All memory is there. faults: pages that were needed before the fill brought them; how long
+    half of them waited at most, and 99 % (0 without any)."""
 
     fill_ms: Annotated[float, Meta(ge=0, le=1e9)]
     faults: Count
     filled_bytes: Bytes
+    fault_p50_us: Micros = 0
+    fault_p99_us: Micros = 0
 
 
 class Failed(Message, frozen=True, tag="failed"):

@@ -32,7 +32,16 @@ REPORT_KEYS: Final = {
     *("migration_id", "container", "runtime", "source", "target", "tracker", "restore", "outcome"),
     *("rounds", "downtime_ms", "downtime_parts_ms", "predicted_downtime_ms", "total_ms", "clock"),
     *("memory_bytes", "bytes_sent", "fill_ms", "faults", "error", "versions", "images_bytes"),
-    *("freeze_reason", "warnings", "throttle", "tracker_reason", "stills_ms", "held_frames"),
+    *(
+        "fault_p50_us",
+        "fault_p99_us",
+        "freeze_reason",
+        "warnings",
+        "throttle",
+        "tracker_reason",
+        "stills_ms",
+        "held_frames",
+    ),
     "format",
 }
 ROUND_KEYS: Final = {

@@ -96,7 +96,7 @@ def moved() -> Report:
     builder.add_images(stats(0, 0, 5_000))
     parts = DowntimeParts(10_000, 120_000, 20_000, 0, 105_000, 15_000, 10_700)
     builder.add_downtime(parts, ClockRelation(offset_us=-2_500, error_us=200))
-    builder.add_fill(FillDone(650.0, 42, 1 << 30))
+    builder.add_fill(FillDone(650.0, 42, 1 << 30, 80, 1100))
     builder.warn("no swap")
     builder.warn("no swap")
     builder.stills_ms = [7.25, 12.0004]
@@ -128,6 +128,7 @@ def test_the_report_of_a_move() -> None:
     assert report.predicted_downtime_ms == pytest.approx(288.5, abs=0.1)
     assert "600 allowed" in report.freeze_reason
     assert (report.fill_ms, report.faults) == (650.0, 42)
+    assert (report.fault_p50_us, report.fault_p99_us) == (80, 1100)
     assert report.clock is not None
     assert (report.clock.offset_ms, report.clock.error_ms) == (-2.5, 0.2)
     assert report.warnings == ("no swap",)
@@ -209,7 +210,7 @@ def test_the_table_of_a_move() -> None:
     assert lines[5] == (
         "memory     1024.0 MiB, 1.9 MiB sent in 2 rounds (5 pages unchanged, 7 zero)"
     )
-    assert lines[6] == "fill       0.7 s, 42 pages asked for"
+    assert lines[6] == "fill       0.7 s, 42 pages asked for (waiting 0.08 ms, p99 1.10 ms)"
     assert lines[7] == "stilled    2 times while it was copied, 12 ms at most"
     assert lines[-1] == "warning    no swap"
 

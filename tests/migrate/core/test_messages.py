@@ -194,8 +194,9 @@ FROM_TARGET: list[tuple[m.TargetMessage, bytes]] = [
         b'{"type":"fill_progress","filled_bytes":4096,"total_bytes":8192}',
     ),
     (
-        m.FillDone(12.5, 3, 8192),
-        b'{"type":"fill_done","fill_ms":12.5,"faults":3,"filled_bytes":8192}',
+        m.FillDone(12.5, 3, 8192, 40, 900),
+        b'{"type":"fill_done","fill_ms":12.5,"faults":3,"filled_bytes":8192,'
+        b'"fault_p50_us":40,"fault_p99_us":900}',
     ),
     (
         m.Failed(m.WireError("no CRIU", phase="preparing")),
