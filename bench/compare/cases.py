@@ -60,6 +60,8 @@ MATRIX: Final[Sequence[tuple[Case, tuple[System, ...]]]] = (
     *((Case(256, dirty_mib_s=rate), (LAZY,)) for rate in (0, 200)),
     (Case(256, "redis", dirty_mib_s=8), (LAZY, StopAndCopy(), Podman())),
     (Case(1024, "redis", dirty_mib_s=8), (LAZY,)),
+    (Case(16, "nginx", dirty_mib_s=0), (LAZY, StopAndCopy())),
+    (Case(64, "web", dirty_mib_s=0), (LAZY, StopAndCopy())),
 )
 
 QUICK: Final[Sequence[tuple[Case, tuple[System, ...]]]] = (

@@ -19,6 +19,7 @@ from bench.demo import Workload
 from bench.lab.errors import LabError
 from bench.lab.lab import Lab
 from bench.load import Load
+from bench.probe import RATE_PER_S
 from bench.probe_process import ProbeError, ProbeProcess, run_module, start_probe
 from bench.soak_samples import wait_settled
 
@@ -33,7 +34,13 @@ BEFORE_S: Final = 1.0
 AFTER_S: Final = 1.0
 """A client that was silent through a long downtime sends again within its retransmission timer, and
 is waited for by the probe's own end."""
+LOADED_AFTER_S: Final = 3.0
+"""Throughput comes back more slowly than answers."""
 SAID_CHARS: Final = 400
+RATES_PER_S: Final = {"web": 100.0}
+"""Of the client, where a server that is loaded besides answers less than others."""
+TOOLED: Final = ("nginx", "web")
+"""Put under load by tools that only the hosts of comparisons have."""
 MIB: Final = 1 << 20
 
 
@@ -104,7 +111,7 @@ def run_case(
     """Every system, `runs` times in turn, in one lab: what changes on the machine meanwhile meets
     all of them. `begun` hears of the lab. Raises LabError when there is none."""
     link = case.link
-    compared = any(system.needs_podman for system in systems)
+    compared = any(system.needs_podman for system in systems) or case.workload in TOOLED
     with Lab(["A", "B"], rate=link.rate, delay_ms=link.delay_ms, compared=compared) as lab:
         lab.start_agents()
         begun(lab)
@@ -142,7 +149,9 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
     workload.begin(client)
     if workload.writer is not None:
         stack.enter_context(workload.writer)
-    probe = stack.enter_context(start_probe(spec.client, spec.ip, spec.port, host=client))
+    rate = RATES_PER_S.get(workload.kind, RATE_PER_S)
+    probe = start_probe(spec.client, spec.ip, spec.port, host=client, rate_per_s=rate)
+    stack.enter_context(probe)
     ticks = (
         stack.enter_context(start_probe("ticks", spec.ip, spec.port, host=client))
         if spec.ticks
@@ -150,7 +159,7 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
     )
     for host in scene.lab.hosts:
         wait_settled(host)
-    load = stack.enter_context(_load(scene, workload)) if workload.kind == "redis" else None
+    load = _load(scene, workload, stack)
     time.sleep(BEFORE_S)
     if spec.ticks:
         _longest_still_ms(scene)  # and forgotten
@@ -160,7 +169,7 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
         moved = system.move(scene)
         costs = meter.costs()
     sent_bytes = _sent_bytes(scene.source) - sent_bytes
-    time.sleep(AFTER_S)
+    time.sleep(AFTER_S if load is None else LOADED_AFTER_S)
     throughput = _throughput(load, begun_s) if load is not None else None
     seen = probe.stop()
     ticked = ticks.stop() if ticks is not None else None
@@ -198,11 +207,18 @@ def _longest_still_ms(scene: Scene) -> float:
     return int(found[1]) / 1000
 
 
-def _load(scene: Scene, workload: Workload) -> ProbeProcess:
-    spec = scene.spec
-    arguments = [spec.ip, str(spec.port), f"--mib={workload.memory_mib}"]
-    process = ProbeProcess("bench.load", arguments, host=scene.lab.client)
-    process.wait_connected()
+def _load(scene: Scene, workload: Workload, stack: ExitStack) -> ProbeProcess | None:
+    """Of a server; none of what writes by itself."""
+    where = [scene.spec.ip, str(scene.spec.port)]
+    commands = {
+        "redis": ("bench.load", [*where, f"--mib={workload.memory_mib}"]),
+        "nginx": ("bench.load_tools", ["wrk", *where]),
+        "web": ("bench.load_tools", ["wrk", *where]),
+    }
+    if workload.kind not in commands:
+        return None
+    process = ProbeProcess(*commands[workload.kind], host=scene.lab.client)
+    stack.enter_context(process).wait_connected()
     return process
 
 

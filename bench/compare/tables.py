@@ -98,7 +98,7 @@ def render(results: Results) -> str:
     parts += ["## What the downtime consists of", _breakdown(results.rows)]
     parts += ["## What a move takes of the hosts", _costs(results.rows)]
     parts += ["## What had been predicted", _predictions(results.rows)]
-    parts += ["## What a loaded Redis answers meanwhile", _throughputs(results.rows)]
+    parts += ["## What loaded servers answer meanwhile", _throughputs(results.rows)]
     return "\n\n".join(parts) + "\n"
 
 

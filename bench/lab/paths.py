@@ -32,13 +32,12 @@ COMPARED = ("packages", "files/etc/containers/containers.conf")
 
 
 def root_path(*, compared: bool = False) -> Path:
-    """The cached root of this checkout's recipe: with servers that are moved, or with what bench
+    """The cached root of this checkout's recipe: with servers that are moved, and with what bench
     compares with. LabError when scripts/setup has not made it."""
     parts = [PROJECT / "bench/lab/root" / name for name in RECIPE]
+    parts += [PROJECT / "bench/lab/servers" / name for name in SERVERS]
     if compared:
         parts += [PROJECT / "bench/compare/root" / name for name in COMPARED]
-    else:
-        parts += [PROJECT / "bench/lab/servers" / name for name in SERVERS]
     recipe = b"".join(part.read_bytes() for part in parts)
     root = CACHE / f"root-{hashlib.sha256(recipe).hexdigest()[:16]}"
     if not root.is_dir():
