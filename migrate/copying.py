@@ -83,6 +83,8 @@ class Rounds:
         self.clocks: ClockRelation | None = None
         self._memory: MemorySource | None = None
         self._sender: PageSender | None = None
+        # How many bytes a second may leave.
+        self.rate = ToldRate(options.bandwidth_told, options.bandwidth_bytes_s)
 
     @property
     def memory(self) -> MemorySource:
@@ -188,14 +190,9 @@ class Rounds:
             read=read,
             streams=self._options.streams or default_streams(),
             patience_s=self._options.link_patience_s,
-            rate=self._rate(),
+            rate=self.rate,
         )
         return self._sender
-
-    def _rate(self) -> Callable[[], float]:
-        """How many bytes a second may leave."""
-        bytes_s, told = self._options.bandwidth_mib_s * (1 << 20), self._options.bandwidth_told
-        return (lambda: bytes_s) if told is None else ToldRate(told, bytes_s)
 
     def _outlet(self, link: TargetLink) -> Outlet:
         opened, loop = link.opened, asyncio.get_running_loop()
@@ -279,7 +276,7 @@ class Copying(Rounds):
         throttle: Throttle,
     ) -> None:
         super().__init__(facts, options, [link], session, host, observer, report, throttle)
-        self.rootfs = rootfs_source(facts, options, link, session, host)
+        self.rootfs = rootfs_source(facts, options, link, session, host, self.rate)
         self.final_rootfs: RootfsPassRun | None = None
 
     async def copy_rootfs(self) -> None:
@@ -288,6 +285,7 @@ class Copying(Rounds):
 
     async def make_ready(self) -> None:
         """Everything that can be done before the freeze, and then a last short round."""
+        self.rate.hold()
         self.final_rootfs = self.rootfs.start(gated=True)
         # A break of the link is waited for within it.
         deadline_s = config.PREPARE_DEADLINE_S + self._options.link_patience_s
@@ -301,10 +299,15 @@ class Copying(Rounds):
 
 
 def rootfs_source(
-    facts: ContainerFacts, options: Options, link: TargetLink, work: Path, host: str
+    facts: ContainerFacts,
+    options: Options,
+    link: TargetLink,
+    work: Path,
+    host: str,
+    rate: Callable[[], float],
 ) -> RootfsSource:
     """The container's root file system on its way from `host` to one target; `work` is a directory
-    for that alone."""
+    for that alone. rate: how many bytes a second may leave."""
     return RootfsSource(
         facts.container.rootfs,
         work,
@@ -313,7 +316,7 @@ def rootfs_source(
         target=link.host,
         patience_s=options.link_patience_s,
         silence_s=options.silence_s,
-        mib_s=options.bandwidth_mib_s,
+        rate=rate,
     )
 
 

@@ -62,7 +62,10 @@ class HostCopies:
         """Files can be sent from here on; `directory` is for that."""
         directory.mkdir(mode=0o700)
         link = self.first.link
-        self._rootfs = rootfs_source(self._facts, self._options, link, directory, source)
+        bytes_s = self._options.bandwidth_bytes_s
+        self._rootfs = rootfs_source(
+            self._facts, self._options, link, directory, source, lambda: bytes_s
+        )
 
     async def or_failure(self, work: Coroutine[Any, Any, _T]) -> _T:
         """The result of `work`, or what has ended the transfer meanwhile."""

@@ -31,3 +31,8 @@ class Options:
     bandwidth_told: Path | None = None
     shared: tuple[str, ...] = ()
     way: Way = DIRECT
+
+    @property
+    def bandwidth_bytes_s(self) -> float:
+        """The limit in bytes a second, infinite for none."""
+        return self.bandwidth_mib_s * (1 << 20)

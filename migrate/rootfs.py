@@ -35,6 +35,8 @@ import aiohttp
 from migrate import config
 from migrate.errors import TransferFailed
 from migrate.processes import module_command, tail
+from transport.core.bucket import Bucket
+from transport.pace import unlimited
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -102,8 +104,10 @@ class RootfsPass:
 class RootfsPassRun:
     """A pass under way. `ready` is set when it waits at its gate, `release` opens the gate."""
 
-    def __init__(self, target: str, *, gated: bool) -> None:
+    def __init__(self, target: str, rate: Callable[[], float], *, gated: bool) -> None:
         self._target = target
+        self._rate = rate
+        self._bucket = Bucket()
         self.ready = asyncio.Event()
         self._gate = asyncio.Event()
         self._gated = gated
@@ -218,6 +222,8 @@ class RootfsPassRun:
         while data := await reader.read(CHUNK_BYTES):
             self.bytes_sent += len(data)
             self._chunks += 1
+            # rsync waits as well then; its own limit could not be changed.
+            await asyncio.sleep(self._bucket.take(len(data), time.monotonic(), self._rate()))
             await channel.send_bytes(data)
         # The target's rsync may have ended first: how, its closing frame says.
         with contextlib.suppress(ConnectionError):
@@ -295,7 +301,8 @@ class RootfsSource:
 
     `work` is a directory of ours (0700) for the relay's sockets. `patience_s`: how long a broken
     channel is tried to be opened again while the container runs; `silence_s`: and while it stands
-    still. `mib_s`: what a pass may send each second. Errors: TransferFailed.
+    still. `rate`: how many bytes a second a pass may send, asked before each piece. Errors:
+    TransferFailed.
     """
 
     def __init__(
@@ -308,7 +315,7 @@ class RootfsSource:
         target: str,
         patience_s: float,
         silence_s: float = config.FROZEN_SILENCE_S,
-        mib_s: float = float("inf"),
+        rate: Callable[[], float] = unlimited,
     ) -> None:
         self._rootfs = rootfs
         self._target = target
@@ -317,7 +324,7 @@ class RootfsSource:
         self._host = host
         self._patience_s = patience_s
         self._silence_s = silence_s
-        self._limit = [] if mib_s == float("inf") else [f"--bwlimit={int(mib_s * 1024)}"]
+        self._rate = rate
         self._passes = 0
         self._runs: list[RootfsPassRun] = []
 
@@ -338,7 +345,7 @@ class RootfsSource:
 
     def _start(self, matter: _Matter, *, gated: bool) -> RootfsPassRun:
         self._passes += 1
-        run = RootfsPassRun(self._target, gated=gated)
+        run = RootfsPassRun(self._target, self._rate, gated=gated)
         run.task = asyncio.create_task(self._pass(run, self._passes, matter))
         # Whoever waits for it hears how it ended; nobody may be waiting any more.
         run.task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
@@ -439,7 +446,7 @@ class RootfsSource:
     async def _rsync(self, socket_path: Path, matter: _Matter) -> None:
         relay = Path(__file__).with_name("rsync_relay.py")
         shell = shlex.join([sys.executable, "-ISE", str(relay), str(socket_path)])
-        options = (*self._limit, *matter.options, "-e", shell)
+        options = (*matter.options, "-e", shell)
         status, words = await run_rsync(options, matter.root, "target::rootfs", matter.files)
         if status not in RSYNC_DONE:
             raise _failed(f"on {self._host}", status, words, self._target)

@@ -168,5 +168,5 @@ class _WrittenRounds(Rounds):
         self._place = place
 
     def _make_sender(self, read: ReadPages) -> Sender:
-        self.writer = MemoryWriter(self._place, read, self._options.bandwidth_mib_s * (1 << 20))
+        self.writer = MemoryWriter(self._place, read, self._options.bandwidth_bytes_s)
         return self.writer

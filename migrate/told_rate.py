@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -30,22 +31,30 @@ def tell(path: Path, mib_s: float) -> None:
 
 class ToldRate:
     """What the file at `path` says, in bytes a second, when it is called; while nothing useful is
-    there what it said before, at first `bytes_s`. One call at a time."""
+    there what it said before, at first `bytes_s`. Without a path always that. From any thread."""
 
     def __init__(
-        self, path: Path, bytes_s: float, clock: Callable[[], float] = time.monotonic
+        self, path: Path | None, bytes_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._path = path
         self._bytes_s = bytes_s
+        self._least_bytes_s = 0.0
         self._clock = clock
         self._next_s = -math.inf
+        self._lock = threading.Lock()
 
     def __call__(self) -> float:
-        now_s = self._clock()
-        if now_s >= self._next_s:
-            self._next_s = now_s + LOOK_S
-            with contextlib.suppress(OSError, ValueError):
-                mib_s = float(sealed_files.read(self._path))
-                if BANDWIDTH_MIB_S_MIN <= mib_s < math.inf:
-                    self._bytes_s = mib_s * (1 << 20)
-        return self._bytes_s
+        with self._lock:
+            now_s = self._clock()
+            if self._path is not None and now_s >= self._next_s:
+                self._next_s = now_s + LOOK_S
+                with contextlib.suppress(OSError, ValueError):
+                    mib_s = float(sealed_files.read(self._path))
+                    if BANDWIDTH_MIB_S_MIN <= mib_s < math.inf:
+                        self._bytes_s = max(mib_s * (1 << 20), self._least_bytes_s)
+            return self._bytes_s
+
+    def hold(self) -> None:
+        """From now on it does not fall: a downtime was predicted from it."""
+        with self._lock:
+            self._least_bytes_s = self._bytes_s

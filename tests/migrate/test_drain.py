@@ -263,6 +263,16 @@ def test_a_move_sends_what_it_is_told_to_while_it_runs(tmp_path: Path) -> None:
     assert time_.send(pace, 50.0) == about(165 * mib, abs=5 * mib)
 
 
+def test_what_a_downtime_was_predicted_from_may_rise_and_does_not_fall(tmp_path: Path) -> None:
+    time_, path, mib = Time(), tmp_path / "m1", 1 << 20
+    rate = ToldRate(path, 4.0 * mib, lambda: time_.now_s)
+    rate.hold()
+    for told, expected in ((2, 4), (8, 8), (2, 4)):
+        tell(path, told)
+        time_.now_s += 1.0
+        assert rate() == expected * mib
+
+
 # ---- what earlier moves tell ----
 
 
