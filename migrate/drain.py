@@ -131,9 +131,12 @@ class Drain:
             for name, one in self._moves.items()
             if name not in {one.name for one in residents} or one.state in ("held", "stays")
         }
-        residents = [one for one in residents if one.name not in self._moves]
-        self._list(residents)
-        await self._drive(Planner(hosts, residents, self._limits(), now_s=self._now_s()))
+        while new := [one for one in residents if one.name not in self._moves]:
+            self._list(new)
+            await self._drive(Planner(hosts, new, self._limits(), now_s=self._now_s()))
+            # What was on its way here when the host was cordoned has come meanwhile.
+            hosts = await asyncio.gather(*(self._others.describe(one.name) for one in hosts))
+            residents, _ = await asyncio.to_thread(self._residents)
 
     async def _bring_home(self) -> None:
         cordon.lift(self._paths)

@@ -1,8 +1,12 @@
 """The systemd unit that empties this host at each shutdown or reboot, installed by choice.
 
-It does nothing when it starts. When it stops it drains, and it stops before the agent and the
-network do, since it comes after them. Containers in scopes of systemd's are ended beside it;
-those of a runtime without systemd's cgroups are left to it.
+It does nothing when it starts. When it stops because the host shuts down, it drains; when it alone
+is stopped or restarted, it doesn't (`--at-shutdown`). systemd stops units in the reverse of the
+order in which they start, so what a drain needs is named in After: the agent, the network, names
+of hosts, what is mounted from elsewhere; and what lets operators look on. Containers whose cgroup
+is in a scope of systemd's, or of somebody's login, would be ended beside it: a drop-in for all
+scopes has them end after it. Containers in cgroups without systemd live until all units have
+stopped.
 """
 
 from __future__ import annotations
@@ -21,12 +25,20 @@ if TYPE_CHECKING:
     from migrate.core.messages import Drain
 
 UNIT: Final = "migrate-drain.service"
+# Below the directory of units: scope.d is read for every scope (systemd.unit(5)).
+SCOPES: Final = "scope.d/migrate-drain.conf"
 # What is under way at the deadline ends by itself, well or badly.
 GRACE_S: Final = 120
+# A shutdown that takes longer is forced, in the middle of whatever goes on then (JobTimeoutSec of
+# systemd's reboot.target and poweroff.target); other units take some of it.
+SHUTDOWN_S: Final = 1800
+OTHER_UNITS_S: Final = 180
+DEADLINE_S_MAX: Final = SHUTDOWN_S - OTHER_UNITS_S - GRACE_S
 _TEXT: Final = """\
 [Unit]
-Description=Moves containers away before a shutdown
-After=migrate-agent.service network-online.target
+Description=Moves containers away when this host shuts down
+After=migrate-agent.service network.target network-online.target nss-lookup.target remote-fs.target
+After=ssh.service sshd.service systemd-user-sessions.service
 Wants=network-online.target
 
 [Service]
@@ -39,16 +51,27 @@ TimeoutStopSec={timeout_s}
 [Install]
 WantedBy=multi-user.target
 """
+_SCOPES_TEXT: Final = f"""\
+[Unit]
+Before={UNIT}
+"""
 
 
 def unit_text(program: str, word: Drain) -> str:
-    """For the drain that `word` asks for. Raises UsageError without a deadline."""
+    """For the drain that `word` asks for. Raises UsageError for a deadline that a shutdown can't
+    keep."""
     if word.deadline_s is None:
         raise UsageError("a shutdown waits for its end", remedy="say how long: --deadline SECONDS")
-    command = [program, "drain-node", "--to", ",".join(word.to)]
+    if word.deadline_s > DEADLINE_S_MAX:
+        raise UsageError(
+            f"systemd forces a shutdown that takes more than {SHUTDOWN_S // 60} minutes",
+            remedy=f"--deadline {DEADLINE_S_MAX} at most, or run drain-node before the shutdown",
+        )
+    command = [program, "drain-node", "--at-shutdown", "--to", ",".join(word.to)]
     command += ["--max-parallel", str(word.parallel), "--deadline", f"{word.deadline_s:g}"]
     command += bandwidth_options(word.bandwidth_mib_s)
     command += [part for path in word.shared for part in ("--shared", path)]
+    command += ["--move-back"] if word.move_back else []
     if any("%" in part or "$" in part for part in command):
         raise UsageError("a unit can't have % or $ in its command")
     timeout_s = int(word.deadline_s) + GRACE_S
@@ -60,8 +83,10 @@ def install(word: Drain, directory: Path = systemd.UNITS) -> str:
     program = shutil.which("migrate")
     if program is None or not directory.is_dir():
         raise UsageError("this host has no systemd, or no migrate in PATH")
-    path = directory / UNIT
+    path, scopes = directory / UNIT, directory / SCOPES
     path.write_text(unit_text(program, word))
+    scopes.parent.mkdir(exist_ok=True)
+    scopes.write_text(_SCOPES_TEXT)
     for arguments in (("daemon-reload",), ("enable", "--now", UNIT)):
         systemd.systemctl(*arguments, unit=UNIT)
     return f"{path}: this host is drained at each shutdown (systemctl disable {UNIT} ends that)"

@@ -17,8 +17,18 @@ def is_here() -> bool:
     return Path("/run/systemd/system").is_dir()
 
 
-def systemctl(act: str, *arguments: str, unit: str) -> None:
-    """Blocking, for up to DEADLINE_S. `unit`: whose log says why. Raises MigrateError."""
+def is_shutting_down() -> bool:
+    """Whether this host is, for a reboot or for good: all ways there start shutdown.target
+    (systemd.special(7)). Blocking. Raises MigrateError."""
+    target = "shutdown.target"
+    job = systemctl("show", "--property=Job", "--value", target, unit=target)
+    # Of a unit that nothing is to become of, older ones say 0 and others nothing.
+    return job not in ("", "0")
+
+
+def systemctl(act: str, *arguments: str, unit: str) -> str:
+    """What it says. Blocking, for up to DEADLINE_S. `unit`: whose log says why. Raises
+    MigrateError."""
     try:
         done = subprocess.run(
             ["systemctl", act, *arguments],
@@ -35,3 +45,4 @@ def systemctl(act: str, *arguments: str, unit: str) -> None:
             f"systemctl {act} failed: {done.stderr.strip()[-300:]}",
             remedy=f"journalctl -u {unit}",
         )
+    return done.stdout.strip()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import msgspec
 
-from migrate import config, drain_unit
+from migrate import config, drain_unit, systemd
 from migrate import cordon as cordons
 from migrate.commands.asked import of_host
 from migrate.core import messages
@@ -59,11 +59,18 @@ _detach = click.option("--detach", is_flag=True, help="Don't wait for its end.")
 @click.option("--cancel", is_flag=True, help="Let the drain that is under way begin no more moves.")
 @click.option("--resume", is_flag=True, help="Go on with the last drain, as it was asked for.")
 @click.option("--install-unit", is_flag=True, help="Do this at each shutdown, by systemd.")
+@click.option("--at-shutdown", is_flag=True, help="Only if systemd is shutting this host down.")
 @_detach
 @_as_json
 @of_host
 def drain_node(
-    asked: Asked, to: str | None, cancel: bool, resume: bool, install_unit: bool, **options: Any
+    asked: Asked,
+    to: str | None,
+    cancel: bool,
+    resume: bool,
+    install_unit: bool,
+    at_shutdown: bool,
+    **options: Any,
 ) -> None:
     """Empty HOST, or this host: cordon it, and move away all that may move.
 
@@ -81,9 +88,16 @@ def drain_node(
         tuple(filter(None, (to or "").split(","))),
         **options,
     )
+    if (install_unit or at_shutdown) and asked.host != socket.gethostname():
+        raise click.UsageError("a unit of systemd's is for the host that it is installed on")
     if install_unit:
         click.echo(drain_unit.install(word))
         return
+    if at_shutdown:
+        if not systemd.is_shutting_down():
+            click.echo("this host does not shut down: nothing is moved")
+            return
+        word = _after_former(asked, word)
     _watch(asked, word, detach=detach, as_json=as_json)
 
 
@@ -124,6 +138,27 @@ def _set_cordon(asked: Asked, *, is_on: bool) -> None:
     click.echo(f"{asked.host} {'is cordoned' if is_on else 'takes containers'}")
 
 
+def _after_former(asked: Asked, word: messages.Drain) -> messages.Drain:
+    """A shutdown waits for nobody: what is under way, an undrain perhaps, begins no more moves, and
+    `word` has of its deadline what is left when that has ended. An agent that has just begun may
+    not listen yet. Raises MigrateError."""
+    began_s = time.monotonic()
+    while _is_under_way(asked, began_s + _AGENT_PATIENCE_S):
+        time.sleep(_POLL_S)
+    left_s = (word.deadline_s or 0) - (time.monotonic() - began_s)
+    return msgspec.structs.replace(word, deadline_s=max(left_s, 1.0))
+
+
+def _is_under_way(asked: Asked, limit_s: float) -> bool:
+    """Whether a drain is, which is stopped, or may be."""
+    try:
+        return asked.say(messages.Drain("stop"), messages.Drained).is_driven
+    except Unreachable:
+        if time.monotonic() > limit_s:
+            raise
+        return True
+
+
 def _watch(asked: Asked, word: messages.Drain, *, detach: bool, as_json: bool) -> None:
     """Ask, tell what happens, and exit as the drain ends."""
     try:
@@ -134,6 +169,7 @@ def _watch(asked: Asked, word: messages.Drain, *, detach: bool, as_json: bool) -
     drain_id, show = state.drain_id, messages.Drain("show", dry_run=word.dry_run)
     told: dict[str, str] = {}
     limit_s = time.monotonic() + _AGENT_PATIENCE_S
+    pause_s = _POLL_S
     while True:
         for line in progress(state, told):
             click.echo(msgspec.json.encode(line).decode() if as_json else line.text)
@@ -147,13 +183,16 @@ def _watch(asked: Asked, word: messages.Drain, *, detach: bool, as_json: bool) -
                 host=asked.host,
                 remedy="migrate drain-node --resume",
             )
-        time.sleep(_POLL_S)
+        time.sleep(pause_s)
+        asked_s = time.monotonic()
         try:
             state = asked.say(show, messages.Drained)
             limit_s = time.monotonic() + _AGENT_PATIENCE_S
         except Unreachable:
             if time.monotonic() > limit_s:
                 raise
+        # A host that takes long to answer has more to do than that.
+        pause_s = max(_POLL_S, time.monotonic() - asked_s)
     click.echo(msgspec.json.encode(state).decode() if as_json else "\n".join(lines(state)))
     if state.phase == "ended" and state.exit_code:
         if state.exit_code == EXIT_REFUSED:

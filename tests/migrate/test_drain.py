@@ -34,6 +34,8 @@ from tests.migrate.test_report import moved
 from transport.pace import Pace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from migrate.report import Report
 
 TAKEN = (*RECEIVED, "committed")
@@ -121,8 +123,8 @@ def test_the_unit_drains_when_it_stops_and_is_waited_for() -> None:
     word = messages.Drain("start", ("A", "C"), 2, 300.0, ("/srv/a b",), 40)
     text = unit_text("/usr/bin/migrate", word)
     assert (
-        "ExecStop=/usr/bin/migrate drain-node --to A,C --max-parallel 2 --deadline 300"
-        " --bandwidth 40 --shared '/srv/a b'\n"
+        "ExecStop=/usr/bin/migrate drain-node --at-shutdown --to A,C --max-parallel 2"
+        " --deadline 300 --bandwidth 40 --shared '/srv/a b'\n"
     ) in text
     assert "TimeoutStopSec=420\n" in text
     assert "After=migrate-agent.service" in text
@@ -131,6 +133,8 @@ def test_the_unit_drains_when_it_stops_and_is_waited_for() -> None:
 def test_a_unit_without_a_deadline_or_with_words_of_systemds_is_refused() -> None:
     with pytest.raises(UsageError, match="shutdown"):
         unit_text("/usr/bin/migrate", messages.Drain("start", ("A",)))
+    with pytest.raises(UsageError, match="30 minutes"):
+        unit_text("/usr/bin/migrate", messages.Drain("start", ("A",), 1, 1600.0))
     with pytest.raises(UsageError, match="%"):
         unit_text("/usr/bin/migrate", messages.Drain("start", ("A",), 1, 60.0, ("/srv/%h",)))
 
@@ -207,25 +211,54 @@ class Moving:
         return Look("arrived" if mib_s == 32.0 else "moving")
 
 
-async def test_what_one_move_leaves_of_the_bandwidth_the_others_get(
-    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+def resident(name: str) -> Resident:
+    return Resident(name, socket.gethostname(), 1 << 20, 1 << 20)
+
+
+async def drained(
+    monkeypatch: pytest.MonkeyPatch,
+    paths: HostPaths,
+    order: messages.Drain,
+    moves: Moving,
+    residents: Callable[[], list[Resident]],
 ) -> None:
-    here, target = socket.gethostname(), HostState("B", 1 << 40, 64.0)
-    residents = [Resident(name, here, 1 << 20, 1 << 20) for name in ("first", "other")]
-    order, moves = messages.Drain("start", ("B",), 2, bandwidth_mib_s=32.0), Moving()
+    """A drain to B, a host with much room, that succeeds."""
 
     async def told(*_: object) -> HostState:
-        return target
+        return HostState("B", 1 << 40, 64.0)
 
     monkeypatch.setattr(drain, "LOOK_S", 0.0)
     monkeypatch.setattr(drain, "Moves", lambda _: moves)
     monkeypatch.setattr(Others, "describe", told)
-    monkeypatch.setattr(drain.Drain, "_residents", lambda _: (residents, {}))
+    monkeypatch.setattr(drain.Drain, "_residents", lambda _: (residents(), {}))
     async with asyncio.timeout(60):
         await drain.Drain(paths, {}, "drain-1", order).run()
     assert drain_state.read(paths).exit_code == 0
+
+
+async def test_what_one_move_leaves_of_the_bandwidth_the_others_get(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    residents = [resident(name) for name in ("first", "other")]
+    order, moves = messages.Drain("start", ("B",), 2, bandwidth_mib_s=32.0), Moving()
+    await drained(monkeypatch, paths, order, moves, lambda: residents)
     assert moves.told["first"] == [16.0] * 3
     assert moves.told["other"] == [16.0] * (len(moves.told["other"]) - 1) + [32.0]
+
+
+async def test_what_comes_while_a_host_is_emptied_leaves_as_well(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was on its way when the host was cordoned."""
+    moves = Moving()
+
+    def residents() -> list[Resident]:
+        return [resident("first")] if "first" not in moves.told else [resident("late")]
+
+    order = messages.Drain("start", ("B",), 1, bandwidth_mib_s=32.0)
+    await drained(monkeypatch, paths, order, moves, residents)
+    assert list(moves.told) == ["first", "late"]
+    assert [one.state for one in drain_state.read(paths).moves] == ["arrived", "arrived"]
 
 
 class Time(threading.Event):
