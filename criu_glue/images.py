@@ -161,16 +161,20 @@ def rearm_timers(directory: Path) -> None:
         _replace(path, armed)
 
 
-def rename(directory: Path, hostname: str, addresses: Mapping[IP, IP]) -> None:
-    """Make these images those of a copy with another host name and other addresses
-    (core/renaming.py), on the target, before the restore. Idempotent. Raises ImagesError,
-    ImageFormatError."""
+def rename(directory: Path, hostname: str, addresses: Mapping[IP, IP], group: str | None) -> None:
+    """Make these images those of a copy with another host name, other addresses, and another cgroup
+    if one is given (core/renaming.py), on the target, before the restore. Idempotent. Raises
+    ImagesError, ImageFormatError."""
     path = directory / "files.img"
     data = _read(path, FILES_BYTES_MAX)
     _replace(path, renaming.rename_addresses(data, addresses, str(path)))
     for path in directory.glob("utsns-*.img"):
         named = _read(path, renaming.UTSNS_BYTES_MAX)
         _replace(path, renaming.rename_host(named, hostname, str(path)))
+    if group is not None:
+        path = directory / "cgroup.img"
+        data = _read(path, renaming.CGROUP_BYTES_MAX)
+        _replace(path, renaming.rename_cgroups(data, group, str(path)))
 
 
 def _rewrite(pagemap: Pagemap, mappings: Mappings) -> Pagemap:

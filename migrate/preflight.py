@@ -117,9 +117,6 @@ def check_source(
         refusals += policy_checks.judge_send(rules, name, target)
         if is_copied:
             refusals += policy_checks.judge_clone(rules, name, target=target)
-    if is_copied and not runtime.can_copy:
-        text = f"copies of {runtime.name}'s containers can't be made: they would share its cgroup"
-        refusals.append(Refusal("runtime", text, "copy containers of runc"))
     refusals += [*host_refusals(lazy=restore == "lazy"), *own_space(paths), *runtime.refusals()]
     refusals += judge_container(container, shared, rules.send.devices)
     cautions = host_cautions()

@@ -1,11 +1,13 @@
-"""Images of one container made those of another: its host name, and the addresses of its sockets.
+"""Images of one container made those of another: its host name, the addresses of its sockets, and
+the cgroup of its tasks.
 
 A socket that is bound to an address of the container's own is restored by bind(2), which fails
 where no interface has that address. Here the address is replaced, in the family that the socket
 has: an IPv4 address may also be mapped into IPv6 (::ffff:10.0.0.5).
 
-Source: images/utsns.proto, images/sk-inet.proto, images/fdinfo.proto; an address is one word of 32
-bits, or four, each with the bytes in the order of the network (criu/sk-inet.c: restore_sockaddr).
+Source: images/utsns.proto, images/sk-inet.proto, images/fdinfo.proto, images/cgroup.proto; an
+address is one word of 32 bits, or four, each with the bytes in the order of the network
+(criu/sk-inet.c: restore_sockaddr).
 Pure: bytes in, bytes out.
 """
 
@@ -29,7 +31,7 @@ from criu_glue.core.wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     IP = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -42,6 +44,12 @@ _TYPE_INETSK: Final = bytes((1 << 3, 4))
 _FILE_SOCKET: Final = 4
 # inet_sk_entry: src_addr = 11, dst_addr = 12
 _ADDRESSES: Final = (11, 12)
+CGROUP_MAGIC: Final = 0x59383330
+CGROUP_BYTES_MAX: Final = 1 << 20
+# cgroup_entry: sets = 1; cg_set_entry: ctls = 2; cg_member_entry: name = 1, path = 2,
+# cgns_prefix = 3, the length of what the namespace hides of the path
+_SETS, _MEMBERS = 1, 2
+_NAME, _PATH, _HIDDEN = 1, 2, 3
 
 
 def rename_host(data: bytes, hostname: str, what: str = "utsns") -> bytes:
@@ -80,6 +88,50 @@ def rename_addresses(data: bytes, renamed: Mapping[IP, IP], what: str = "files")
         else:
             out.append(data[start - 4 : end])
     return b"".join(out)
+
+
+def rename_cgroups(data: bytes, group: str, what: str = "cgroup") -> bytes:
+    """`cgroup.img` whose tasks are in `group` (from the mount of cgroup v2 on, "/…") or below it,
+    in place of the one beside it that they were in. Raises ImageFormatError."""
+    check_magic(data, IMG_COMMON_MAGIC, CGROUP_MAGIC, what)
+    starts, ends = split_entries(data, what, entries_max=1)
+    if len(starts) != 1:
+        raise ImageFormatError(f"{what}: no entry")
+
+    def member(data: bytes) -> bytes:
+        return _renamed_member(data, group)
+
+    def of_set(data: bytes) -> bytes:
+        return _message(_with(_fields(data, 0, len(data)), _MEMBERS, member))
+
+    fields = _fields(data, int(starts[0]), int(ends[0]))
+    return data[:MAGIC_BYTES] + _entry(_with(fields, _SETS, of_set))
+
+
+def _with(fields: Iterator[_Field], wanted: int, change: Callable[[bytes], bytes]) -> list[_Field]:
+    """The fields, those of one number changed."""
+    return [
+        (field, kind, change(value) if field == wanted and isinstance(value, bytes) else value)
+        for field, kind, value in fields
+    ]
+
+
+def _renamed_member(data: bytes, group: str) -> bytes:
+    """A cg_member_entry. That of cgroup v2 has no name."""
+    fields = list(_fields(data, 0, len(data)))
+    told = {field: value for field, _, value in fields}
+    path = told.get(_PATH)
+    if told.get(_NAME) or not isinstance(path, bytes):
+        return data
+    old, (*beside, own) = path.split(b"/"), group.encode().split(b"/")
+    at = len(beside)
+    if old[:at] != beside or not any(old[at:]):
+        return data
+    new = b"/".join((*beside, own, *old[at + 1 :]))
+    changed: dict[int, int | bytes] = {_PATH: new}
+    if isinstance(hidden := told.get(_HIDDEN), int) and hidden > len(b"/".join(beside)):
+        changed[_HIDDEN] = hidden + len(new) - len(path)
+    return _message([(field, kind, changed.get(field, value)) for field, kind, value in fields])
 
 
 def _words(renamed: Mapping[IP, IP]) -> dict[tuple[int, ...], tuple[int, ...]]:

@@ -199,8 +199,9 @@ class Restoring:
         """A runtime's word on cgroups outweighs `manage-cgroups`, and the images have the
         original's path (`criu/cgroup.c: rewrite_cgroup_roots`). cgroup v2's controller has no name.
         """
-        path = self._cgroup().relative_to(cgroup.MOUNT)
-        return (_NO_CONNECTIONS, f"cgroup-root :/{path}")
+        if not self._runtime.renames_cgroups:
+            return (_NO_CONNECTIONS,)
+        return (_NO_CONNECTIONS, f"cgroup-root :{self._cgroup_path()}")
 
     def _output(self, descriptors: tuple[str, str, str]) -> int:
         """What the container's output is connected to here: the runtime puts its own streams in the
@@ -241,7 +242,8 @@ class Restoring:
         images.rearm_timers(self.plan.image_dir)
         if self.plan.renaming is not None:
             renaming = self.plan.renaming
-            images.rename(self.plan.image_dir, renaming.hostname, renaming.addresses)
+            group = None if self._runtime.renames_cgroups else self._cgroup_path()
+            images.rename(self.plan.image_dir, renaming.hostname, renaming.addresses, group)
         if self.plan.root_group is not None:
             self._let_read(self.plan.root_group)
 
@@ -308,6 +310,10 @@ class Restoring:
             phase="committed",
             remedy="see whether this host's kernel and security modules are like the source's",
         )
+
+    def _cgroup_path(self) -> str:
+        """From the mount on, "/…"."""
+        return f"/{self._cgroup().relative_to(cgroup.MOUNT)}"
 
     def _cgroup(self) -> Path:
         group = self._runtime.restored_cgroup(self.plan.bundle, self.plan.container)

@@ -106,8 +106,8 @@ class Runtime(Protocol):
         """Whether a restored container has the limits of its cgroup only when CRIU has ended."""
 
     @property
-    def can_copy(self) -> bool:
-        """Whether it restores into another cgroup than that of the original."""
+    def renames_cgroups(self) -> bool:
+        """Whether its images have what CRIU needs to restore into another cgroup by its option."""
 
     def version(self) -> str:
         """The runtime's version as it says it ("1.1.15+ds1")."""

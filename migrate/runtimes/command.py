@@ -60,7 +60,7 @@ class OciCommand(ABC):
     not_found: ClassVar[str]
     """What `state` says of a container that vanishes while it is asked for."""
     sets_limits_late: ClassVar[bool]
-    can_copy: ClassVar[bool]
+    renames_cgroups: ClassVar[bool]
 
     def __init__(self, root: Path, program: str) -> None:
         validate_path(root)

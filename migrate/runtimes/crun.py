@@ -48,8 +48,8 @@ class Crun(OciCommand):
     state_name = "status"
     not_found = "No such file or directory"
     sets_limits_late = True
-    # Its images have no controllers, so CRIU does not rename their cgroups.
-    can_copy = False
+    # They have no controllers.
+    renames_cgroups = False
 
     def __init__(self, *, root: Path = DEFAULT_ROOT, program: str = "crun") -> None:
         super().__init__(root, program)

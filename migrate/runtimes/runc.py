@@ -48,7 +48,7 @@ class Runc(OciCommand):
     state_name = "state.json"
     not_found = "does not exist"
     sets_limits_late = False
-    can_copy = True
+    renames_cgroups = True
 
     def __init__(self, *, root: Path = DEFAULT_ROOT, program: str = "runc") -> None:
         super().__init__(root, program)

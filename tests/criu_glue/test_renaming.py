@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from criu_glue.core.renaming import rename_addresses, rename_host
+from criu_glue.core.renaming import rename_addresses, rename_cgroups, rename_host
 from criu_glue.core.wire import ImageFormatError
 from tests.criu_glue.checkpoint_images import image
 from tests.criu_glue.test_timers import entries, timer
@@ -92,3 +92,28 @@ def test_a_damaged_image_is_an_error_and_no_crash(tail: bytes) -> None:
         rename_addresses(image("FILES", [])[:8] + tail, RENAMED)
     with contextlib.suppress(ImageFormatError):
         rename_host(image("UTSNS", [])[:8] + tail, "ram")
+    with contextlib.suppress(ImageFormatError):
+        rename_cgroups(image("CGROUP", [])[:8] + tail, "/dolly/ram")
+
+
+@pytest.mark.parametrize(
+    ("before", "hidden", "after", "hidden_after"),
+    [
+        ("/dolly/ewe", 10, "/dolly/lamb-1", 13),
+        ("/dolly/ewe/web", 10, "/dolly/lamb-1/web", 13),
+        ("/dolly/ewe", 0, "/dolly/lamb-1", 0),
+        ("/dolly", 6, "/dolly", 6),
+        ("/", 0, "/", 0),
+        ("/init.scope", 0, "/init.scope", 0),
+    ],
+)
+def test_tasks_are_in_the_cgroup_of_the_copy(
+    before: str, hidden: int, after: str, hidden_after: int
+) -> None:
+    def groups(path: str, hidden: int) -> bytes:
+        other = {"name": "pids", "path": "/dolly/ewe", "cgns_prefix": 10}
+        member = {"name": "", "path": path, "cgns_prefix": hidden}
+        return image("CGROUP", [{"sets": [{"id": 1, "ctls": [other, member]}]}])
+
+    renamed = rename_cgroups(groups(before, hidden), "/dolly/lamb-1")
+    assert renamed == groups(after, hidden_after)

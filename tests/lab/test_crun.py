@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from bench.containers import ContainerSpec, pid, state
 from bench.lab.lab import Lab
+from tests.lab.cloning import COPY, cloning
+from tests.lab.compiling import compiled
 from tests.lab.inside import inside
 from tests.lab.invariants import (
     assert_survives_a_failed_restore,
@@ -15,10 +18,11 @@ from tests.lab.invariants import (
     failure_lab,
     threatened,
 )
-from tests.lab.migrating import migrate, resident, running_on, wait_clean
+from tests.lab.migrating import expel, migrate, resident, running_on, wait_clean
 from tests.lab.trees import check_tree, tree_counters
 
 POLICY = "/etc/migrate/policy.toml"
+HOOK = "/etc/migrate/clone.d/tell"
 MEMORY = ContainerSpec("cr1", "memory", address="10.77.0.31/24", runtime="crun")
 TREE = ContainerSpec("cr2", "tree", address="10.77.0.32/24", runtime="crun")
 # Of every task in the pid namespace of a container, by its init.
@@ -75,6 +79,34 @@ def test_every_task_of_a_tree_is_in_its_cgroup(lab: Lab) -> None:
         assert guest.stop_probe().clean
         wait_clean(a)
         wait_clean(b, guest.name)
+
+
+def test_every_task_of_a_copy_is_in_a_cgroup_of_its_own(
+    lab: Lab, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """By the images: crun has CRIU rename nothing. It meets a program before."""
+    a, b = lab.hosts
+    tell = compiled("copied", tmp_path_factory.mktemp("programs"))
+    b.write_text(HOOK, "", 0o755)
+    b.path(HOOK).write_bytes(tell.read_bytes())
+    with resident(lab, TREE) as guest:
+        try:
+            with cloning(lab, guest.name, "--hook", Path(HOOK).name) as underway:
+                done = underway.finish()
+                assert done.code == 0, done.stderr or done.stdout
+            cgroups = inside(b, CGROUPS, pid(b, COPY))
+            assert len(cgroups) > 1
+            assert set(cgroups) == {f"0::/dolly/{COPY}"}
+            assert set(inside(a, CGROUPS, pid(a, guest.name))) == {"0::/dolly/cr2"}
+            assert f"copy={COPY}" in b.read_text(
+                f"/var/lib/migrate/containers/{COPY}/rootfs/data/told"
+            )
+            check_tree(guest)
+            assert guest.stop_probe().clean
+        finally:
+            expel(lab, COPY)
+        wait_clean(a, guest.name)
+        wait_clean(b)
 
 
 def test_the_restore_fails(lab: Lab) -> None:
