@@ -1,6 +1,6 @@
 """Measures downtime, ours and others'.
 
-    python -m bench [run] [--quick] [--runs N] [--only PATTERN] [--out FILE]
+    python -m bench [run] [--quick] [--runs N] [--only PATTERN] [--optional] [--out FILE]
     python -m bench report [--in FILE] [--docs DIRECTORY]
 
 `run` appends a line of JSON for each move to the file and prints it in short; `report` makes tables
@@ -54,15 +54,20 @@ Medians, and p95 by nearest rank; every move's memory was verified.
 def run(options: argparse.Namespace, console: Console) -> int:
     """Measure; the number of what was lost or failed, as an exit code."""
     wanted = re.compile(options.only)
+    planned = [
+        found
+        for one in (QUICK if options.quick else MATRIX)
+        if (options.optional or not one.optional) and (found := one.only(wanted)) is not None
+    ]
     bad = 0
+    whole_s = sum(one.expected_s(options.runs) for one in planned)
+    console.print(f"{options.runs} of each; some {whole_s / 60:.0f} minutes on a quiet machine")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("ab") as out:
-        for case, all_systems in QUICK if options.quick else MATRIX:
-            systems = [one for one in all_systems if wanted.search(f"{case.label} {one.name}")]
-            if not systems:
-                continue
-            console.print(f"[bold]{case.label}[/]")
-            for row in run_case(case, systems, options.runs, _noting(out)):
+        for one in planned:
+            expected_s = one.expected_s(options.runs)
+            console.print(f"[bold]{one.case.label}[/] some {expected_s:.0f} s")
+            for row in run_case(one.case, one.systems, options.runs, _noting(out)):
                 _write(out, row)
                 bad += row.outcome in ("lost", "failed")
                 console.print(_line(row))
@@ -118,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="?", choices=["run", "report"], default="run")
     parser.add_argument("--quick", action="store_true", help="every system once, under 5 minutes")
+    parser.add_argument("--optional", action="store_true", help="also what takes minutes a run")
     parser.add_argument("--runs", type=runs, metavar="N", help=f"of each; {RUNS}, or 1 if quick")
     parser.add_argument("--only", default="", metavar="PATTERN", help="of case and system")
     parser.add_argument("--out", type=Path, default=RESULTS, help="lines of JSON are added to it")

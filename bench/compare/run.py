@@ -63,7 +63,7 @@ class Row(msgspec.Struct, frozen=True, tag="row"):
     each ms has udp_gap_ms, which no retransmission is in; udp_lost had no answer, udp_doubled one
     too many, udp_late one after that of a later one. still_ms: the longest that a thread of the
     container which should run each ms did not, by the wall clock. costs: what the move took of each
-    host, by its name."""
+    host, by its name. took_s: with the container's start, its check and its end."""
 
     system: str
     workload: str
@@ -79,6 +79,7 @@ class Row(msgspec.Struct, frozen=True, tag="row"):
     parts_ms: dict[str, float] = {}
     facts: dict[str, Any] = {}
     throughput: Around | None = None
+    took_s: float | None = None
     udp_gap_ms: float | None = None
     udp_lost: int | None = None
     udp_doubled: int | None = None
@@ -117,7 +118,10 @@ def run_case(
         begun(lab)
         for number in range(1, runs + 1):
             for system in systems:
-                yield measure(lab, case, system, number)
+                begun_s = time.monotonic()
+                row = measure(lab, case, system, number)
+                took_s = round(time.monotonic() - begun_s, 1)
+                yield msgspec.structs.replace(row, took_s=took_s)
 
 
 def measure(lab: Lab, case: Case, system: System, number: int) -> Row:
