@@ -48,6 +48,14 @@ Medians, and p95 by nearest rank; every move's memory was verified.
 ![Parts of the downtime](parts.png)
 
 ![Predicted downtime](predicted.png)
+
+![One move](timeline.png)
+
+![What each round sends](rounds.png)
+
+![Gaps](gaps.png)
+
+![Throughput](throughput.png)
 """
 
 

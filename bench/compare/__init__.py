@@ -8,7 +8,7 @@
     run.py       one measurement, from the outside, as one line of JSON
     cost.py      what that took of the hosts
     tables.py    medians and percentiles of those lines
-    plots.py     the same as pictures
+    plots.py     the same as pictures; plots_of_moves.py draws single moves
 
 `python -m bench` runs it; `python -m bench report` makes docs/bench of what was measured.
 """

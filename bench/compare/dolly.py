@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import tempfile
+import threading
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from bench import containers
@@ -29,6 +33,9 @@ KEPT: Final = (
 )
 
 
+KEPT_OF_ROUNDS: Final = ("pages", "bytes_raw", "bytes_sent", "zero_pages", "duration_ms")
+
+
 class _Ours:
     """A container of the lab, on A."""
 
@@ -49,8 +56,11 @@ class Dolly(_Ours):
 
     def move(self, scene: Scene) -> Moved:
         """Returns when all memory is there: the command does."""
-        report = run_reported(scene, ["migrate", NAME, "--to", "B", *self._options])
-        facts = {name: report[name] for name in KEPT} | {"rounds": len(report["rounds"])}
+        command = ["migrate", NAME, "--to", "B", *self._options]
+        report, told = run_reported(scene, command)
+        facts = {name: report[name] for name in KEPT}
+        rounds = [{name: one[name] for name in KEPT_OF_ROUNDS} for one in report["rounds"]]
+        facts |= {"rounds": rounds, "told": told}
         return Moved(report["total_ms"], report["downtime_parts_ms"], facts)
 
     def remove(self, scene: Scene) -> None:
@@ -66,7 +76,7 @@ class DollyClone(_Ours):
     def move(self, scene: Scene) -> Moved:
         """One copy, on B."""
         copy = ["--to", "B", "--name", COPY, "--ip", COPY_ADDRESS]
-        report = run_reported(scene, ["migrate", "clone", NAME, *copy])
+        report, _ = run_reported(scene, ["migrate", "clone", NAME, *copy])
         copying = report["copying"]
         facts = {name: copying[name] for name in ("tracker", "bytes_sent", "fill_ms")}
         return Moved(copying["total_ms"], {}, facts | {"pause_ms": report["pause_ms"]})
@@ -77,13 +87,32 @@ class DollyClone(_Ours):
         forget(scene, COPY)
 
 
-def run_reported(scene: Scene, command: list[str]) -> dict[str, Any]:
-    """Run a command of ours on A; its report. Raises MoveError."""
-    done = scene.source.run([*command, "--report", REPORT], check=False, timeout_s=MOVE_DEADLINE_S)
-    if done.returncode != 0:
-        raise MoveError(done.stderr[-3000:])
+def run_reported(
+    scene: Scene, command: list[str]
+) -> tuple[dict[str, Any], list[tuple[float, str]]]:
+    """Run a command of ours on A; its report, and when it told what, in ms since it began: names
+    of phases, and of events like "round". Raises MoveError."""
+    begun_s = time.monotonic()
+    told = []
+    with tempfile.TemporaryFile() as said:
+        process = scene.source.popen(
+            [*command, "--json", "--report", REPORT], stdout=subprocess.PIPE, stderr=said
+        )
+        overdue = threading.Timer(MOVE_DEADLINE_S, process.kill)
+        overdue.start()
+        with process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                event = json.loads(line)
+                name = event.get("phase") or event.get("event", "report")
+                if name != "progress":
+                    told.append((round((time.monotonic() - begun_s) * 1000, 1), name))
+        overdue.cancel()
+        if process.returncode != 0:
+            said.seek(0)
+            raise MoveError(said.read()[-3000:].decode(errors="replace"))
     report: dict[str, Any] = json.loads(scene.source.read_text(REPORT))
-    return report
+    return report, told
 
 
 def forget(scene: Scene, name: str) -> None:

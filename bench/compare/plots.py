@@ -6,10 +6,11 @@ import statistics
 from typing import TYPE_CHECKING, Final
 
 import matplotlib as mpl
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from bench.compare.cases import DIRTY_MIB_S, LAZY, UNSHAPED
+from bench.compare.figures import finish, new_figure
+from bench.compare.plots_of_moves import draw_moves
 from bench.compare.tables import Spread, downtimes_ms, predictions
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from bench.compare.run import Row
     from bench.compare.tables import Results
 
-DPI: Final = 130
 DOWNTIME: Final = "downtime.png"
 PARTS: Final = "parts.png"
 PREDICTED: Final = "predicted.png"
@@ -32,6 +32,7 @@ def draw(results: Results, directory: Path) -> None:
         draw_downtime(results, directory / DOWNTIME)
         draw_parts(results, directory / PARTS)
         draw_predictions(results, directory / PREDICTED)
+        draw_moves(results, directory)
 
 
 def compared(results: Results) -> dict[str, dict[int, list[Row]]]:
@@ -46,7 +47,7 @@ def compared(results: Results) -> dict[str, dict[int, list[Row]]]:
 
 def draw_downtime(results: Results, path: Path) -> None:
     """Median and whole range of the client's gap against memory, of each system."""
-    figure = Figure(figsize=(8.5, 5.0), dpi=DPI, layout="constrained")
+    figure = new_figure(8.5, 5.0)
     axes: Axes = figure.subplots()
     for system, sizes in compared(results).items():
         spreads = {size: Spread.of(downtimes_ms(rows)) for size, rows in sorted(sizes.items())}
@@ -71,15 +72,14 @@ def draw_downtime(results: Results, path: Path) -> None:
         axis.set_major_formatter(plain)
     axes.set_xticks(sorted({row.memory_mib for row in results.rows}))
     axes.minorticks_off()
-    axes.set_title("How long a client waits: median, and the whole range", loc="left")
-    _finish(axes)
+    finish(axes, "How long a client waits: median, and the whole range")
     axes.legend(frameon=False)
     figure.savefig(path)
 
 
 def draw_parts(results: Results, path: Path) -> None:
     """What our downtime consists of, by memory: medians."""
-    figure = Figure(figsize=(8.5, 3.2), dpi=DPI, layout="constrained")
+    figure = new_figure(8.5, 3.2)
     axes = figure.subplots()
     sizes = sorted(compared(results).get(LAZY.name, {}).items())
     names = list(sizes[0][1][0].parts_ms) if sizes else []
@@ -89,8 +89,7 @@ def draw_parts(results: Results, path: Path) -> None:
         axes.barh([f"{size} MiB" for size, _ in sizes], widths, left=lefts, label=name)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     axes.set_xlabel("ms, from unplugged on the source to running on the target (medians)")
-    axes.set_title("What the downtime consists of", loc="left")
-    _finish(axes)
+    finish(axes, "What the downtime consists of")
     axes.legend(
         frameon=False, ncols=len(names) or 1, loc="upper center", bbox_to_anchor=(0.5, -0.25)
     )
@@ -99,7 +98,7 @@ def draw_parts(results: Results, path: Path) -> None:
 
 def draw_predictions(results: Results, path: Path) -> None:
     """Each move, by what had been predicted of it."""
-    figure = Figure(figsize=(4.6, 4.2), dpi=DPI, layout="constrained")
+    figure = new_figure(4.6, 4.2)
     axes = figure.subplots()
     pairs = predictions(results.rows)
     greatest = max((value for pair in pairs for value in pair), default=1.0) * 1.05
@@ -108,11 +107,5 @@ def draw_predictions(results: Results, path: Path) -> None:
     axes.plot(ends, ends, linewidth=0.8, color="#888888")
     axes.plot([was for _, was in pairs], [said for said, _ in pairs], "o", markersize=4)
     axes.set(xlim=ends, ylim=ends, xlabel="measured downtime, ms", ylabel="predicted, ms")
-    axes.set_title("Predicted downtime; the band is ± 25 %", loc="left")
-    _finish(axes)
+    finish(axes, "Predicted downtime; the band is ± 25 %")
     figure.savefig(path)
-
-
-def _finish(axes: Axes) -> None:
-    axes.grid(visible=True, linewidth=0.4, alpha=0.6)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ import msgspec
 
 from bench.compare.cost import Cost, CostMeter
 from bench.compare.systems import ImpossibleError, MoveError, Scene
-from bench.compare.throughput import Around, around
+from bench.compare.throughput import Around, Curve, around, curve
 from bench.containers import ContainerError
 from bench.demo import Workload
 from bench.lab.errors import LabError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bench.compare.cases import Case
     from bench.compare.systems import System
     from bench.lab.host import Host
+    from bench.probe import Report
 
 BEFORE_S: Final = 1.0
 AFTER_S: Final = 1.0
@@ -57,13 +58,14 @@ class Conditions(msgspec.Struct, frozen=True, tag="conditions"):
 
 class Row(msgspec.Struct, frozen=True, tag="row"):
     """One run. client_gap_ms: the longest time between two answers on the client's one connection.
-    wire_mib: what A sent on its link from the begin of the move to its end, the client's part
-    included. throughput: of a load besides the client, if there was one. outcome "lost": the client
-    or the memory missed something. Where the workload answers datagrams, a client that sends one
-    each ms has udp_gap_ms, which no retransmission is in; udp_lost had no answer, udp_doubled one
-    too many, udp_late one after that of a later one. still_ms: the longest that a thread of the
-    container which should run each ms did not, by the wall clock. costs: what the move took of each
-    host, by its name. took_s: with the container's start, its check and its end."""
+    gap_at_ms: its beginning, since the move's. wire_mib: what A sent on its link from the begin of
+    the move to its end, the client's part included. throughput: of a load besides the client, if
+    there was one. outcome "lost": the client or the memory missed something. Where the workload
+    answers datagrams, a client that sends one each ms has udp_gap_ms, which no retransmission is
+    in; udp_lost had no answer, udp_doubled one too many, udp_late one after that of a later one.
+    still_ms: the longest that a thread of the container which should run each ms did not, by the
+    wall clock. costs: what the move took of each host, by its name. took_s: with the container's
+    start, its check and its end."""
 
     system: str
     workload: str
@@ -79,7 +81,9 @@ class Row(msgspec.Struct, frozen=True, tag="row"):
     parts_ms: dict[str, float] = {}
     facts: dict[str, Any] = {}
     throughput: Around | None = None
+    curve: Curve | None = None
     took_s: float | None = None
+    gap_at_ms: float | None = None
     udp_gap_ms: float | None = None
     udp_lost: int | None = None
     udp_doubled: int | None = None
@@ -174,7 +178,7 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
         costs = meter.costs()
     sent_bytes = _sent_bytes(scene.source) - sent_bytes
     time.sleep(AFTER_S if load is None else LOADED_AFTER_S)
-    throughput = _throughput(load, begun_s) if load is not None else None
+    throughput, answered = _throughput(load, begun_s) if load is not None else (None, None)
     seen = probe.stop()
     ticked = ticks.stop() if ticks is not None else None
     still_ms = _longest_still_ms(scene) if spec.ticks else None
@@ -192,6 +196,8 @@ def _watched(scene: Scene, system: System, workload: Workload, row: Row, stack: 
         parts_ms=moved.parts_ms,
         facts=moved.facts,
         throughput=throughput,
+        curve=answered,
+        gap_at_ms=_gap_at_ms(seen, begun_s),
         udp_gap_ms=ticked.gap_max_ms if ticked else None,
         udp_lost=ticked.sent - (ticked.received - ticked.doubled) if ticked else None,
         udp_doubled=ticked.doubled if ticked else None,
@@ -226,13 +232,21 @@ def _load(scene: Scene, workload: Workload, stack: ExitStack) -> ProbeProcess | 
     return process
 
 
-def _throughput(process: ProbeProcess, begun_s: float) -> Around:
+def _gap_at_ms(seen: Report, begun_s: float) -> float | None:
+    """Where the longest gap begins; None if none is worth being listed."""
+    since_begin_ms = (seen.started_monotonic_s - begun_s) * 1000
+    at_ms, _ = max(seen.gaps_over_100_ms, key=lambda gap: gap[1], default=(None, 0.0))
+    return None if at_ms is None else round(at_ms + since_begin_ms, 1)
+
+
+def _throughput(process: ProbeProcess, begun_s: float) -> tuple[Around, Curve]:
     """Raises ProbeError."""
     load = Load(**process.stop_raw())
     try:
         if load.error:
             raise ValueError(load.error)
-        return around(load.answers, load.bin_ms, (begun_s - load.started_monotonic_s) * 1000)
+        seen = load.answers, load.bin_ms, (begun_s - load.started_monotonic_s) * 1000
+        return around(*seen), curve(*seen)
     except ValueError as error:
         raise ProbeError(f"the load: {error}") from error
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RECOVERED: Final = 0.9
+GROUPED: Final = 5
 WINDOW_MS: Final = 50
 """Throughput of less than that is the scheduler's."""
 
@@ -29,6 +30,21 @@ class Around:
     during_per_s: float
     gap_ms: float
     recovered_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """How many answers came in each bin; the move begins begun_ms after the first of them does."""
+
+    bin_ms: int
+    begun_ms: float
+    answers: list[int]
+
+
+def curve(answers: Sequence[int], bin_ms: int, begun_ms: float) -> Curve:
+    """Coarser than what was counted, for who looks at it."""
+    grouped = [sum(answers[at : at + GROUPED]) for at in range(0, len(answers), GROUPED)]
+    return Curve(bin_ms * GROUPED, round(begun_ms, 1), grouped)
 
 
 def around(answers: Sequence[int], bin_ms: int, begun_ms: float) -> Around:
