@@ -37,8 +37,9 @@ PORTS: Final = {
     "redis": 6379,
     "nginx": 8080,
     "web": 8081,
+    "postgres": 5432,
 }
-CLIENTS: Final = {"redis": "redis", "nginx": "http", "web": "http"}
+CLIENTS: Final = {"redis": "redis", "nginx": "http", "web": "http", "postgres": "postgres"}
 """What a workload speaks (bench/probe.py); the others answer lines."""
 TICKING: Final = ("memory",)
 """These answer datagrams too."""
@@ -70,6 +71,19 @@ locale-collate C
 NGINX: Final = "/usr/sbin/nginx"
 NGINX_CONFIG: Final = "/etc/nginx/container.conf"
 """In every lab host (bench/lab/servers)."""
+POSTGRES: Final = "/usr/lib/postgresql/17"
+"""In hosts of comparisons (bench/compare/root)."""
+POSTGRES_SHARE: Final = "/usr/share/postgresql/17"
+POSTGRES_DATA: Final = "/data/postgres"
+POSTGRES_TOLD_USER: Final = 1000
+"""Postgres will not be root, and a lab host can't dump a task of anybody else (docs/facts.md)."""
+POSTGRES_CONFIG: Final = """\
+listen_addresses = '*'
+unix_socket_directories = ''
+fsync = off
+timezone = GMT
+log_timezone = GMT
+"""
 PYTHON: Final = "/usr/bin/python3"
 PYTHON_LIBRARY: Final = ("/usr/lib/python3.13",)
 WEB: Final = Path(__file__).parent / "workloads/web.py"
@@ -100,6 +114,18 @@ done
 """
 # A runtime hands its own standard streams to the container: CRIU can't dump a file or pipe of the
 # host there, /dev/null it can. So what the runtime has to say goes to its log.
+# $1 data directory, $2 programs, $3 its owner. Postgres's own user makes it, as root may not.
+POSTGRES_SCRIPT: Final = """\
+set -e
+directory=$(mktemp -d)
+chown postgres "$directory"
+setpriv --reuid postgres --clear-groups \
+    "$2/bin/initdb" -D "$directory/data" -U postgres -A trust --no-sync --locale=C >/dev/null
+echo 'host all all all trust' >>"$directory/data/pg_hba.conf"
+mv "$directory/data" "$1"
+rmdir "$directory"
+chown -R "$3" "$1"
+"""
 START_SCRIPT: Final = """\
 exec "$3" --log "$1/runtime.log" run --detach --bundle "$1" "$2" </dev/null >/dev/null 2>&1
 """
@@ -114,7 +140,7 @@ class ContainerSpec:
     """One container. Addresses carry their prefix length, such as "10.77.0.50/24".
 
     `args` are the workload's own: rate and options of memory (default: 8 MiB/s), the kind of
-    blocker, options of tree, further lines of configuration of redis; nginx and web have none.
+    blocker, options of tree, further lines of configuration of redis; the others have none.
     An empty `mac` is made from the address.
     """
 
@@ -175,6 +201,8 @@ class ContainerSpec:
             return ["/usr/bin/redis-server", "/etc/redis.conf"]
         if self.workload == "nginx":
             return [NGINX, "-c", NGINX_CONFIG]
+        if self.workload == "postgres":
+            return [f"{POSTGRES}/bin/postgres", "-D", POSTGRES_DATA]
         if self.workload == "web":
             return [PYTHON, "/bin/web.py", str(self.port), str(self.memory_mib)]
         program, port = f"/bin/{self.workload}", str(self.port)
@@ -211,6 +239,7 @@ def create(host: Host, spec: ContainerSpec) -> None:
             cgroup=f"/dolly/{spec.name}",
             annotations={PORT_ANNOTATION: str(spec.port), RUNTIME_ANNOTATION: spec.runtime},
             seccomp=spec.seccomp,
+            told_user=POSTGRES_TOLD_USER if spec.workload == "postgres" else 0,
         )
         (bundle / "config.json").write_text(json.dumps(configuration, indent=1))
         make_network(host, spec)
@@ -315,12 +344,24 @@ def _make_rootfs(host: Host, spec: ContainerSpec) -> None:
         host.run(["sh", "-c", PROGRAMS_SCRIPT, "programs", rootfs_inside, NGINX])
         (rootfs / "etc/nginx").mkdir()
         shutil.copy2(host.path(NGINX_CONFIG), rootfs / NGINX_CONFIG.lstrip("/"))
+    elif spec.workload == "postgres":
+        _make_postgres(host, spec, rootfs_inside)
     elif spec.workload == "web":
         host.run(["sh", "-c", PROGRAMS_SCRIPT, "programs", rootfs_inside, PYTHON])
         host.run(["cp", "-r", "--parents", *PYTHON_LIBRARY, rootfs_inside])
         shutil.copy2(WEB, rootfs / "bin" / WEB.name)
     else:
         shutil.copy2(binary(spec.workload), rootfs / "bin" / spec.workload)
+
+
+def _make_postgres(host: Host, spec: ContainerSpec, rootfs: str) -> None:
+    """Programs, their libraries, and an empty database whose buffers are the memory."""
+    host.run(["sh", "-c", PROGRAMS_SCRIPT, "programs", rootfs, f"{POSTGRES}/bin/postgres"])
+    host.run(["cp", "-r", "--parents", f"{POSTGRES}/lib", POSTGRES_SHARE, rootfs])
+    data, owner = f"{rootfs}{POSTGRES_DATA}", f"{2**32 - POSTGRES_TOLD_USER}:0"
+    host.run(["sh", "-c", POSTGRES_SCRIPT, "postgres", data, POSTGRES, owner])
+    with host.path(f"{data}/postgresql.conf").open("a") as configuration:
+        configuration.write(f"{POSTGRES_CONFIG}shared_buffers = {spec.memory_mib}MB\n")
 
 
 def _annotation(host: Host, name: str, key: str) -> str:

@@ -24,6 +24,7 @@ from bench.containers import ContainerSpec, create, start
 from bench.flock import run_flock
 from bench.lab.lab import Lab
 from bench.probe_process import ProbeProcess, run_module, start_probe
+from bench.workloads import postgres
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,6 +62,8 @@ class Workload:
 
     def begin(self, client: Host) -> None:
         """Fill it and start what dirties its memory."""
+        if self.kind == "postgres":
+            postgres.fill(client, self.spec.ip, self.memory_mib)
         if self.kind != "redis":
             return
         ip, port, size = self.spec.ip, str(self.spec.port), f"--mib={self.memory_mib}"
@@ -75,6 +78,10 @@ class Workload:
         if self.kind in SELF_PROVING:
             return True
         ip, port = self.spec.ip, str(self.spec.port)
+        if self.kind == "postgres":
+            proven, answer = postgres.sums(client, ip)
+            self.checks.append(answer)
+            return proven
         if self.kind == "memory":
             answer = run_module(client, "bench.workloads.ask", ip, port, "VERIFY")
             self.checks.append(answer)

@@ -58,8 +58,13 @@ def oci_spec(
     cgroup: str,
     annotations: Mapping[str, str],
     seccomp: bool = True,
+    told_user: int = 0,
 ) -> dict[str, Any]:
-    """The content of a bundle's config.json. The root file system is "rootfs" beside it."""
+    """The content of a bundle's config.json. The root file system is "rootfs" beside it.
+
+    told_user: what getuid(2) says by the filter (up to 4095), for a program that will not be root:
+    errors are negative, so the user it takes itself for is 2**32 less that.
+    """
     capabilities = list(CAPABILITIES)
     linux: dict[str, Any] = {
         "cgroupsPath": cgroup,
@@ -81,6 +86,10 @@ def oci_spec(
             "architectures": ["SCMP_ARCH_X86_64"],
             "syscalls": [{"names": list(SECCOMP_REFUSED), "action": "SCMP_ACT_ERRNO"}],
         }
+        if told_user:
+            linux["seccomp"]["syscalls"].append(
+                {"names": ["getuid", "geteuid"], "action": "SCMP_ACT_ERRNO", "errnoRet": told_user}
+            )
     return {
         "ociVersion": "1.0.2",
         "process": {

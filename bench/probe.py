@@ -8,8 +8,8 @@ first answer has come, and at the end one line of JSON (`Report`). It ends after
 input (or its end), SIGTERM or SIGINT; then no more requests are sent and the answers still missing
 are awaited for --drain-s. Exit status 0: nothing was lost, reordered, doubled or reset.
 
-KIND is lines, redis or http; `ticks` are datagrams: what is lost of them stays lost, so that their
-gap has no retransmission in it. That breaks nothing, but the report is not clean either.
+KIND is lines, redis, http or postgres; `ticks` are datagrams: what is lost of them stays lost, so
+that their gap has no retransmission in it. That breaks nothing, but the report is not clean either.
 
 It runs in a process of its own, so that nothing else delays its clock, and in the network namespace
 of a client. `ProbeProcess` (bench/probe_process.py) starts and stops it.
@@ -37,6 +37,7 @@ from bench.probe_accounting import (
     GapMeter,
     HttpAnswers,
     LineAnswers,
+    PostgresAnswers,
     RedisAnswers,
     TickAnswers,
 )
@@ -45,7 +46,7 @@ from bench.workloads.resp import RespError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-KINDS = ("lines", "redis", "http", "ticks")
+KINDS = ("lines", "redis", "http", "postgres", "ticks")
 CONNECT_S = 5.0
 RATE_PER_S = 1000.0
 DRAIN_S = 10.0
@@ -263,9 +264,11 @@ class TickProbe(Probe):
 
 
 def answers_for(kind: str) -> Answers:
-    """The wire format of a workload: "redis", "http", "ticks", or "lines" for all the others."""
+    """The wire format of a workload; "lines" for all that have none of their own."""
     if kind == "lines":
         return LineAnswers()
+    if kind == "postgres":
+        return PostgresAnswers("postgres")
     if kind == "ticks":
         return TickAnswers()
     if kind == "http":

@@ -1,11 +1,12 @@
 """What a probe makes of the answers: their order, and the gaps between them. Pure.
 
-Three wire formats are known. In each the n-th answer on a connection must carry exactly n::
+Some wire formats are known. In each the n-th answer on a connection must carry exactly n::
 
     lines (bench/workloads/line_server.h)   "17\\n"               ->  "17 90210\\n"
     ticks (the same in datagrams)           one may be lost; late or twice is out of order
     redis                                   INCR probe:<unique>   ->  ":17\\r\\n"
     http (nginx, bench/workloads/web.py)    GET /17 HTTP/1.1      ->  200, body "17 /17\\n"
+    postgres                                nextval of a sequence ->  17
 
 The second number of the first format counts the answers of the whole server; it must grow. A server
 that was restarted, or that went back to an earlier state, gives itself away there.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from typing import Protocol
 
 from bench.workloads.resp import Decoder, encode
@@ -198,6 +200,58 @@ class HttpAnswers:
             return None
         self._rest = rest[size:]
         return rest[:size]
+
+
+class PostgresAnswers:
+    """The next number of a sequence that lives as long as this connection, by simple queries.
+
+    A message is a type, its length with that (u32, big-endian), and a body; the first that a client
+    sends has no type. Source: PostgreSQL's documentation, "Message Formats" of protocol 3.0.
+    """
+
+    def __init__(self, user: str) -> None:
+        self.order = OrderChecker()
+        names = f"user\0{user}\0database\0{user}\0\0".encode()
+        self._greeting = struct.pack("!II", 8 + len(names), 3 << 16) + names
+        self._rest = b""
+
+    def request(self, number: int) -> bytes:
+        asked = _query("SELECT nextval('pg_temp.probe')")
+        if number > 1:
+            return asked
+        return self._greeting + _query("CREATE TEMPORARY SEQUENCE probe") + asked
+
+    def feed(self, data: bytes) -> int:
+        self._rest += data
+        answered = 0
+        while (message := self._take()) is not None:
+            kind, body = message
+            if kind == b"E":
+                raise AnswerError(f"the server says {body[:200]!r}")
+            if kind == b"D":
+                # One column: how many there are (u16), its length (u32), its text.
+                text = body[6:]
+                if not text.isdigit():
+                    raise AnswerError(f"not a number: {body[:40]!r}")
+                self.order.check(int(text))
+                answered += 1
+        return answered
+
+    def _take(self) -> tuple[bytes, bytes] | None:
+        """Type and body of the next message, if all of it is here."""
+        if len(self._rest) < 5:
+            return None
+        end = 1 + int.from_bytes(self._rest[1:5], "big")
+        if not 5 <= end <= HEAD_BYTES_MAX:
+            raise AnswerError(f"a message of {end} bytes: {self._rest[:40]!r}")
+        if len(self._rest) < end:
+            return None
+        kind, body, self._rest = self._rest[:1], self._rest[5:end], self._rest[end:]
+        return kind, body
+
+
+def _query(text: str) -> bytes:
+    return b"Q" + struct.pack("!I", 5 + len(text)) + text.encode() + b"\0"
 
 
 class GapMeter:

@@ -38,9 +38,9 @@ is waited for by the probe's own end."""
 LOADED_AFTER_S: Final = 3.0
 """Throughput comes back more slowly than answers."""
 SAID_CHARS: Final = 400
-RATES_PER_S: Final = {"web": 100.0}
+RATES_PER_S: Final = {"web": 100.0, "postgres": 200.0}
 """Of the client, where a server that is loaded besides answers less than others."""
-TOOLED: Final = ("nginx", "web")
+TOOLED: Final = ("nginx", "web", "postgres")
 """Put under load by tools that only the hosts of comparisons have."""
 MIB: Final = 1 << 20
 
@@ -224,6 +224,7 @@ def _load(scene: Scene, workload: Workload, stack: ExitStack) -> ProbeProcess | 
         "redis": ("bench.load", [*where, f"--mib={workload.memory_mib}"]),
         "nginx": ("bench.load_tools", ["wrk", *where]),
         "web": ("bench.load_tools", ["wrk", *where]),
+        "postgres": ("bench.load_tools", ["pgbench", *where]),
     }
     if workload.kind not in commands:
         return None

@@ -26,6 +26,7 @@ from bench.probe_accounting import (
     HttpAnswers,
     LineAnswers,
     OrderChecker,
+    PostgresAnswers,
     RedisAnswers,
     TickAnswers,
 )
@@ -179,6 +180,31 @@ def test_a_server_that_was_set_back_gives_itself_away() -> None:
     answers = HttpAnswers("dolly")
     answers.feed(page(1) + page(2) + page(1))
     assert answers.order.violations == [(3, 1)]
+
+
+def message(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("!I", 4 + len(body)) + body
+
+
+@given(st.integers(1, 20), st.lists(st.integers(1, 60), max_size=30))
+def test_postgres_answers_in_any_pieces(count: int, sizes: list[int]) -> None:
+    answers = PostgresAnswers("somebody")
+    assert answers.request(1).startswith(b"\0\0\0\x29\0\x03\0\0user\0somebody\0")
+    assert answers.request(2) == b"Q\0\0\0\x24SELECT nextval('pg_temp.probe')\0"
+    data = message(b"R", b"\0\0\0\0") + message(b"Z", b"I")
+    for number in map(str, range(1, count + 1)):
+        row = struct.pack("!HI", 1, len(number)) + number.encode()
+        data += message(b"T", b"x" * 32) + message(b"D", row) + message(b"C", b"SELECT 1\0")
+    assert fed_in_pieces(answers, data, sizes) == answers.order.received == count
+    assert answers.order.out_of_order == 0
+
+
+@pytest.mark.parametrize(
+    "data", [message(b"E", b"SFATAL\0"), message(b"D", b"\0\1\0\0\0\1x"), b"HTTP/1.1 400 X"]
+)
+def test_what_is_no_number_of_postgres_is_refused(data: bytes) -> None:
+    with pytest.raises(AnswerError):
+        PostgresAnswers("somebody").feed(data)
 
 
 @pytest.mark.parametrize(
