@@ -56,6 +56,9 @@ class Rounds:
     streams can't reach any more while there are others.
     """
 
+    # Whether what is written last is kept on this host while the container stands still.
+    _is_kept = True
+
     def __init__(
         self,
         facts: ContainerFacts,
@@ -237,6 +240,7 @@ class Rounds:
             shared_bytes=self.facts.shared_bytes,
             lazy=self._options.restore == "lazy",
             round_trip_ms=2 * self.clocks.error_us / 1000,
+            is_kept=self._is_kept,
         )
 
     def _tell_round(self, stats: RoundStats, decision: convergence.Decision) -> None:
@@ -262,7 +266,9 @@ class Rounds:
 
 
 class Copying(Rounds):
-    """The same for one target, with the root file system."""
+    """The same for a migration: one target, with the root file system."""
+
+    _is_kept = False
 
     def __init__(
         self,

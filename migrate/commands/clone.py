@@ -140,6 +140,11 @@ def clone(
     if report_path is not None and not report_path.parent.is_dir():
         raise click.BadParameter(f"{report_path.parent} is no directory", param_hint="--report")
     log_to_stderr(logging.WARNING)
+    said = click.get_current_context().get_parameter_source("on_stall")
+    if said is not ParameterSource.COMMANDLINE:
+        # What is written is kept here while the container stands still: a slow host or disk is no
+        # reason to slow it.
+        asked["on_stall"] = "freeze"
     pools = tuple(Pool.parse(text) for text in addresses)
     alike = Alike(fill, validate_name(hook) if hook else "", copy_signal, pools)
     if save_to is not None:
@@ -199,11 +204,6 @@ def saving(
     is_for_fleet = target == "fleet"
     whose = socket.gethostname() if is_for_fleet or target is None else target
     keep = Keep(directory, whose, is_for_fleet, days)
-    context = click.get_current_context()
-    if context.get_parameter_source("on_stall") is not ParameterSource.COMMANDLINE:
-        # Nobody waits for the disk while the container stands still, so a slow one is no reason to
-        # slow the container.
-        asked = {**asked, "on_stall": "freeze"}
     options = Options(validate_name(name), whose, **asked)
     driver = _driver(name, runtime)
     return partial(

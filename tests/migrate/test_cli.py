@@ -59,10 +59,10 @@ def test_what_starts_often_imports_little(module: str, allowed: set[str]) -> Non
     [
         (["--save", "/nowhere/kept"], "freeze"),
         (["--save", "/nowhere/kept", "--on-stall", "throttle"], "throttle"),
-        (["--to", "B"], "throttle"),
+        (["--to", "B"], "freeze"),
     ],
 )
-def test_a_slow_disk_slows_no_container_unless_it_is_asked_for(
+def test_a_slow_host_or_disk_slows_no_original_unless_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, words: list[str], expected: str
 ) -> None:
     made: list[Any] = []

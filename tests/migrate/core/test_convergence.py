@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from migrate.core.convergence import (
     DUMP_MS,
     DUMP_MS_PER_GIB,
+    FREEZE_MS,
     GIB,
     HANDOVER_MS,
     PAGE_BYTES,
@@ -90,6 +91,20 @@ def test_measurements_replace_priors() -> None:
         handover_ms=HANDOVER_MS + 20,
         resume_ms=RESUME_MS,
     )
+
+
+def test_what_is_kept_on_this_host_waits_for_no_link_and_no_restore() -> None:
+    workload = Workload(memory_bytes=GIB, dump_ms=100, rootfs_ms=160, is_kept=True)
+    for past in (history((1000, 1000)), history((100, 100_000))):
+        assert predict(past, workload, 50 * MIB) == Prediction(
+            *(FREEZE_MS, 100, 0), rootfs_ms=0, restore_ms=0, handover_ms=0, resume_ms=RESUME_MS
+        )
+        assert predict(past, workload, 150 * MIB).final_delta_ms == pytest.approx(200)
+    # In a migration over the second of these the rounds would go on.
+    past = history((100, 100_000), (20, 20_000))
+    assert decide(past, workload, LIMITS).verdict is Verdict.FREEZE
+    moved = replace(workload, is_kept=False)
+    assert decide(past, moved, LIMITS).verdict is Verdict.CONTINUE
 
 
 def test_the_final_delta_counts_with_what_it_takes_longer_than_the_dump() -> None:
