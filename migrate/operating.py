@@ -49,14 +49,13 @@ async def say_word(
     host: str,
     address: str,
     port: int = config.CONTROL_PORT,
+    deadline_s: float = 2 * config.WORD_DEADLINE_S,
 ) -> messages.TargetMessage:
     """What the agent of `host`, which listens at `address`, answers. Raises Unreachable,
     ProtocolError, UsageError for a word that asks for what can't be, MigrateError where it is
     refused otherwise."""
     connector = aiohttp.TCPConnector(ssl=identity.client_context())
-    timeout = aiohttp.ClientTimeout(
-        total=2 * config.WORD_DEADLINE_S, sock_connect=config.WORD_CONNECT_DEADLINE_S
-    )
+    timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=config.WORD_CONNECT_DEADLINE_S)
     url = f"https://{address}:{port}/v1/{route}"
     try:
         async with (

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from migrate import cordon, drain_state, drain_survey
-from migrate.config import BANDWIDTH_MIB_S_MIN, SESSIONS_MAX
+from migrate.config import BANDWIDTH_MIB_S_MIN, DRAIN_START_DEADLINE_S, SESSIONS_MAX
 from migrate.core import messages
 from migrate.core.states import TargetState
 from migrate.drain_moves import Moves
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from migrate.policy import PolicyFile
     from migrate.runtimes.base import Runtime
 
-# It reads its modules and writes its file.
-START_DEADLINE_S: Final = 20.0
 _POLL_S: Final = 0.05
 _LOG: Final = "drain.log"
 # A container came here with one of the latest of these, or it is too long ago to be given back.
@@ -117,7 +115,7 @@ class Drains:
             self._process = Outliving(command, stderr=log)
         finally:
             os.close(log)
-        limit_s = time.monotonic() + START_DEADLINE_S
+        limit_s = time.monotonic() + DRAIN_START_DEADLINE_S
         while drain_state.read(self._paths, dry_run=word.dry_run).drain_id != drain_id:
             if self._process.returncode is not None or time.monotonic() > limit_s:
                 raise MigrateError(f"the drain does not start: {tail(log_path, 300)}")

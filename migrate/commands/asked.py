@@ -34,14 +34,27 @@ class Asked:
         self._identity = identity
         self._address = address
 
-    def say(self, word: messages.SourceMessage, expected: type[_Answer]) -> _Answer:
-        """Raises MigrateError."""
+    def say(
+        self,
+        word: messages.SourceMessage,
+        expected: type[_Answer],
+        *,
+        deadline_s: float = 2 * config.WORD_DEADLINE_S,
+    ) -> _Answer:
+        """What it answers. Raises MigrateError."""
         # What speaks to agents takes half a second of a processor to import, and `migrate status`
         # of this host needs none of it.
         from migrate.operating import say_word
 
         answer = asyncio.run(
-            say_word(word, self._identity, "operator", host=self.host, address=self._address)
+            say_word(
+                word,
+                self._identity,
+                "operator",
+                host=self.host,
+                address=self._address,
+                deadline_s=deadline_s,
+            )
         )
         if not isinstance(answer, expected):
             raise ProtocolError(f"the agent answered {type(answer).__name__}", host=self.host)

@@ -162,7 +162,8 @@ def _is_under_way(asked: Asked, limit_s: float) -> bool:
 def _watch(asked: Asked, word: messages.Drain, *, detach: bool, as_json: bool) -> None:
     """Ask, tell what happens, and exit as the drain ends."""
     try:
-        state = asked.say(word, messages.Drained)
+        deadline_s = config.DRAIN_START_DEADLINE_S + config.WORD_DEADLINE_S
+        state = asked.say(word, messages.Drained, deadline_s=deadline_s)
     except Unreachable as error:
         error.remedy = f"start `migrate agent` on {asked.host}"
         raise
