@@ -8,10 +8,13 @@ into a directory of the migration, give us the moments that matter:
                  "gate"  v  │ "go"                        "post-dump" …   v  │ "commit" | "abort"
                         events  gate                                 events  verdict      (FIFOs)
 
-- The *gate* is first in the runtime's PATH. It looks at the first request on the runtime's socket
-  (MSG_PEEK, so CRIU still reads it): feature checks pass, DUMP and RESTORE wait until the gate is
-  opened. So the runtime's own preparation is over before anything is frozen. A gate whose maker is
-  gone fails, and the runtime with it: nothing has been frozen or restored yet.
+- The program *bin/criu* is first in the runtime's PATH. It looks at the first request on the
+  runtime's socket (MSG_PEEK, so CRIU still reads it): feature checks pass, DUMP and RESTORE come to
+  the gate. So the runtime's own preparation is over before anything is frozen. A gate whose maker
+  is gone fails, and the runtime with it: nothing has been frozen or restored yet.
+- A restore stands at the gate before it executes CRIU, which begins with the images. A dump stands
+  there in CRIU's pre-dump hook: it has started then, and has not looked at any task
+  (`criu/cr-dump.c: cr_dump_tasks`).
 - The *hook* is CRIU's action script. It reports each action, and at one of them (post-dump on the
   source, post-restore on the target) it waits for a verdict. Its failure there makes CRIU undo all
   it did: `criu/cr-dump.c: cr_dump_finish`, `criu/cr-restore.c: restore_root_task`. A hook that was
@@ -94,6 +97,7 @@ if len(sys.argv) > 2 and sys.argv[1] == "swrk":
         elif {join!r}:
             with open({join!r}, "w") as group:
                 group.write("0")
+    if request == b"\\x08\\x02":
         with open({events!r}, "r+b", buffering=0) as events:
             events.write(b"gate\\n")
         # Whoever made the gate keeps it open for writing: no writer, or its end, is his end.
@@ -121,7 +125,7 @@ _HOOK = """\
 # CRIU runs this at each of its actions; see criu_glue/hooks.py.
 action=$CRTOOLS_SCRIPT_ACTION holds=
 true > {seen}."$action"
-{network}{at_unlock}{judged}[ "$action" = {hold_at} ] && holds=1
+{gate}{network}{at_unlock}{judged}[ "$action" = {hold_at} ] && holds=1
 {freeze}echo "$action" 1<> {events}
 [ "$holds" ] || exit 0
 {watch}read -r verdict <> {verdict}
@@ -180,11 +184,13 @@ fi
 """
 
 
-# Opened for reading only: it ends with its last writer. First of all: that one may go meanwhile.
-_NETWORK = """\
-if [ "$action" = setup-namespaces ]; then
-    echo "$CRTOOLS_INIT_PID" > {init}
-    {{ echo "$action" 1<> {events}; read -r word; }} < {network}
+# Open for reading only, a FIFO ends with its last writer; that one may be gone already, and then
+# nobody could open it so, but for a writer of our own.
+_UNTIL_GO = """\
+if [ "$action" = {action} ]; then
+    exec 3<> {fifo} 4< {fifo} 3>&-
+    {before}echo {event} 1<> {events}
+    read -r word <&4
     [ "$word" = go ]
     exit
 fi
@@ -457,10 +463,18 @@ def _hook_text(directory: Path, plan: HoldPlan) -> str:
     def quoted(name: str) -> str:
         return shlex.quote(str(directory / name))
 
-    at_unlock = freeze = watch = judged = network = ""
+    gate = at_unlock = freeze = watch = judged = network = ""
+    if plan.hold_at == "post-dump":
+        gate = _UNTIL_GO.format(
+            action="pre-dump", event="gate", fifo=quoted("gate"), before="", events=quoted("events")
+        )
     if plan.needs_network:
-        network = _NETWORK.format(
-            init=quoted("init.pid"), events=quoted("events"), network=quoted("network")
+        network = _UNTIL_GO.format(
+            action="setup-namespaces",
+            event="setup-namespaces",
+            fifo=quoted("network"),
+            before=f'echo "$CRTOOLS_INIT_PID" > {quoted("init.pid")}\n    ',
+            events=quoted("events"),
         )
     if plan.at_unlock:
         command = " && ".join(shlex.join(words) for words in plan.at_unlock)
@@ -491,6 +505,7 @@ def _hook_text(directory: Path, plan: HoldPlan) -> str:
             refused=quoted("refused"),
         )
     return _HOOK.format(
+        gate=gate,
         network=network,
         at_unlock=at_unlock,
         judged=judged,

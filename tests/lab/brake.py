@@ -1,5 +1,5 @@
-"""A brake in front of CRIU: stops a dump or a restore at its very beginning, for as long as a test
-wants.
+"""A brake for CRIU: stops a dump or a restore at its very beginning, for as long as a test wants.
+A restore is stopped before CRIU is executed, a dump when it has taken hold of the frozen tasks.
 
     brake = Brake(lab.host("A"))                         # once for each host
     lab.start_agent("B", env=Brake(lab.host("B")).env)   # or: begin(..., env=brake.env)
@@ -31,12 +31,21 @@ if len(sys.argv) > 2 and sys.argv[1] == "swrk":
     peer = socket.socket(fileno=int(sys.argv[2]))
     request = peer.recv(2, socket.MSG_PEEK)
     peer.detach()
-    held = f"{DIRECTORY}/hold-{{request[1]}}"
-    if os.path.exists(held):
+    held = "{DIRECTORY}/hold-2"
+    if request[1] == 2 and os.path.exists(held):
         open(held + ".reached", "w").close()
-    while os.path.exists(held):
-        time.sleep(0.002)
+        while os.path.exists(held):
+            time.sleep(0.002)
+    if request[1] == 1:
+        with open(os.environ["CRIU_CONFIG_FILE"], "a") as options:
+            options.write("action-script {DIRECTORY}/hook\\n")
 os.execv("/usr/sbin/criu", ["criu", *sys.argv[1:]])
+"""
+_HOOK: Final = f"""\
+#!/bin/sh
+[ "$CRTOOLS_SCRIPT_ACTION" = network-lock ] && [ -e {DIRECTORY}/hold-1 ] || exit 0
+true > {DIRECTORY}/hold-1.reached
+while [ -e {DIRECTORY}/hold-1 ]; do sleep 0.01; done
 """
 
 
@@ -49,6 +58,7 @@ class Brake:
         self._host = host
         self._hold = ""
         host.write_text(f"{DIRECTORY}/criu", _PROGRAM, 0o755)
+        host.write_text(f"{DIRECTORY}/hook", _HOOK, 0o755)
 
     @contextlib.contextmanager
     def on(self, act: Literal["dump", "restore"]) -> Iterator[None]:
