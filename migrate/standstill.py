@@ -93,6 +93,8 @@ class Standstill:
             self._report.add_round(await self._sending)
         if (dumped := await asyncio.to_thread(memory.send_dumped, image_dir)) is not None:
             self._report.add_round(dumped)
+        sending = asyncio.create_task(asyncio.to_thread(send_images, memory, image_dir))
+        sending.add_done_callback(_heard_later)
         stored = await asyncio.to_thread(images.store_ranges, image_dir)
         tell_slow_dump(self._copying.warn, self._freezing.why_slow, stored)
         missing = memory.undelivered(stored)
@@ -101,7 +103,7 @@ class Standstill:
             # on the target.
             self._report.add_round(await asyncio.to_thread(memory.send, missing))
         self.marks["final_acked"] = time.monotonic_ns() // 1000
-        self._report.add_images(await asyncio.to_thread(send_images, memory, image_dir))
+        self._report.add_images(await sending)
         passes = [await run.wait(config.ROOTFS_FROZEN_DEADLINE_S) for run in self._passes]
         self.marks["rootfs_done"] = max(one.ended_us for one in passes)
         signed = self._seal(await self._copying.carried())
@@ -187,6 +189,6 @@ def restore_request(
 
 
 def _heard_later(ended: asyncio.Task[object]) -> None:
-    """A failure is heard by `send_final`, unless the dump fails before."""
+    """A failure is heard by `send_final`, unless something else fails before."""
     if not ended.cancelled():
         ended.exception()
