@@ -25,6 +25,7 @@ from criu_glue.known_pages import KnownPages
 from migrate import cgroup, config, custody, holder, masked, tcp_repair
 from migrate.criu_run import OWN_NETWORK, RuntimeOrCriu
 from migrate.errors import DumpFailed, RollbackFailed
+from migrate.grace_periods import GracePeriods
 from migrate.guard import GuardPlan, end_criu
 from migrate.held_frames import HeldFrames
 from migrate.network import PortSwitch
@@ -73,6 +74,7 @@ class Freezing:
         # When the container was given back (µs).
         self.given_back_us: int | None = None
         self._known: KnownPages | None = None
+        self._grace_periods: GracePeriods | None = None
         # Why CRIU takes hold of every page of a lazy dump, "" if it does not.
         self.why_slow = ""
 
@@ -118,7 +120,9 @@ class Freezing:
             runtime_pid=self._process.pid,
             cgroup=str(self.container.cgroup),
             ports=tuple((port.name, port.bridge) for port in self._ports),
+            run=str(paths.run),
         )
+        self._grace_periods = GracePeriods(paths.run, "coordinator")
         await self._start_guard(self._plan)
         await self._until("gate", config.PREPARE_DEADLINE_S)
         return self._plan
@@ -130,8 +134,10 @@ class Freezing:
         """
         assert self._guard is not None
         assert self._to_guard is not None
+        assert self._grace_periods is not None
         if self._guard.returncode is not None:
             raise DumpFailed("the guard of the freeze has ended", host=self._host)
+        self._grace_periods.shorten()
         self._is_frozen = True
         marks = {"unplug": time.monotonic_ns() // 1000}
         for port in self._ports:
@@ -163,6 +169,7 @@ class Freezing:
             await asyncio.to_thread(unshield, self._work_dir / "hold", self.image_dir)
         except (CriuGlueError, OSError) as error:
             raise DumpFailed(f"an image can't be cleaned: {error}", host=self._host) from error
+        self._lengthen()
         return seen_us
 
     def frames(self) -> tuple[HeldFrame, ...]:
@@ -209,7 +216,12 @@ class Freezing:
         finally:
             await self._end()
 
+    def _lengthen(self) -> None:
+        if self._grace_periods is not None:
+            self._grace_periods.put_back()
+
     async def _end(self) -> None:
+        self._lengthen()
         if self._guard is not None and self._to_guard is not None:
             with contextlib.suppress(ConnectionError):
                 self._to_guard.write(b"disarm\n")

@@ -34,6 +34,7 @@ from criu_glue.oom import choose_another
 from migrate import cgroup, custody, tcp_repair
 from migrate.core.table import Verdict
 from migrate.errors import JournalError
+from migrate.grace_periods import put_back_left
 from migrate.journal import Journal
 from migrate.port import plug
 from migrate.processes import is_alive, kill_tree, running
@@ -56,6 +57,7 @@ class GuardPlan(msgspec.Struct, frozen=True):
     runtime_pid: int
     cgroup: str
     ports: tuple[tuple[str, str], ...]
+    run: str
 
 
 def main() -> int:
@@ -69,6 +71,7 @@ def main() -> int:
     choose_another()
     if _serve(plan):
         return 0
+    put_back_left(Path(plan.run))
     while True:
         try:
             verdict = read_verdict(plan)

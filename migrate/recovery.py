@@ -40,6 +40,7 @@ from migrate.core.states import SourceState as S
 from migrate.core.table import Verdict
 from migrate.driver import Driver
 from migrate.errors import InDoubt, MigrateError, RollbackFailed, held_on
+from migrate.grace_periods import put_back_left
 from migrate.guard import GuardPlan, busy, end_criu, give_back
 from migrate.mounts import unmount
 from migrate.processes import users_of, waited
@@ -309,6 +310,7 @@ async def recover_orphans(
             )
         ]
 
+    await asyncio.to_thread(put_back_left, paths.run)
     ours = await journal.call(read)
     ended = await asyncio.gather(
         *(_recover(one, journal, runtimes, paths, patience_s) for one in ours)

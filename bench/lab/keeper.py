@@ -94,6 +94,7 @@ class Keeper:
             self._state.mkdir(parents=True, exist_ok=True)
             if remains.take_lock(self._state) is None:
                 raise LabError(f"lab {self._plan.name} is up already")
+            remains.note_grace_periods(self._state)
             self._cgroup.mkdir()
 
     def build(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Removes what a lab leaves: its processes, its cgroups, its state directory.
+"""Removes what a lab leaves: its processes, its cgroups, its state directory, and a switch of the
+kernel that a migration turns for moments, which hosts that are killed leave as it is.
 
 Used by a keeper that ends in order, and by the next lab command for labs whose keeper was killed.
 A lab is alive exactly as long as somebody holds the lock in its state directory; only its keeper
@@ -24,6 +25,9 @@ LOCK = "lock"
 # be torn down first.
 KILL_DEADLINE_S = 20.0
 POLL_S = 0.005
+# See migrate/grace_periods.py. In the state directory of a lab that has found it off:
+GRACE_PERIODS = Path("/sys/kernel/rcu_expedited")
+GRACE_PERIODS_OFF = "grace-periods-off"
 
 
 @contextlib.contextmanager
@@ -49,6 +53,13 @@ def take_lock(state: Path) -> int | None:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
     return descriptor
+
+
+def note_grace_periods(state: Path) -> None:
+    """Of a lab that begins."""
+    with contextlib.suppress(OSError):
+        if GRACE_PERIODS.read_text() == "0\n":
+            (state / GRACE_PERIODS_OFF).touch()
 
 
 def is_alive(state: Path) -> bool:
@@ -87,6 +98,9 @@ def remove(lab: str) -> None:
     if cgroup.is_dir():
         end_cgroup(cgroup)
     state = paths.state_path(lab)
+    if (state / GRACE_PERIODS_OFF).exists():
+        with contextlib.suppress(OSError):
+            GRACE_PERIODS.write_text("0")
     if state.is_dir():
         for entry in state.iterdir():
             if entry.name != LOCK:

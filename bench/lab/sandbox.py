@@ -23,6 +23,7 @@ from pathlib import Path
 from bench.lab import kernel
 from bench.lab.errors import LabError
 from bench.lab.host_files import BYTECODE_INSIDE, PATH_INSIDE, SOURCE_INSIDE
+from bench.lab.remains import GRACE_PERIODS
 
 NAMESPACES = (
     kernel.CLONE_NEWNS
@@ -201,6 +202,9 @@ def _mount_kernel_views(root: str) -> None:
             _bind_read_only(root + path, root + path)
     kernel.mount("sysfs", root + "/sys", "sysfs", restricted | kernel.MS_RDONLY)
     kernel.mount("cgroup2", root + "/sys/fs/cgroup", "cgroup2", restricted)
+    if GRACE_PERIODS.exists():
+        # The machine's own, for there is one kernel; put back with the lab.
+        kernel.mount(str(GRACE_PERIODS), f"{root}{GRACE_PERIODS}", flags=kernel.MS_BIND)
 
 
 def _bind_read_only(source: str, target: str) -> None:

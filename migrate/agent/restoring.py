@@ -36,6 +36,7 @@ from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended
 from migrate.agent.pager_process import PagerProcess
 from migrate.criu_run import OWN_NETWORK, RuntimeOrCriu
 from migrate.errors import RestoreFailed
+from migrate.grace_periods import GracePeriods
 from migrate.processes import Outliving, waited
 from migrate.runtimes.command import DESCRIPTORS_NAME, descriptors_json
 
@@ -81,6 +82,7 @@ class RestorePlan:
 
     container: str
     bundle: Path
+    run: Path
     session: Path
     lazy: bool
     ports: tuple[Port, ...]
@@ -138,6 +140,7 @@ class Restoring:
         self._keeper: Outliving | None = None
         self._expected: Confinements | None = None
         self._making: asyncio.Future[None] | None = None
+        self._grace_periods = GracePeriods(plan.run, "agent")
 
     async def prepare(self, descriptors: tuple[str, str, str], orphaned: tuple[str, ...]) -> None:
         """Start the runtime and the pager; returns when CRIU waits at its gate. `orphaned` is who
@@ -221,11 +224,19 @@ class Restoring:
     async def restore(self, store: PageStore, expected: Confinements) -> dict[str, int]:
         """Restore from the complete images and the store of all else; returns the marks (µs) of
         gate and hold. `expected` is what has to hold the tasks back before they may run."""
-        assert self._hold is not None
         plan = self.plan
         self._expected = expected
         plan.confinement.write_bytes(msgspec.json.encode(expected))
         await asyncio.to_thread(self._complete_images, store)
+        self._grace_periods.shorten()
+        try:
+            return await self._restored()
+        finally:
+            self._grace_periods.put_back()
+
+    async def _restored(self) -> dict[str, int]:
+        assert self._hold is not None
+        plan = self.plan
         deadline_s = config.RESTORE_DEADLINE_S if plan.lazy else config.EAGER_RESTORE_DEADLINE_S
         marks = {"restore": self._hold.open_gate()}
         if self._make_network is not None:
@@ -261,6 +272,13 @@ class Restoring:
     async def commit(self) -> dict[str, int]:
         """Let the container run, unless it is held back less than its source was (CopyRefused);
         returns the marks (µs) of the release and of the first run."""
+        self._grace_periods.shorten()
+        try:
+            return await self._resumed()
+        finally:
+            self._grace_periods.put_back()
+
+    async def _resumed(self) -> dict[str, int]:
         assert self._hold is not None
         marks = {"released": self._hold.decide("commit")}
         deadline_s = config.HANDOVER_DEADLINE_S

@@ -338,6 +338,10 @@ class Session:
         network.hand_over(self.request.network, self._network, task)
         self._hint_neighbours()
 
+    async def _hint_beforehand(self) -> None:
+        if not self._owns_network:
+            await asyncio.to_thread(self._hint_neighbours)
+
     def _hint_neighbours(self) -> None:
         assert self._network is not None
         network.hint_neighbours(Path(self._network.netns), self.request.network)
@@ -353,6 +357,7 @@ class Session:
         return RestorePlan(
             container=self.request.container,
             bundle=self.workspace.bundle,
+            run=self._paths.run,
             session=self.workspace.session,
             lazy=self.request.restore == "lazy",
             ports=self._network.ports,
@@ -389,9 +394,15 @@ class Session:
         await self._revoke()
         await asyncio.to_thread(self._accept, self._restore)
         await asyncio.to_thread(self._ask_network)
-        if not self._owns_network:
-            await asyncio.to_thread(self._hint_neighbours)
-        self._marks = await self._restoring.restore(self.workspace.store, self._restore.confinement)
+        # Beside CRIU: nothing asks for a neighbour before the tasks run.
+        hinting = asyncio.ensure_future(self._hint_beforehand())
+        try:
+            self._marks = await self._restoring.restore(
+                self.workspace.store, self._restore.confinement
+            )
+        finally:
+            await asyncio.wait([hinting])
+        hinting.result()
         await copy_hook.run(
             self.request, self._restore.confinement, self._cgroup, self._paths.copy_hooks
         )

@@ -154,6 +154,7 @@ class Stage:
             runtime_pid=self._hook.pid,
             cgroup=str(self.cgroup),
             ports=(("no-such-port", "no-such-bridge"),),
+            run=str(self.paths.run),
         )
 
     @property

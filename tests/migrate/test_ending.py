@@ -17,7 +17,9 @@ from tests.migrate.stage import FakeRuntime
 def plan(tmp_path: Path) -> RestorePlan:
     session = tmp_path / "m-1.target"
     (session / "work" / "hold").mkdir(parents=True)
-    return RestorePlan("web", tmp_path / "bundle", session, lazy=True, ports=(), root_group=None)
+    return RestorePlan(
+        "web", tmp_path / "bundle", tmp_path, session, lazy=True, ports=(), root_group=None
+    )
 
 
 @pytest.fixture

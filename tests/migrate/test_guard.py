@@ -54,6 +54,7 @@ class Scene:
             runtime_pid=self.runtime.pid,
             cgroup=str(self.cgroup),
             ports=(("no-such-port", "no-such-bridge"),),
+            run=str(self.hold.parent),
         )
 
     def start(self, **streams: Any) -> subprocess.Popen[bytes]:
