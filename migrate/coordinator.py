@@ -371,6 +371,8 @@ class Coordinator:
     async def _send_commit(self) -> None:
         assert self._target is not None
         await self._target.tell(messages.Commit(self.migration_id, self._begun.attempt))
+        # Behind it, so that the copy finds them when it runs.
+        await self._forward_frames()
 
     async def _ask_target(self) -> E | None:
         """Ask, over a new control channel, or, if its session is gone, the agent itself. Asked
@@ -527,6 +529,6 @@ class Coordinator:
 
     async def _post_heard(self, kind: E) -> None:
         if kind is E.TARGET_RUNNING:
-            # Before anything is written down here: clients wait for what they have sent.
+            # Before anything is written down here: clients wait for what they have sent meanwhile.
             await self._forward_frames()
         await self.driver.post(kind, from_peer=True)

@@ -68,6 +68,7 @@ class HeldFrames:
         self._network = network
         self._heard: list[tuple[Port, socket.socket]] = []
         self._programs: list[Program] = []
+        self._taken: tuple[HeldFrame, ...] = ()
         try:
             for port, interface in _plugged(network, network.ports):
                 packets = _packet_socket(_ETH_P_ALL)
@@ -91,20 +92,25 @@ class HeldFrames:
             raise NetworkError(f"nothing is kept for the container: {error}") from error
 
     def take(self) -> tuple[HeldFrame, ...]:
-        """What has come, each port's in its order, FRAMES_MAX and BYTES_MAX at most."""
+        """What has come since the last call, each port's in its order; of all calls together
+        FRAMES_MAX and BYTES_MAX at most."""
         kept: list[HeldFrame] = []
-        room = BYTES_MAX
+        frames_max = FRAMES_MAX - len(self._taken)
+        room = BYTES_MAX - sum(len(frame.data) for frame in self._taken)
         for port, packets in self._heard:
             for data in _entered(packets, str(port.bridge)):
                 room -= len(data)
-                if room < 0 or len(kept) == FRAMES_MAX:
-                    return tuple(kept)
+                if room < 0 or len(kept) == frames_max:
+                    break
                 kept.append(HeldFrame(port.interface, data))
+        self._taken += tuple(kept)
         return tuple(kept)
 
     def give_back(self) -> int:
-        """Put what has come into the container here; how many frames were taken."""
-        return deliver(self.take(), self._network, self._network.ports)
+        """Put all that has come into the container here, for which it may have been taken already;
+        how many frames that were."""
+        self.take()
+        return deliver(self._taken, self._network, self._network.ports)
 
     def close(self) -> None:
         """Idempotent. May take milliseconds: the kernel waits until nobody looks at a socket."""

@@ -19,6 +19,7 @@ from migrate.errors import RestoreFailed
 from migrate.processes import waited
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from migrate.agent.pager_process import FillResult
@@ -58,9 +59,10 @@ class AdoptedRestoring:
             time.sleep(_STEP_S)
         return True
 
-    async def commit(self) -> dict[str, int]:
+    async def commit(self, let_in: Callable[[], Awaitable[None]]) -> dict[str, int]:
         """Let the container run. Raises RestoreFailed when nobody can say whether it does."""
         await asyncio.to_thread(self._commit)
+        await let_in()
         return {}
 
     def _commit(self) -> None:

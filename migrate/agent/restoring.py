@@ -41,7 +41,7 @@ from migrate.processes import Outliving, waited
 from migrate.runtimes.command import DESCRIPTORS_NAME, descriptors_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from pathlib import Path
 
     from criu_glue.page_store import PageStore
@@ -269,22 +269,24 @@ class Restoring:
             _open_to(directory, group, 0o750)
         _open_to(self.plan.session, group, 0o710)
 
-    async def commit(self) -> dict[str, int]:
+    async def commit(self, let_in: Callable[[], Awaitable[None]]) -> dict[str, int]:
         """Let the container run, unless it is held back less than its source was (CopyRefused);
-        returns the marks (µs) of the release and of the first run."""
+        returns the marks (µs) of the release and of the first run. `let_in` is awaited as soon as
+        nothing but its tasks' first instruction is missing: its connections are awake."""
         self._grace_periods.shorten()
         try:
-            return await self._resumed()
+            return await self._resumed(let_in)
         finally:
             self._grace_periods.put_back()
 
-    async def _resumed(self) -> dict[str, int]:
+    async def _resumed(self, let_in: Callable[[], Awaitable[None]]) -> dict[str, int]:
         assert self._hold is not None
         marks = {"released": self._hold.decide("commit")}
         deadline_s = config.HANDOVER_DEADLINE_S
         try:
             await self._until("pre-resume", deadline_s)
             await self._judge()
+            await let_in()
             marks["resumed"] = await self._until("post-resume", deadline_s)
         except CopyRefused:
             raise

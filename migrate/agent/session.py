@@ -50,7 +50,7 @@ from migrate.errors import (
 )
 from migrate.held_frames import deliver
 from migrate.ledger import Ledger
-from migrate.network_identity import parse_ip
+from migrate.network_identity import FRAMES_MAX, parse_ip
 from migrate.rootfs import Passes
 from migrate.runtimes.oci import has_user_namespace, host_root, mounts_of
 
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
     from migrate.agent.front_keeper import Front
     from migrate.journal import JournalWriter, Migration
+    from migrate.network_identity import HeldFrame
     from migrate.recovery import Owner
     from migrate.runtimes.base import Runtime
 
@@ -127,6 +128,9 @@ class Session:
         self._fill: messages.FillDone | None = None
         self._error: messages.WireError | None = None
         self._announcing: asyncio.Task[int] | None = None
+        # What has come for the container before it lets anything in.
+        self._early_frames: tuple[HeldFrame, ...] = ()
+        self._lets_in = False
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.driver = Driver(
             target_machine.machine(),
@@ -451,7 +455,7 @@ class Session:
             netns = Path(self._network.netns)
             self._announcer = await asyncio.to_thread(Announcer, netns, self.request.network)
         try:
-            self._marks |= await self._restoring.commit()
+            self._marks |= await self._restoring.commit(self._let_in)
         except CopyRefused as error:
             self.failed(A.RESUME, error)
             return E.COPY_LOST
@@ -469,6 +473,18 @@ class Session:
         self._announcer.send()
         self._announcing = asyncio.create_task(self._announcer.announce())
         return E.RESUMED
+
+    async def _let_in(self) -> None:
+        """What has come for the container on its source, and what will come."""
+        self._lets_in = True
+        frames, self._early_frames = self._early_frames, ()
+        await self._deliver(frames)
+
+    async def _deliver(self, frames: Sequence[HeldFrame]) -> None:
+        assert self._network is not None
+        if frames:
+            ports = self._network.ports
+            await asyncio.to_thread(deliver, frames, self.request.network, ports)
 
     def _signal_copy(self) -> None:
         """Tell a copy that it is one, as was asked for. Blocking."""
@@ -638,10 +654,11 @@ class Session:
                 self._descriptors = descriptors
             case messages.Restore():
                 self._restore = message
-            case messages.Frames(frames=frames) if self.driver.state in (S.RUNNING, S.DONE):
-                assert self._network is not None
-                ports = self._network.ports
-                await asyncio.to_thread(deliver, frames, self.request.network, ports)
+            case messages.Frames(frames=frames):
+                if self._lets_in:
+                    await self._deliver(frames)
+                else:
+                    self._early_frames = (*self._early_frames, *frames)[:FRAMES_MAX]
             case _:
                 pass
         event = event_of_source_message(message)

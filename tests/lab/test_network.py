@@ -242,6 +242,11 @@ switch.plug()
 switch.close()
 switch.close()
 """
+    # The end of duplicate address detection would be heard, too.
+    wait_until(
+        "its addresses are its own",
+        lambda: not source.run(["ip", "-n", "net1", "address", "show", "tentative"]).stdout,
+    )
     with source.popen(
         ["ip", "-n", "net1", "monitor", "link", "address", "neigh"],
         stdout=subprocess.PIPE,
