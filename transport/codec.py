@@ -11,7 +11,8 @@ How the level is chosen: the thread that compresses also sends, so that a raw by
 and the smallest wins. All of these are moving averages of this stream's own measurements, which
 therefore include that streams share cores and link. A fast link makes `raw` win; a slow one the
 level with the best ratio. Every `EXPLORE_FRAMES` frames the neighbouring level is tried once, since
-data and link change.
+data and link change; less often where the last try was much worse, as compression is on a link that
+outruns it.
 
 Before all that, a sample of the body is compressed: data that does not shrink is sent raw for that
 cost only, and when it did not shrink several times, the next frames are not even sampled.
@@ -40,7 +41,10 @@ SAMPLE_PIECES = 4
 WORTHWHILE_RATIO = 0.9
 """Compressing to more than this saves less than it costs on both sides."""
 EXPLORE_FRAMES = 32
-"""A try every 32 frames costs 3 % if it was the wrong idea."""
+"""A try every 32 frames costs 3 % if it took twice as long as what was best."""
+UNEXPLORED_FRAMES_MAX = 512
+"""If it took n times as long, the next one comes after n times as many frames, up to these. A link
+that gets slower meanwhile needs no try: what is known of the levels is weighed anew each time."""
 SAMPLES_SKIPPED_MAX = 15
 """Frames sent without a sample in a row, in data that does not compress."""
 WINDOW_LOG_MAX = 21
@@ -57,15 +61,17 @@ class LevelPolicy:
         self._link_s = 0.0  # for a byte on the wire
         self._compress_s: dict[int, float] = {}  # for a raw byte
         self._ratio: dict[int, float] = {}
-        self._frames = 0
+        self._tries = 0
+        self._frames_to_try = EXPLORE_FRAMES
 
     def choose(self) -> int:
         """The level for the next frame."""
-        self._frames += 1
-        best = min((0, *self._ratio), key=self.cost_s)
-        if self._frames % EXPLORE_FRAMES == 0 or not self._ratio:
-            return self._neighbour(best)
-        return best
+        self._frames_to_try -= 1
+        if self._ratio and self._frames_to_try > 0:
+            return self._best()
+        self._tries += 1
+        self._frames_to_try = EXPLORE_FRAMES
+        return self._neighbour(self._best())
 
     def cost_s(self, level: int) -> float:
         """Predicted seconds for a raw byte; only for levels that were tried."""
@@ -76,13 +82,21 @@ class LevelPolicy:
     def compressed(self, level: int, raw_bytes: int, encoded_bytes: int, elapsed_s: float) -> None:
         self._compress_s[level] = _moved(self._compress_s.get(level), elapsed_s / raw_bytes)
         self._ratio[level] = _moved(self._ratio.get(level), encoded_bytes / raw_bytes)
+        best_s = self.cost_s(self._best())
+        if best_s > 0:
+            worse = self.cost_s(level) / best_s - 1
+            frames = min(round(EXPLORE_FRAMES * worse), UNEXPLORED_FRAMES_MAX)
+            self._frames_to_try = max(self._frames_to_try, frames)
 
     def sent(self, wire_bytes: int, elapsed_s: float) -> None:
         self._link_s = _moved(self._link_s or None, elapsed_s / wire_bytes)
 
+    def _best(self) -> int:
+        return min((0, *self._ratio), key=self.cost_s)
+
     def _neighbour(self, level: int) -> int:
         """The level to try: the next one up and the next one down in turns."""
-        upwards = (self._frames // EXPLORE_FRAMES) % 2 == 0
+        upwards = self._tries % 2 == 1
         return min(max(level + (1 if upwards else -1), LEVELS[0]), LEVELS[-1])
 
 

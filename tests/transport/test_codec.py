@@ -15,6 +15,7 @@ from transport.codec import (
     EXPLORE_FRAMES,
     LEVELS,
     SAMPLES_SKIPPED_MAX,
+    UNEXPLORED_FRAMES_MAX,
     Decoder,
     Encoder,
     LevelPolicy,
@@ -110,6 +111,23 @@ def test_the_policy_tries_its_neighbours_now_and_then() -> None:
     chosen = [policy.choose() for _ in range(2 * EXPLORE_FRAMES)]
     assert set(chosen) == {1, 2}
     assert chosen.count(2) == 1
+
+
+def test_a_try_that_was_much_worse_is_not_soon_made_again() -> None:
+    policy = LevelPolicy()
+    policy.sent(100, 1.0)  # 0.01 s for a byte
+    tries, since = [], 0
+    for _ in range(UNEXPLORED_FRAMES_MAX * 3):
+        since += 1
+        if level := policy.choose():
+            policy.compressed(level, 100, 50, 4.5)  # 0.045 + 0.005 s: five times as long
+            tries.append(since)
+            since = 0
+    assert set(tries[1:]) == {4 * EXPLORE_FRAMES}
+    policy.compressed(1, 100, 50, 1e9)
+    assert [policy.choose() for _ in range(UNEXPLORED_FRAMES_MAX)].index(1) == (
+        UNEXPLORED_FRAMES_MAX - 1
+    )
 
 
 @given(st.one_of(st.binary(min_size=1, max_size=5000), st.just(TEXT), st.just(RANDOM[:9000])))
