@@ -38,6 +38,10 @@ LAST_WORD_DEADLINE_S = 3.0
 # The container runs meanwhile, so this has only to find out what hangs. A host that is short of
 # processors takes half a minute to start what a freeze needs (docs/facts.md).
 PREPARE_DEADLINE_S = 120.0
+# What follows is waited for while the container stands still, so each is also how long its users
+# wait for something that hangs. No option stretches them: the target keeps those of the restore,
+# and whoever finishes the work of a dead process goes by them without having heard an option. Two
+# emulated machines took a seventh of each at most (docs/facts.md).
 FREEZE_DEADLINE_S = 5.0
 DUMP_DEADLINE_S = 30.0
 RESTORE_DEADLINE_S = 30.0

@@ -24,8 +24,8 @@ class MachineHost(Host):
     patience = 10.0
     # A look at a file is a dozen messages through an emulated sshd.
     poll_s = 0.5
-    # For the same reason an answer of the agent may take longer than usual.
-    _environment: Final = {"MIGRATE_SILENCE": "15"}
+    # For the same reason an answer of the agent may take longer than usual, and a handshake does.
+    _environment: Final = {"MIGRATE_SILENCE": "15", "MIGRATE_LINK_PATIENCE": "120"}
 
     def __init__(self, node: Mapping[str, Any]) -> None:
         super().__init__(node)

@@ -70,8 +70,11 @@ def copied_how(command: _Command) -> _Command:
         type=click.FloatRange(0, 3600),
         default=config.LINK_PATIENCE_S,
         show_default=True,
+        show_envvar=True,
+        envvar="MIGRATE_LINK_PATIENCE",
         metavar="SECONDS",
-        help="Reconnect a broken link for so long before the migration is undone.",
+        help="Reconnect a broken link for so long before the migration is undone: more for hosts"
+        " that are short of processors.",
     )
     @click.option(
         "--streams",
