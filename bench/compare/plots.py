@@ -49,7 +49,8 @@ def draw_downtime(results: Results, path: Path) -> None:
     """Median and whole range of the client's gap against memory, of each system."""
     figure = new_figure(8.5, 5.0)
     axes: Axes = figure.subplots()
-    for system, sizes in compared(results).items():
+    systems = compared(results)
+    for system, sizes in systems.items():
         spreads = {size: Spread.of(downtimes_ms(rows)) for size, rows in sorted(sizes.items())}
         medians = [one.median for one in spreads.values()]
         below = [one.median - one.least for one in spreads.values()]
@@ -70,7 +71,7 @@ def draw_downtime(results: Results, path: Path) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(plain)
-    axes.set_xticks(sorted({row.memory_mib for row in results.rows}))
+    axes.set_xticks(sorted({size for sizes in systems.values() for size in sizes}))
     axes.minorticks_off()
     finish(axes, "How long a client waits: median, and the whole range")
     axes.legend(frameon=False)

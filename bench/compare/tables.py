@@ -97,6 +97,7 @@ def render(results: Results) -> str:
         parts += [f"## {case}", _downtimes(systems)]
     parts += ["## What the downtime consists of", _breakdown(results.rows)]
     parts += ["## What a move takes of the hosts", _costs(results.rows)]
+    parts += ["## How memory arrives after the resume", _fills(results.rows)]
     parts += ["## What had been predicted", _predictions(results.rows)]
     parts += ["## What loaded servers answer meanwhile", _throughputs(results.rows)]
     return "\n\n".join(parts) + "\n"
@@ -182,6 +183,31 @@ def _costs(rows: Iterable[Row]) -> str:
                     _median(one.files_mib for one in here),
                 ]
             lines.append(f"| {case}: {system} | {len(costs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _fills(rows: Iterable[Row]) -> str:
+    """Medians, of lazy restores that say how long page faults waited."""
+    lines = [
+        "| | n | all there after, ms | pages asked for | they waited, ms: median | p99 |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for case, systems in by_case(rows).items():
+        for system, of_system in systems.items():
+            said = [
+                row.facts
+                for row in of_system
+                if row.outcome == "done" and row.facts.get("fault_p99_us")
+            ]
+            if said:
+                names = ("fill_ms", "faults", "fault_p50_us", "fault_p99_us")
+                fill_ms, faults, median_us, p99_us = (
+                    statistics.median(one[name] for one in said) for name in names
+                )
+                lines.append(
+                    f"| {case}: {system} | {len(said)} | {fill_ms:.0f} | {faults:.0f} |"
+                    f" {median_us / 1000:.2f} | {p99_us / 1000:.2f} |"
+                )
     return "\n".join(lines)
 
 

@@ -70,6 +70,12 @@ def test_costs_are_medians_of_each_host() -> None:
     assert "ours | 3 | 2.0 | 10 | 0 | 0.2 | 20 | 60 |" in render(read(lines(HERE, *rows)))
 
 
+def test_fills_are_medians_of_those_that_had_faults() -> None:
+    waited = {"fill_ms": 600.0, "faults": 40, "fault_p50_us": 90, "fault_p99_us": 1500}
+    rows = [row(1, 50.0, facts=waited), row(2, 50.0, facts=waited | {"fault_p99_us": 0})]
+    assert "ours | 1 | 600 | 40 | 0.09 | 1.50 |" in render(read(lines(HERE, *rows)))
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
