@@ -140,12 +140,14 @@ class Freezing:
         self._grace_periods.shorten()
         self._is_frozen = True
         marks = {"unplug": time.monotonic_ns() // 1000}
+        self._frames.watch()
         for port in self._ports:
             port.unplug()
         self._frames.begin()
         marks["frozen"] = await asyncio.to_thread(
             cgroup.freeze, self.container.cgroup, config.FREEZE_DEADLINE_S
         )
+        self._frames.send_on()
         self._to_guard.write(b"keep\n")
         if self._known is not None:
             await asyncio.to_thread(self._known.name_tasks, self.container.cgroup)

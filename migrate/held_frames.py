@@ -1,4 +1,5 @@
-"""Frames for a container that stands still: kept where it stood, delivered where it runs again.
+"""Frames for a container that stands still: kept where it stood, delivered where it runs again. And
+the last ones of its own, which go on.
 
 An unplugged port drops what comes, and a client sends again only when its timer expires, which
 doubles each time (RFC 6298): back after 300 ms, a container may wait as long again for its client's
@@ -13,11 +14,17 @@ source that takes its container back puts it there itself.
 
 The frames are as packet sockets with PACKET_VNET_HDR give and take them (`HeldFrame`). One that was
 kept may have come to the target by another way as well; a network may double frames at any time.
+
+Between the unplugging and the last task's standstill the container answers what it has still got.
+Nobody would send these answers again soon: a restored connection does not know its round trip time,
+so its kernel waits a second (RFC 6298, 2.1), and a client that waits for each answer as long. So
+what leaves the container in these moments is kept as well, and put into the bridge.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import struct
 from pathlib import Path
@@ -58,15 +65,18 @@ _IS_MULTICAST = 0x01
 _IS_TAGGED = 0xFFFFF000 + 48  # SKF_AD_OFF + SKF_AD_VLAN_TAG_PRESENT
 _WHOLE = 0x40000
 _NOTHING: Program = [(RETURN, 0, 0, 0)]
+_ALL: Program = [(RETURN, 0, 0, _WHOLE)]
 
 
 class HeldFrames:
-    """What comes for a container from `begin` on. For whoever is in its host's own network."""
+    """What comes for a container from `begin` on, and what leaves it between `watch` and `send_on`.
+    For whoever is in its host's own network."""
 
     def __init__(self, network: NetworkIdentity) -> None:
         """Keeps nothing yet. Raises NetworkError."""
         self._network = network
         self._heard: list[tuple[Port, socket.socket]] = []
+        self._leaving: list[tuple[Port, socket.socket]] = []
         self._programs: list[Program] = []
         self._taken: tuple[HeldFrame, ...] = ()
         try:
@@ -79,9 +89,37 @@ class HeldFrames:
                 packet_filter.attach(packets, _NOTHING)
                 for _ in _entered(packets, str(port.bridge)):
                     pass  # it came before the filter
+                leaving = _packet_socket(_SENDS_ONLY)
+                self._leaving.append((port, leaving))
+                leaving.setblocking(False)
+                packet_filter.attach(leaving, _NOTHING)
+                leaving.bind((port.host_end, _ETH_P_ALL))
         except OSError as error:
             self.close()
             raise NetworkError(f"nothing can be kept for the container: {error}") from error
+
+    def watch(self) -> None:
+        """Keep what the container sends from now on: before it is unplugged, so that nothing is
+        missed. Some microseconds. Raises NetworkError."""
+        try:
+            for _, leaving in self._leaving:
+                packet_filter.attach(leaving, _ALL)
+        except OSError as error:
+            raise NetworkError(f"the container's last frames are not kept: {error}") from error
+
+    def send_on(self) -> int:
+        """Put what the container has sent since `watch` where it was to go, FRAMES_MAX at most; how
+        many frames were taken. Those that still got through are doubled."""
+        sent = 0
+        for port, leaving in self._leaving:
+            with contextlib.suppress(OSError), _packet_socket(_SENDS_ONLY) as into:
+                packet_filter.attach(leaving, _NOTHING)
+                into.bind((str(port.bridge), 0))
+                for data in itertools.islice(_left(leaving), FRAMES_MAX):
+                    with contextlib.suppress(OSError):
+                        into.send(data)
+                        sent += 1
+        return sent
 
     def begin(self) -> None:
         """Keep what comes from now on. Some microseconds. Raises NetworkError."""
@@ -114,7 +152,7 @@ class HeldFrames:
 
     def close(self) -> None:
         """Idempotent. May take milliseconds: the kernel waits until nobody looks at a socket."""
-        for _, packets in self._heard:
+        for _, packets in (*self._heard, *self._leaving):
             packets.close()
 
 
@@ -171,6 +209,17 @@ def _entered(packets: socket.socket, bridge: str) -> Iterator[bytes]:
             return  # EAGAIN: that was all. ENETDOWN: an interface of this host went down.
         enters = name == bridge if kind == _PACKET_OUTGOING else name in ports
         if enters and not flags & socket.MSG_TRUNC:
+            yield data
+
+
+def _left(packets: socket.socket) -> Iterator[bytes]:
+    """Header and frame of all that has come out of a container by its port."""
+    while True:
+        try:
+            data, _, flags, (_, _, kind, *_) = packets.recvmsg(FRAME_BYTES_MAX)
+        except OSError:
+            return  # as above
+        if kind != _PACKET_OUTGOING and not flags & socket.MSG_TRUNC:
             yield data
 
 

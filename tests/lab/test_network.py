@@ -336,6 +336,58 @@ def test_what_came_meanwhile_is_delivered_on_another_host(
         inside(target, DESTROY, handle)
 
 
+LAST = """
+import socket
+from migrate import netns, network
+from migrate.held_frames import HeldFrames
+from migrate.network_identity import NetworkIdentity
+from pathlib import Path
+identity = msgspec.convert(given["identity"], NetworkIdentity)
+held = HeldFrames(identity)
+def say(word):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as said:
+        said.sendto(word, (given["client"], 7777))
+def from_inside(word):
+    netns.run_in(Path("/run/netns/net1"), lambda: say(word))
+held.watch()
+network.unplug("v-net1")
+from_inside(b"last")
+first = held.send_on()
+from_inside(b"too late")
+again = held.send_on()
+held.close()
+network.plug("v-net1", "br0")
+from_inside(b"end")
+answer([first, again])
+"""
+LISTEN = """
+import socket
+heard = []
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ears:
+    ears.bind(("0.0.0.0", 7777))
+    ears.settimeout(60)
+    print("listening", flush=True)
+    while not heard or heard[-1] != "end":
+        heard.append(ears.recv(100).decode())
+print(*heard)
+"""
+
+
+def test_the_last_that_a_container_sends_goes_on(lab: Lab, source: Host) -> None:
+    """Until `send_on`, which is when its tasks stand still."""
+    lab.client.run(["ping", "-q", "-c1", "-W5", SPEC.ip])
+    given = {"identity": capture(source)["identity"], "client": lab.client.address}
+    with lab.client.popen(
+        ["python3", "-c", LISTEN], stdout=subprocess.PIPE, text=True
+    ) as listening:
+        assert listening.stdout is not None
+        assert listening.stdout.readline() == "listening\n"
+        first, again = inside(source, LAST, given)
+        assert listening.stdout.readline() == "last end\n"
+    assert first >= 1
+    assert again == 0
+
+
 def test_a_port_name_that_is_taken_is_replaced(source: Host) -> None:
     """Also the case of a clone: the same names twice on one host, the networks apart."""
     identity = capture(source)["identity"]
