@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from migrate import packet_filter
 from migrate.announce import mac_bytes
+from migrate.errors import remedy_of
 from migrate.network_identity import (
     FRAME_BYTES_MAX,
     FRAME_HEADER_BYTES,
@@ -96,7 +97,9 @@ class HeldFrames:
                 leaving.bind((port.host_end, _ETH_P_ALL))
         except OSError as error:
             self.close()
-            raise NetworkError(f"nothing can be kept for the container: {error}") from error
+            raise NetworkError(
+                f"nothing can be kept for the container: {error}", remedy=remedy_of(error)
+            ) from error
 
     def watch(self) -> None:
         """Keep what the container sends from now on: before it is unplugged, so that nothing is

@@ -52,6 +52,7 @@ DEVICES = (
 )
 # Settings of the machine that no namespace separates: visible, not writable.
 READ_ONLY = ("/proc/sys/fs", "/proc/sys/vm", "/proc/sysrq-trigger")
+WHOLE_SYSFS = "/var/lib/sysfs"
 PID_1 = ("/usr/bin/catatonit", "-P")
 
 
@@ -201,10 +202,14 @@ def _mount_kernel_views(root: str) -> None:
         if os.path.exists(root + path):  # not every kernel has each
             _bind_read_only(root + path, root + path)
     kernel.mount("sysfs", root + "/sys", "sysfs", restricted | kernel.MS_RDONLY)
-    kernel.mount("cgroup2", root + "/sys/fs/cgroup", "cgroup2", restricted)
     if GRACE_PERIODS.exists():
-        # The machine's own, for there is one kernel; put back with the lab.
+        # The machine's own, for there is one kernel; put back with the lab. A user namespace may
+        # mount a sysfs only where there is one that nothing is mounted upon (fs/namespace.c:
+        # mnt_already_visible).
         kernel.mount(str(GRACE_PERIODS), f"{root}{GRACE_PERIODS}", flags=kernel.MS_BIND)
+        os.makedirs(root + WHOLE_SYSFS, exist_ok=True)
+        kernel.mount("sysfs", root + WHOLE_SYSFS, "sysfs", restricted | kernel.MS_RDONLY)
+    kernel.mount("cgroup2", root + "/sys/fs/cgroup", "cgroup2", restricted)
 
 
 def _bind_read_only(source: str, target: str) -> None:

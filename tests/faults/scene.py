@@ -9,6 +9,7 @@ Whichever host the container is on is the source of the next migration. Agents a
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from types import TracebackType
@@ -124,7 +125,12 @@ class Scene:
 def descriptors(host: Host) -> list[int]:
     """How many descriptors each task of the container has open on a host."""
     tasks = (host.cgroup / "dolly" / SPEC.name / "cgroup.procs").read_text().split()
-    return sorted(len(list(Path(f"/proc/{task}/fd").iterdir())) for task in tasks)
+    counts = []
+    for task in tasks:
+        # Of a restore that was killed some may be about to end.
+        with contextlib.suppress(FileNotFoundError):
+            counts.append(len(list(Path(f"/proc/{task}/fd").iterdir())))
+    return sorted(counts)
 
 
 def tracers(host: Host) -> set[str]:
