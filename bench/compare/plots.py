@@ -102,11 +102,16 @@ def draw_predictions(results: Results, path: Path) -> None:
     figure = new_figure(4.6, 4.2)
     axes = figure.subplots()
     pairs = predictions(results.rows)
-    greatest = max((value for pair in pairs for value in pair), default=1.0) * 1.05
-    ends = [0.0, greatest]
-    axes.fill_between(ends, [0.0, 0.75 * greatest], [0.0, 1.25 * greatest], alpha=0.12, lw=0)
+    values = [value for pair in pairs for value in pair] or [1.0]
+    ends = [min(values) / 1.1, max(values) * 1.1]
+    axes.fill_between(ends, [0.75 * end for end in ends], [1.25 * end for end in ends], alpha=0.12)
     axes.plot(ends, ends, linewidth=0.8, color="#888888")
     axes.plot([was for _, was in pairs], [said for said, _ in pairs], "o", markersize=4)
-    axes.set(xlim=ends, ylim=ends, xlabel="measured downtime, ms", ylabel="predicted, ms")
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    axes.minorticks_off()
+    ticks = [tick for tick in (100, 200, 500, 1000, 2000, 5000) if ends[0] <= tick <= ends[1]]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks, [str(tick) for tick in ticks])
+    axes.set(xlabel="measured downtime, ms", ylabel="predicted, ms")
     finish(axes, "Predicted downtime; the band is ± 25 %")
     figure.savefig(path)

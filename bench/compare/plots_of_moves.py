@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from bench.compare.throughput import Curve
 
 MIB: Final = 1 << 20
+# Matplotlib has so many before it begins anew.
+COLORS: Final = 10
 TIMELINE: Final = "timeline.png"
 ROUNDS: Final = "rounds.png"
 GAPS: Final = "gaps.png"
@@ -115,10 +117,11 @@ def draw_rounds(moves: list[Row], path: Path) -> None:
     """What each round sent; the last one is sent while the container stands still."""
     figure = new_figure(8.5, 4.0)
     axes = figure.subplots()
-    for row in (one for one in moves if one.link == UNSHAPED.name):
+    for nth, row in enumerate(one for one in moves if one.link == UNSHAPED.name):
         sent_mib = [one["bytes_sent"] / MIB for one in row.facts["rounds"]]
         label = f"{row.workload} {row.memory_mib} MiB, {row.dirty_mib_s} MiB/s, {row.link}"
-        (line,) = axes.plot(range(1, len(sent_mib) + 1), sent_mib, marker=".", label=label)
+        numbers, style = range(1, len(sent_mib) + 1), "-" if nth < COLORS else "--"
+        (line,) = axes.plot(numbers, sent_mib, style, marker=".", label=label)
         axes.plot([len(sent_mib)], sent_mib[-1:], "o", color=line.get_color())
     axes.set(yscale="log", xlabel="round", ylabel="sent, MiB")
     finish(axes, "What each round sends; the last, in the standstill, has a large dot")
