@@ -77,7 +77,8 @@ class HeldFrames:
         """Keeps nothing yet. Raises NetworkError."""
         self._network = network
         self._heard: list[tuple[Port, socket.socket]] = []
-        self._leaving: list[tuple[Port, socket.socket]] = []
+        self._leaving: list[socket.socket] = []
+        self._onward: list[socket.socket] = []
         self._programs: list[Program] = []
         self._taken: tuple[HeldFrame, ...] = ()
         try:
@@ -91,10 +92,13 @@ class HeldFrames:
                 for _ in _entered(packets, str(port.bridge)):
                     pass  # it came before the filter
                 leaving = _packet_socket(_SENDS_ONLY)
-                self._leaving.append((port, leaving))
+                self._leaving.append(leaving)
                 leaving.setblocking(False)
                 packet_filter.attach(leaving, _NOTHING)
                 leaving.bind((port.host_end, _ETH_P_ALL))
+                onward = _packet_socket(_SENDS_ONLY)
+                self._onward.append(onward)
+                onward.bind((str(port.bridge), 0))
         except OSError as error:
             self.close()
             raise NetworkError(
@@ -105,7 +109,7 @@ class HeldFrames:
         """Keep what the container sends from now on: before it is unplugged, so that nothing is
         missed. Some microseconds. Raises NetworkError."""
         try:
-            for _, leaving in self._leaving:
+            for leaving in self._leaving:
                 packet_filter.attach(leaving, _ALL)
         except OSError as error:
             raise NetworkError(f"the container's last frames are not kept: {error}") from error
@@ -114,13 +118,12 @@ class HeldFrames:
         """Put what the container has sent since `watch` where it was to go, FRAMES_MAX at most; how
         many frames were taken. Those that still got through are doubled."""
         sent = 0
-        for port, leaving in self._leaving:
-            with contextlib.suppress(OSError), _packet_socket(_SENDS_ONLY) as into:
+        for leaving, onward in zip(self._leaving, self._onward, strict=True):
+            with contextlib.suppress(OSError):
                 packet_filter.attach(leaving, _NOTHING)
-                into.bind((str(port.bridge), 0))
                 for data in itertools.islice(_left(leaving), FRAMES_MAX):
                     with contextlib.suppress(OSError):
-                        into.send(data)
+                        onward.send(data)
                         sent += 1
         return sent
 
@@ -155,7 +158,7 @@ class HeldFrames:
 
     def close(self) -> None:
         """Idempotent. May take milliseconds: the kernel waits until nobody looks at a socket."""
-        for _, packets in (*self._heard, *self._leaving):
+        for packets in (*(one for _, one in self._heard), *self._leaving, *self._onward):
             packets.close()
 
 
@@ -205,25 +208,25 @@ def _entered(packets: socket.socket, bridge: str) -> Iterator[bytes]:
         ports = {port.name for port in (_SYS_NET / bridge / "brif").iterdir()}
     except OSError:
         return  # it was removed meanwhile
-    while True:
-        try:
-            data, _, flags, (name, _, kind, *_) = packets.recvmsg(FRAME_BYTES_MAX)
-        except OSError:
-            return  # EAGAIN: that was all. ENETDOWN: an interface of this host went down.
-        enters = name == bridge if kind == _PACKET_OUTGOING else name in ports
-        if enters and not flags & socket.MSG_TRUNC:
+    for data, name, is_sent in _received(packets):
+        if name == bridge if is_sent else name in ports:
             yield data
 
 
 def _left(packets: socket.socket) -> Iterator[bytes]:
     """Header and frame of all that has come out of a container by its port."""
+    return (data for data, _, is_sent in _received(packets) if not is_sent)
+
+
+def _received(packets: socket.socket) -> Iterator[tuple[bytes, str, bool]]:
+    """Each that is whole: header and frame, the interface, whether that has sent it."""
     while True:
         try:
-            data, _, flags, (_, _, kind, *_) = packets.recvmsg(FRAME_BYTES_MAX)
+            data, _, flags, (name, _, kind, *_) = packets.recvmsg(FRAME_BYTES_MAX)
         except OSError:
-            return  # as above
-        if kind != _PACKET_OUTGOING and not flags & socket.MSG_TRUNC:
-            yield data
+            return  # EAGAIN: that was all. ENETDOWN: an interface of this host went down.
+        if not flags & socket.MSG_TRUNC:
+            yield data, name, kind == _PACKET_OUTGOING
 
 
 def program(interface: Interface) -> Program:
