@@ -38,6 +38,11 @@ into a directory of the migration, give us the moments that matter:
 A lazy dump wants a page server. The gate hands CRIU a socket that is at its end already
 (`ps-socket`), so that no port is opened, nobody can ask for pages, and CRIU finishes as soon as the
 hook has let it go: `criu/page-xfer.c: page_server_serve` takes the end of file for success.
+
+CRIU dumps and fills a tmpfs by `tar --gzip` (`criu/filesystems.c`), while the container stands
+still. The program *bin/tar* leaves the `gzip` out: it takes longer than all else where there are a
+few devices in a tmpfs, and far longer where there is much. It fills from either kind. Where it may
+not be executed, in a user namespace, `execvp` finds the host's.
 """
 
 from __future__ import annotations
@@ -118,6 +123,18 @@ os.execv({criu!r}, ["criu", *sys.argv[1:]])
 _PREFIXED = """\
 #!/bin/sh
 exec {} "$@"
+"""
+
+# GNU tar looks itself whether an archive is compressed, if it may open it.
+_TAR = """\
+#!/bin/sh
+# CRIU runs this for each tmpfs; see criu_glue/hooks.py.
+for option; do
+    shift
+    [ "$option" = --gzip ] || set -- "$@" "$option"
+done
+[ "$1" != --extract ] || set -- "$@" --file=/proc/self/fd/0
+exec {tar} "$@"
 """
 
 _HOOK = """\
@@ -255,7 +272,8 @@ class HoldPlan:
 class CriuHold:
     """The gate, the hook and the FIFOs of one CRIU run, seen from the process that drives it.
 
-    Must be created and used in one event loop. Raises CriuGlueError when CRIU is not installed.
+    Must be created and used in one event loop. Raises CriuGlueError when CRIU is not installed,
+    or `tar`.
     """
 
     directory: Path
@@ -267,9 +285,7 @@ class CriuHold:
     @classmethod
     def prepare(cls, directory: Path, plan: HoldPlan) -> CriuHold:
         """Write the programs into `directory`, which is made; its file system allows execution."""
-        criu = shutil.which("criu", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-        if criu is None:
-            raise CriuGlueError("criu is not installed")
+        criu, tar = _installed("criu"), _installed("tar")
         (directory / "bin").mkdir(mode=0o700, parents=True)
         hold = cls(directory)
         for fifo in ("events", "gate", "network", "verdict", "judgement"):
@@ -293,6 +309,7 @@ class CriuHold:
             command = shlex.join((*plan.prefix, str(gate_program)))
             _write_program(directory / "bin" / "criu", _PREFIXED.format(command))
         _write_program(gate_program, gate)
+        _write_program(directory / "bin" / "tar", _TAR.format(tar=shlex.quote(tar)))
         _write_program(directory / "hook", _hook_text(directory, plan))
         lines = (*plan.options, f"action-script {directory / 'hook'}")
         (directory / "criu.conf").write_text("\n".join(lines) + "\n")
@@ -519,6 +536,13 @@ def _hook_text(directory: Path, plan: HoldPlan) -> str:
         hold_at=plan.hold_at,
         verdict=quoted("verdict"),
     )
+
+
+def _installed(program: str) -> str:
+    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if path is None:
+        raise CriuGlueError(f"{program} is not installed")
+    return path
 
 
 def _write_program(path: Path, text: str) -> None:

@@ -497,3 +497,39 @@ async def test_what_could_not_be_killed_was_not_refused(
     assert not is_refused(directory)
     assert is_let_go(directory)
     hold.close()
+
+
+def pack(directory: Path, image: Path, environment: dict[str, str]) -> None:
+    """As `criu/filesystems.c: tmpfs_dump` does."""
+    how = ("--no-unquote", "--no-wildcards", "--one-file-system", "--check-links")
+    kept = ("--preserve-permissions", "--sparse", "--numeric-owner")
+    command = ["tar", "--create", "--gzip", *how, *kept, "--directory", str(directory), "."]
+    with image.open("wb") as out:
+        subprocess.run(command, stdout=out, check=True, env=environment)
+
+
+def unpack(image: Path, directory: Path, environment: dict[str, str]) -> None:
+    """As `criu/filesystems.c: tmpfs_restore` does."""
+    how = ("--no-unquote", "--no-wildcards")
+    command = ["tar", "--extract", "--gzip", *how, "--directory", str(directory)]
+    with image.open("rb") as packed:
+        subprocess.run(command, stdin=packed, check=True, env=environment)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+async def test_a_tmpfs_is_packed_without_gzip_and_unpacked_from_either(
+    directory: Path, tmp_path: Path, is_ours: bool
+) -> None:
+    hold = prepare(directory)
+    ours = hold.environment(os.environ)
+    image, original, copy = tmp_path / "image", tmp_path / "a dir", tmp_path / "copy"
+    original.mkdir()
+    copy.mkdir()
+    (original / "of two words").write_bytes(b"x" * 100_000)
+    os.mkfifo(original / "fifo", 0o640)
+    pack(original, image, ours if is_ours else dict(os.environ))
+    assert image.read_bytes().startswith(b"\x1f\x8b") != is_ours
+    unpack(image, copy, ours)
+    assert (copy / "of two words").read_bytes() == b"x" * 100_000
+    assert stat.S_IMODE((copy / "fifo").stat().st_mode) == 0o640
+    hold.close()
