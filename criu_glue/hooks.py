@@ -32,6 +32,7 @@ into a directory of the migration, give us the moments that matter:
 - A network namespace that CRIU makes is empty, and sockets need their addresses. So CRIU is held at
   setup-namespaces as well (`HoldPlan.needs_network`), until whoever drives it says "go". When that
   one is gone CRIU fails, as at the gate.
+- CRIU is urgent from the gate on (`urgency.py`), with all that it starts.
 - Each action leaves a file `seen.ACTION`, and the gate CRIU's pid in `criu.pid`, for a process that
   comes later and has heard no event.
 
@@ -58,6 +59,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from criu_glue import urgency
 from criu_glue.errors import CriuGlueError
 
 if TYPE_CHECKING:
@@ -102,6 +104,11 @@ if len(sys.argv) > 2 and sys.argv[1] == "swrk":
         elif {join!r}:
             with open({join!r}, "w") as group:
                 group.write("0")
+        # Behind the cgroup, which may have no real-time share: then it is refused and no more.
+        try:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param({priority}))
+        except OSError:
+            pass
     if request == b"\\x08\\x02":
         with open({events!r}, "r+b", buffering=0) as events:
             events.write(b"gate\\n")
@@ -299,6 +306,7 @@ class CriuHold:
             events=str(directory / "events"),
             gate=str(directory / "gate"),
             criu=criu,
+            priority=urgency.STANDSTILL,
             join="" if plan.join is None else str(plan.join / "cgroup.procs"),
         )
         # A gate is known by its name, too (`criu_pid`).

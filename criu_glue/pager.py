@@ -36,7 +36,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from criu_glue import store_users
+from criu_glue import store_users, urgency
 from criu_glue.lazy_pages_socket import listen
 from criu_glue.no_core import forbid_cores
 from criu_glue.oom import choose_another
@@ -92,6 +92,9 @@ def _signals() -> int:
 def main(arguments: list[str] | None = None) -> int:
     """The process. Returns 1 when it could not begin, and otherwise not at all."""
     forbid_cores()
+    # Where there is one processor, its tasks need it too.
+    if len(os.sched_getaffinity(0)) > 1:
+        urgency.make_urgent(os.getpid(), urgency.FILL, inherited=True)
     parser = argparse.ArgumentParser(prog="python3 -m criu_glue.pager")
     for name in ("work", "images", "store"):
         parser.add_argument(f"--{name}", type=Path, required=True)

@@ -400,8 +400,9 @@ class Pager:
             self._give_up(memory, error)
             return
         if result is Filled.AGAIN:
-            # Whoever changes its mappings has to run before anything can be copied.
-            os.sched_yield()
+            # Whoever changes its mappings has to run before anything can be copied, and is less
+            # urgent than this process.
+            self._resting_until_s = time.monotonic() + _RETRY_S
         elif result is Filled.NO_MEMORY:
             self._resting_until_s = time.monotonic() + _NO_MEMORY_S
         self._drop_if_filled(memory)

@@ -19,6 +19,7 @@ import msgspec
 from criu_glue import hooks
 from criu_glue.errors import CriuGlueError, TaskGoneError
 from criu_glue.mappings import Task, cgroup_pids
+from criu_glue.urgency import give_timers_slack
 from migrate import cgroup
 from migrate.core.confinement import (
     LIMIT_MAX,
@@ -108,6 +109,7 @@ def main() -> int:
     expected, directory, hold = map(Path, sys.argv[1:])
     try:
         confinements = msgspec.json.decode(expected.read_bytes(), type=Confinements)
+        give_timers_slack(directory)
         found = differences(confinements, directory)
     except (OSError, msgspec.DecodeError) as error:
         found = [f"nobody knows what its source was: {error}"]

@@ -22,6 +22,7 @@ from criu_glue.errors import CriuGlueError
 from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
 from criu_glue.kerndat import KernelCacheError
 from criu_glue.known_pages import KnownPages
+from criu_glue.urgency import STANDSTILL, Urgency, make_urgent
 from migrate import cgroup, config, custody, holder, masked, tcp_repair
 from migrate.criu_run import OWN_NETWORK, RuntimeOrCriu
 from migrate.errors import DumpFailed, RollbackFailed
@@ -75,6 +76,7 @@ class Freezing:
         self.given_back_us: int | None = None
         self._known: KnownPages | None = None
         self._grace_periods: GracePeriods | None = None
+        self._hurry = contextlib.ExitStack()
         # Why CRIU takes hold of every page of a lazy dump, "" if it does not.
         self.why_slow = ""
 
@@ -134,10 +136,14 @@ class Freezing:
         """
         assert self._guard is not None
         assert self._to_guard is not None
+        assert self._process is not None
         assert self._grace_periods is not None
         if self._guard.returncode is not None:
             raise DumpFailed("the guard of the freeze has ended", host=self._host)
         self._grace_periods.shorten()
+        self._hurry.enter_context(Urgency())
+        for process in (self._guard, self._process):
+            make_urgent(process.pid, STANDSTILL, inherited=True)
         self._is_frozen = True
         marks = {"unplug": time.monotonic_ns() // 1000}
         self._frames.watch()
@@ -224,6 +230,7 @@ class Freezing:
 
     async def _end(self) -> None:
         self._lengthen()
+        self._hurry.close()
         if self._guard is not None and self._to_guard is not None:
             with contextlib.suppress(ConnectionError):
                 self._to_guard.write(b"disarm\n")

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
+from criu_glue.urgency import STANDSTILL, make_urgent
 from migrate import config
 from migrate.errors import TransferFailed
 from migrate.processes import module_command, tail
@@ -110,7 +111,7 @@ class RootfsPassRun:
         self._bucket = Bucket()
         self.ready = asyncio.Event()
         self._gate = asyncio.Event()
-        self._gated = gated
+        self.is_gated = gated
         if not gated:
             self._gate.set()
         self.bytes_sent = 0
@@ -159,7 +160,7 @@ class RootfsPassRun:
     @property
     def is_awaited(self) -> bool:
         """Whether the container stands still and waits for this pass."""
-        return self._gated and self._gate.is_set()
+        return self.is_gated and self._gate.is_set()
 
     def release_after(self, other: RootfsPassRun) -> None:
         """Release when another pass has ended, well or not."""
@@ -232,7 +233,7 @@ class RootfsPassRun:
     async def _receive(
         self, writer: asyncio.StreamWriter, channel: aiohttp.ClientWebSocketResponse
     ) -> None:
-        greeting: bytes | None = b"" if self._gated else None
+        greeting: bytes | None = b"" if self.is_gated else None
         following: Callable[[], Awaitable[aiohttp.WSMessage]] = channel.receive
         while (message := await following()).type is aiohttp.WSMsgType.BINARY:
             following = channel.receive
@@ -418,7 +419,7 @@ class RootfsSource:
                 writer.close()
 
         server = await asyncio.start_unix_server(on_connect, socket_path, limit=CHUNK_BYTES)
-        rsync = asyncio.create_task(self._rsync(socket_path, matter))
+        rsync = asyncio.create_task(self._rsync(socket_path, matter, is_urgent=run.is_gated))
         try:
             await asyncio.wait({rsync, carried}, return_when=asyncio.FIRST_COMPLETED)
             # One whose channel has ended ends too, unless it hangs.
@@ -443,20 +444,28 @@ class RootfsSource:
             server.close()
             socket_path.unlink(missing_ok=True)
 
-    async def _rsync(self, socket_path: Path, matter: _Matter) -> None:
+    async def _rsync(self, socket_path: Path, matter: _Matter, *, is_urgent: bool) -> None:
         relay = Path(__file__).with_name("rsync_relay.py")
         shell = shlex.join([sys.executable, "-ISE", str(relay), str(socket_path)])
         options = (*matter.options, "-e", shell)
-        status, words = await run_rsync(options, matter.root, "target::rootfs", matter.files)
+        status, words = await run_rsync(
+            options, matter.root, "target::rootfs", matter.files, is_urgent=is_urgent
+        )
         if status not in RSYNC_DONE:
             raise _failed(f"on {self._host}", status, words, self._target)
 
 
 async def run_rsync(
-    options: Sequence[str], source: Path, target: str, files: Sequence[str] | None
+    options: Sequence[str],
+    source: Path,
+    target: str,
+    files: Sequence[str] | None,
+    *,
+    is_urgent: bool = False,
 ) -> tuple[int, str]:
     """A pass from the directory `source` to `target`, of `files` if they are given: its exit status
-    (RSYNC_DONE, or it failed) and what it said. It is ended when this is cancelled."""
+    (RSYNC_DONE, or it failed) and what it said. It is ended when this is cancelled. is_urgent: a
+    container will stand still for it."""
     process = await asyncio.create_subprocess_exec(
         *("rsync", *FLAGS, *options),
         f"{source}/",
@@ -465,6 +474,8 @@ async def run_rsync(
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )
+    if is_urgent:
+        make_urgent(process.pid, STANDSTILL, inherited=True)
     listing = None if files is None else b"\0".join(map(os.fsencode, files))
     try:
         _, stderr = await process.communicate(listing)

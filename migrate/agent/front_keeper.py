@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from criu_glue.urgency import Urgency
 from migrate import config
 from migrate.agent import front_link
 from migrate.agent.front_link import (
@@ -99,6 +100,8 @@ class Front:
         self._identity = paths.tls
         self._sink_of = sink_of
         self._user = front_user()
+        # Of the agent and its front, which all that is for it goes through.
+        self.urgency = Urgency(self._pids)
         self._now: _Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._copied: dict[str, tuple[int, int]] = {}
@@ -202,6 +205,9 @@ class Front:
             end.close()
             raise MigrateError(f"no socket for the agent's front: {error}") from error
         return end
+
+    def _pids(self) -> tuple[int, ...]:
+        return () if self._now is None else (self._now.process.pid,)
 
     def _spawn(self) -> _Process:
         asks, its_asks = front_link.pair()

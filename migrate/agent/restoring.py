@@ -31,6 +31,7 @@ from criu_glue.hooks import (
     is_let_go,
     is_refused,
 )
+from criu_glue.urgency import STANDSTILL, give_timers_slack, make_urgent
 from migrate import cgroup, config, confinement, masked, output_keeper
 from migrate.agent.ending import end_restore, stop_on_zeros, wait_criu_ended
 from migrate.agent.pager_process import PagerProcess
@@ -228,6 +229,8 @@ class Restoring:
         self._expected = expected
         plan.confinement.write_bytes(msgspec.json.encode(expected))
         await asyncio.to_thread(self._complete_images, store)
+        assert self._process is not None
+        make_urgent(self._process.pid, STANDSTILL, inherited=True)
         self._grace_periods.shorten()
         try:
             return await self._restored()
@@ -315,6 +318,7 @@ class Restoring:
         """Only here have the tasks what holds them back; CRIU gives it to them at the very end."""
         assert self._hold is not None
         assert self._expected is not None
+        await asyncio.to_thread(give_timers_slack, self._cgroup())
         found = await asyncio.to_thread(confinement.differences, self._expected, self._cgroup())
         self._hold.judge("refuse" if found else "run")
         if not found:

@@ -75,6 +75,10 @@ DEADLINES_S = {
 }
 
 
+# The source's container stands still in these, or is about to.
+URGENT = frozenset({S.PREPARED, S.RESTORING, S.HELD, S.COMMITTED})
+
+
 class Session:
     """See the module. `run` lasts until the session is done or nothing of it is left."""
 
@@ -131,6 +135,7 @@ class Session:
         # What has come for the container before it lets anything in.
         self._early_frames: tuple[HeldFrame, ...] = ()
         self._lets_in = False
+        self._hurry = contextlib.ExitStack()
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.driver = Driver(
             target_machine.machine(),
@@ -619,6 +624,12 @@ class Session:
     # --- the channel ---
 
     def _entered(self, state: S) -> None:
+        # First the next one's: between two of them nothing is to wait.
+        hurry = contextlib.ExitStack()
+        if state in URGENT:
+            hurry.enter_context(self._data.urgency)
+        self._hurry.close()
+        self._hurry = hurry
         self._entered_one.set()
         self._entered_one = asyncio.Event()
         log.info("session", migration=self.request.migration_id, state=str(state))

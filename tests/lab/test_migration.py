@@ -14,6 +14,7 @@ from bench.lab.host import Host
 from bench.lab.lab import Lab
 from bench.oci_spec import MASKED
 from bench.probe_process import ProbeProcess, start_probe
+from tests.lab.inside import inside
 from tests.lab.migrating import (
     REDIS_MIB,
     VERSIONS,
@@ -104,6 +105,23 @@ def hidden(host: Host, name: str) -> list[str]:
     return sorted(found)
 
 
+def scheduling(host: Host, name: str) -> list[list[int]]:
+    """Policy, priority and timer slack of a container's threads, each kind once."""
+    script = """
+group = Path("/sys/fs/cgroup/dolly", given, "cgroup.threads")
+answer(sorted({
+    (
+        os.sched_getscheduler(int(one)),
+        os.sched_getparam(int(one)).sched_priority,
+        int(Path("/proc", one, "timerslack_ns").read_text()),
+    )
+    for one in group.read_text().split()
+}))
+"""
+    found: list[list[int]] = inside(host, "import os\n" + script, name)
+    return found
+
+
 def test_memory_moves_there_and_back(agents: Lab) -> None:
     """With a seccomp filter, and clients over both families of addresses."""
     spec = ContainerSpec(
@@ -122,10 +140,13 @@ def test_memory_moves_there_and_back(agents: Lab) -> None:
     ):
         masked = hidden(agents.host("A"), spec.name)
         assert "/sys/firmware" in masked
+        scheduled = scheduling(agents.host("A"), spec.name)
         for source, target in (("A", "B"), ("B", "A")):
             report = move(guest, source, target)
             check_report(report, source, target)
             assert hidden(agents.host(target), spec.name) == masked
+            # Those that restored it were more urgent than it is.
+            assert scheduling(agents.host(target), spec.name) == scheduled
             assert (report["tracker"], report["restore"]) == ("write-protect", "lazy")
             assert report["warnings"] == []
             # Everything at first, then only what was written.
