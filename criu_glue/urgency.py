@@ -55,13 +55,18 @@ class Urgency:
         self._entered -= 1
         if self._entered == 0:
             for pid in (os.getpid(), *self._others()):
-                _schedule(pid, os.SCHED_OTHER, 0)
+                make_normal(pid)
 
 
 def make_urgent(pid: int, priority: int, *, inherited: bool) -> None:
     """All threads of a process, and what they start from now on where that is `inherited`. Never
     raises: it may have ended."""
     _schedule(pid, os.SCHED_RR if inherited else os.SCHED_RR | os.SCHED_RESET_ON_FORK, priority)
+
+
+def make_normal(pid: int) -> None:
+    """All threads of a process: what they do now is waited for by nobody. Never raises."""
+    _schedule(pid, os.SCHED_OTHER, 0)
 
 
 def give_timers_slack(group: Path) -> None:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from criu_glue.errors import CriuGlueError
-from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan
+from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan, criu_pid
 from criu_glue.kerndat import KernelCacheError
 from criu_glue.known_pages import KnownPages
-from criu_glue.urgency import STANDSTILL, Urgency, make_urgent
+from criu_glue.urgency import STANDSTILL, Urgency, make_normal, make_urgent
 from migrate import cgroup, config, custody, holder, masked, tcp_repair
 from migrate.criu_run import OWN_NETWORK, RuntimeOrCriu
 from migrate.errors import DumpFailed, RollbackFailed
@@ -188,6 +188,10 @@ class Freezing:
         """Let CRIU kill the frozen tree; returns when the runtime has forgotten the container."""
         assert self._hold is not None
         assert self._process is not None
+        self._hurry.close()
+        for pid in (self._process.pid, criu_pid(self._work_dir / "hold")):
+            if pid is not None:
+                make_normal(pid)
         self._hold.decide("commit")
         async with asyncio.timeout(config.RUNTIME_EXIT_DEADLINE_S):
             await self._process.wait()

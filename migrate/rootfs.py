@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
+import psutil
 
 from criu_glue.urgency import STANDSTILL, make_urgent
 from migrate import config
@@ -506,11 +507,17 @@ def _failed(where: str, status: int | None, words: str, target: str) -> Transfer
     )
 
 
-async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) -> None:
+async def serve_rsync(
+    channel: web.WebSocketResponse,
+    rootfs: Path,
+    work: Path,
+    started: Callable[[int], None] = lambda _: None,
+) -> None:
     """The target's end of one pass: an rsync daemon for this connection, chrooted to `rootfs`, in a
     cell in which it could write nowhere else.
 
-    `work` is an existing directory of ours for its configuration and log.
+    `work` is an existing directory of ours for its configuration and log. `started` hears the
+    daemon's pid.
     """
     conf, log = work / "rsyncd.conf", work / "rsyncd.log"
     if not conf.exists():  # the daemon of another pass may be reading it
@@ -527,6 +534,7 @@ async def serve_rsync(channel: web.WebSocketResponse, rootfs: Path, work: Path) 
         )
     finally:
         theirs.close()
+    started(process.pid)
     reader, writer = await asyncio.open_connection(sock=ours, limit=CHUNK_BYTES)
 
     async def answers() -> None:
@@ -569,6 +577,18 @@ class Passes:
         self._rootfs = rootfs
         self._work = work
         self._serving: dict[int, asyncio.Task[None]] = {}
+        self._daemons: set[int] = set()
+        self._is_urgent = False
+
+    def hurry(self) -> None:
+        """From now on a container stands still for them, or is about to."""
+        self._is_urgent = True
+        for pid in self._daemons:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                # rsync works in two processes.
+                for child in psutil.Process(pid).children():
+                    make_urgent(child.pid, STANDSTILL, inherited=True)
+            make_urgent(pid, STANDSTILL, inherited=True)
 
     def can_serve(self, number: int) -> bool:
         """Whether this pass is served already, or there is room for another one."""
@@ -602,7 +622,18 @@ class Passes:
         if former is not None:
             former.cancel()
             await asyncio.wait({former})
-        await serve_rsync(channel, self._rootfs, self._work)
+        daemons: set[int] = set()
+
+        def started(pid: int) -> None:
+            daemons.add(pid)
+            self._daemons.add(pid)
+            if self._is_urgent:
+                make_urgent(pid, STANDSTILL, inherited=True)
+
+        try:
+            await serve_rsync(channel, self._rootfs, self._work, started)
+        finally:
+            self._daemons -= daemons
 
 
 async def _end(process: asyncio.subprocess.Process) -> int:

@@ -630,6 +630,8 @@ class Session:
             hurry.enter_context(self._data.urgency)
         self._hurry.close()
         self._hurry = hurry
+        if state is S.PREPARED:
+            self.passes.hurry()
         self._entered_one.set()
         self._entered_one = asyncio.Event()
         log.info("session", migration=self.request.migration_id, state=str(state))
