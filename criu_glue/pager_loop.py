@@ -55,6 +55,11 @@ _RETRY_S: Final = 0.001
 _NO_MEMORY_S: Final = 0.05
 
 
+# From CRIU's end of restore the tasks have some 10 ms to go to their first instruction. They are less
+# urgent than this process, which leaves them the processors for so long.
+_HEAD_START_S: Final = 0.03
+
+
 class RestoreFailedError(CriuGlueError):
     """CRIU went away before it had finished the restore."""
 
@@ -298,6 +303,7 @@ class Pager:
         if self._is_restored:
             raise LazyPagesProtocolError("CRIU finished the same restore twice")
         self._journal.finished()
+        self._resting_until_s = time.monotonic() + _HEAD_START_S
         self._enter_fill()
 
     def _enter_fill(self) -> None:
