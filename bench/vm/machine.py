@@ -38,6 +38,11 @@ DISK = "memory"
 CONSOLE = "console"
 CONTROL = "ssh"
 FILES = "root"
+# Where each session is one group of the scheduler (sched(7): the autogroup feature), a nice value
+# means nothing to other sessions, and QEMU gets no more than any of them. A machine has deadlines
+# to keep: this gives it some ten times the weight of a session that nobody has preferred.
+AUTOGROUP = Path("/proc/self/autogroup")
+AUTOGROUP_NICE = -10
 # On the client, which has the same Python: the source and its byte code, tar on standard output,
 # compressed: an emulated processor unpacks faster than it decrypts.
 # What is imported is compiled, with all that it imports: a Python that looks for byte code in
@@ -170,7 +175,7 @@ def start(node: Node, state: Path, cgroup: Path) -> Machine:
     wiring = qemu.Wiring(saved, disk, state / CONSOLE, node.wire_end, node.management)
     (state / CONSOLE).touch()
     command = qemu.command(wiring, "-loadvm", qemu.SNAPSHOT)
-    return Machine(node, state, cgroup, _start(command, cgroup, _own_mounts))
+    return Machine(node, state, cgroup, _start(command, cgroup, _before_qemu))
 
 
 def link_lines(node: Node) -> list[str]:
@@ -211,7 +216,9 @@ def _start(
     )
 
 
-def _own_mounts() -> None:
+def _before_qemu() -> None:
     kernel.die_with_parent()
+    if AUTOGROUP.exists():
+        AUTOGROUP.write_text(str(AUTOGROUP_NICE))
     kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
