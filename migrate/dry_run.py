@@ -33,6 +33,7 @@ class Forecast(msgspec.Struct, frozen=True, tag="forecast", tag_field="event"):
     source: str
     target: str
     tracker: str
+    tracker_reason: str
     restore: str
     tasks: int
     memory_bytes: int
@@ -51,7 +52,7 @@ class Forecast(msgspec.Struct, frozen=True, tag="forecast", tag_field="event"):
             f" {mib(self.shared_bytes)} of it shared;"
             f" {mib(self.target_free_memory_bytes)} are free there",
             f"  rootfs     {mib(self.rootfs_bytes)}",
-            f"  way        tracker {self.tracker}, {self.restore} restore",
+            f"  way        tracker {self.tracker} ({self.tracker_reason}), {self.restore} restore",
             f"  downtime   about {self.predicted_downtime_ms:.0f} ms, by earlier measurements",
             *warnings,
         )
@@ -103,6 +104,7 @@ async def dry_run(
         source=host,
         target=options.target,
         tracker=tracker.name,
+        tracker_reason=tracker.reason,
         restore=checked.restore,
         tasks=len(facts.tasks),
         memory_bytes=facts.memory_bytes,

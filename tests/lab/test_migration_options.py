@@ -68,6 +68,7 @@ def test_a_dry_run_changes_nothing(guest: Resident) -> None:
     answer = away(guest, "--dry-run")
     assert answer.code == 0, answer.stderr
     assert "nothing stands in the way" in answer.stdout
+    assert "tracker write-protect (it works here" in answer.stdout
     assert answer.report is None
     assert {host.name: remains(host) for host in lab.hosts} == before
     guest.wait_answers()
