@@ -48,6 +48,16 @@ def host_refusals(*, lazy: bool) -> list[Refusal]:
     """Why this host can neither dump nor restore. Blocking, 60 ms at the first time."""
     if os.geteuid() != 0:
         return [Refusal("not-root", "this process is not root", "run it by sudo")]
+    if is_filtered():
+        return [
+            Refusal(
+                "filtered",
+                "this process is under a filter of system calls (seccomp), may not trace containers"
+                " that are under one, and what it restores would inherit its own",
+                "start it outside of what filters it (SystemCallFilter and most of Protect... in a"
+                " unit of systemd, a container without --privileged)",
+            )
+        ]
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
     if missing:
         names = ", ".join(missing)
@@ -64,6 +74,12 @@ def host_refusals(*, lazy: bool) -> list[Refusal]:
             )
         )
     return refusals
+
+
+def is_filtered() -> bool:
+    """Whether this thread is under seccomp, which refuses PTRACE_O_SUSPEND_SECCOMP (ptrace(2))."""
+    sheet = Path("/proc/thread-self/status").read_text()
+    return re.search(r"^Seccomp:\t[12]$", sheet, re.MULTILINE) is not None
 
 
 def raise_descriptor_limit() -> None:

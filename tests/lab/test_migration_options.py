@@ -11,9 +11,12 @@ import pytest
 
 from bench.containers import ContainerSpec
 from bench.lab.lab import Lab
+from tests.lab.filtering import filtered
+from tests.lab.invariants import explained
 from tests.lab.migrating import (
     Migration,
     Resident,
+    Underway,
     migrate,
     remains,
     resident,
@@ -71,6 +74,19 @@ def test_a_dry_run_changes_nothing(guest: Resident) -> None:
     assert "tracker write-protect (it works here" in answer.stdout
     assert answer.report is None
     assert {host.name: remains(host) for host in lab.hosts} == before
+    guest.wait_answers()
+
+
+def test_a_filter_of_system_calls_over_the_command_refuses_it(guest: Resident) -> None:
+    """Under it the container could be frozen, and then neither dumped nor let go."""
+    (name,) = running_on(guest.lab, guest.name)
+    source, others = guest.lab.host(name), {"A": "B", "B": "A"}
+    program = filtered(source, "migrate")
+    refused = Underway(
+        source, guest.name, [guest.name, "--to", others[name]], None, program=program
+    )
+    assert set(explained(refused.finish(), 2).refusals) == {"filtered"}
+    assert running_on(guest.lab, guest.name) == [name]
     guest.wait_answers()
 
 
