@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import os
 from typing import Final
 
@@ -42,9 +43,20 @@ _PIDFD_THREAD: Final = os.O_EXCL
 
 
 class TrackedTask:
-    """One task and the userfaultfd of its memory (-1: none)."""
+    """One task and the userfaultfd of its memory (-1: none).
 
-    __slots__ = ("reopened", "seen_protected", "task", "thread", "uffd", "vpid")
+    soft_dirty_pages: at most so many pages of it have a soft-dirty bit; infinite when nobody knows.
+    """
+
+    __slots__ = (
+        "reopened",
+        "seen_protected",
+        "soft_dirty_pages",
+        "task",
+        "thread",
+        "uffd",
+        "vpid",
+    )
 
     def __init__(self, pid: int) -> None:
         self.task = Task(pid)
@@ -54,6 +66,7 @@ class TrackedTask:
             self.task.close()
             raise
         self.uffd = -1
+        self.soft_dirty_pages: float = math.inf
         self.begin()
 
     def begin(self) -> None:

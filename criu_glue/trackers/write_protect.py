@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 # Turns of the round trip of `supported` until a program that only waits has no more dirty pages.
 _QUIET_TURNS_MAX: Final = 20
+# Of a task's memory. To clear the bits is a walk over all of its page tables, and to dump what has
+# one takes CRIU several times as long for each page.
+_SOFT_DIRTY_SHARE_MAX: Final = 1 / 16
 
 
 class WriteProtectTracker:
@@ -110,7 +113,6 @@ class WriteProtectTracker:
         if tracked.uffd < 0 and not last:
             try:
                 tracked.reopen()
-                _clear_soft_dirty(tracked)
             except InjectionError as error:
                 self.untracked[task.pid] = str(error)
         # Opened anew each time: they belong to the memory that the task had when they were opened.
@@ -128,7 +130,10 @@ class WriteProtectTracker:
             # task's (the task was a vfork child when it was opened). A new one next time.
             tracked.close_uffd()
         task.living_thread()
-        return TaskPages(task=tracked.vpid, pid=task.pid, runs=self._scanner.take())
+        found = TaskPages(task=tracked.vpid, pid=task.pid, runs=self._scanner.take())
+        if not last and soft_dirty.is_noted():
+            _bound_soft_dirty(tracked, found.pages)
+        return found
 
     def _collect_mapping(
         self, tracked: TrackedTask, pagemap_fd: int, start: int, end: int, *, last: bool
@@ -153,11 +158,16 @@ class WriteProtectTracker:
             return False
 
 
-def _clear_soft_dirty(tracked: TrackedTask) -> None:
-    """From now on these bits are set for what is written: CRIU's final dump takes hold of pages
-    that have one (`known_pages.py`), and unless somebody clears them all have."""
-    if soft_dirty.is_noted():
-        tracked.task.write(f"task/{tracked.thread}/clear_refs", soft_dirty.CLEAR_SOFT_DIRTY)
+def _bound_soft_dirty(tracked: TrackedTask, pages: int) -> None:
+    """These bits are set for what was written since somebody cleared them, and CRIU's final dump
+    takes hold of pages that have one (`known_pages.py`): kept few, by a walk of the kernel now and
+    then. What is written between the scan and this is reported by the next one."""
+    tracked.soft_dirty_pages += pages
+    thread = f"task/{tracked.thread}"
+    _, resident, shared, *_ = map(int, tracked.task.read(f"{thread}/statm").split())
+    if tracked.soft_dirty_pages > (resident - shared) * _SOFT_DIRTY_SHARE_MAX:
+        tracked.task.write(f"{thread}/clear_refs", soft_dirty.CLEAR_SOFT_DIRTY)
+        tracked.soft_dirty_pages = 0
 
 
 def _one_per_memory(tasks: list[TrackedTask]) -> list[TrackedTask]:

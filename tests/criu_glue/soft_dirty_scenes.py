@@ -92,7 +92,8 @@ def another_program(puppet: Puppet, tracker: SoftDirtyTracker) -> None:
 
 
 def bits_beside_write_protection(puppet: Puppet, tracker: SoftDirtyTracker) -> None:
-    """The other tracker has all bits cleared once, for CRIU to see what was written since."""
+    """The other tracker has all bits cleared, for CRIU to see what was written since, and again
+    when that is much."""
     if write_protect.supported() is not None:
         # Linux before 6.7, where it is not chosen.
         return
@@ -105,6 +106,10 @@ def bits_beside_write_protection(puppet: Puppet, tracker: SoftDirtyTracker) -> N
     puppet.do("write", ARENA + 7 * PAGE, 2, 9)
     other.collect()
     assert dirty(puppet) == [7, 8]
+    puppet.do("write", ARENA, PAGES // 2, 2)
+    assert len(dirty(puppet)) == PAGES // 2
+    other.collect()
+    assert dirty(puppet) == []
     other.detach()
 
 
