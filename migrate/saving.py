@@ -1,6 +1,6 @@
 """`migrate clone NAME --save DIR`: a container is kept as a checkpoint on disk, and runs on.
 
-It is a copy whose target is a directory: the same rounds, freeze and end (`cloning.py`), with
+It is a copy whose target is a directory: the same rounds, freeze and end (`duplicating.py`), with
 memory written down in place of sent (`memory_writer.py`), files copied by rsync on this host, and a
 signature in place of a restore. The directory has its name when that is there, and nothing remains
 of one that is not finished (`unfinished.py`).
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from criu_glue import images
 from migrate import config, unfinished
 from migrate.checkpoint import About, Place
-from migrate.cloning import Cloning
-from migrate.copies_wanted import Alike, Wanted
+from migrate.copies_wanted import Wanted
 from migrate.copying import Rounds
 from migrate.core.states import SourceState as S
 from migrate.driver import quietly
+from migrate.duplicating import Duplicating
 from migrate.errors import PreflightRefused, TransferFailed, UsageError, remedy_of
 from migrate.host_checks import space_refusals
 from migrate.identity import own_identity
@@ -57,7 +57,7 @@ class Keep:
     days: float
 
 
-class Saving(Cloning):
+class Saving(Duplicating):
     """See the module."""
 
     _written: _WrittenRounds
@@ -72,7 +72,7 @@ class Saving(Cloning):
         migration_id: str,
     ) -> None:
         copy = Wanted(str(keep.directory), 0, options.container, ())
-        super().__init__(options, [copy], Alike(), runtime, paths, observer, migration_id)
+        super().__init__(options, [copy], runtime, paths, observer, migration_id)
         self._keep = keep
         self._place = Place(unfinished.path_for(keep.directory, migration_id))
 
@@ -131,7 +131,7 @@ class Saving(Cloning):
                 remedy=remedy_of(error) or _SEE_SPACE,
             ) from error
         # Whoever cancels it from here on is too late.
-        self._is_told_to_run = True
+        self._is_given = True
         await asyncio.to_thread(self._place.directory.rename, self._keep.directory)
         await quietly(self._begun.entry.note(copied=self._options.container))
         self._enter("saved", f"in {self._keep.directory}")

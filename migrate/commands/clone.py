@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from migrate.cloning import Cloning
     from migrate.copies_wanted import Wanted
     from migrate.core.messages import CopySignal
+    from migrate.duplicating import Duplicating
     from migrate.progress import Observer
     from migrate.runtimes.base import Runtime
 
@@ -197,7 +198,7 @@ def saving(
     target: str | None,
     days: float,
     asked: Mapping[str, Any],
-) -> Callable[[Observer], Cloning]:
+) -> Callable[[Observer], Duplicating]:
     """A checkpoint of one."""
     from migrate.saving import Keep, Saving
 
