@@ -260,7 +260,7 @@ class Drain:
         seen = await self._see(target, planner) if target else ""
         match look.state:
             case "arrived":
-                planner.ended(name, Outcome.ARRIVED, seconds=seconds)
+                planner.ended(name, Outcome.ARRIVED, seconds=seconds, copied_s=look.copied_s)
                 if self._empties and target:
                     self._begin_check(name, target)
                 else:

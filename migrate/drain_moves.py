@@ -38,11 +38,13 @@ def bandwidth_options(mib_s: float | None) -> list[str]:
 
 
 class Look(NamedTuple):
-    """What a move is at. why: of one that has not arrived."""
+    """What a move is at. why: of one that has not arrived. copied_s: what it took to copy all of
+    its memory once, 0 if that is not known."""
 
     state: MoveState
     why: str = ""
     downtime_ms: float | None = None
+    copied_s: float = 0.0
 
 
 class Moves:
@@ -93,7 +95,7 @@ class Moves:
             state = None if journal is None else journal.state(migration_id, "source")
         match state:
             case SourceState.DONE:
-                return Look("arrived", downtime_ms=self._downtime_ms(migration_id))
+                return self._arrived(migration_id)
             case None | SourceState.ABORTED:
                 return Look("undone", self._why(migration_id))
         # The agent of this host goes on with what its command has left.
@@ -111,10 +113,13 @@ class Moves:
         # One that was begun by a process that is dead may not have got as far as its claim.
         return any(migration_id in one.words for one in running())
 
-    def _downtime_ms(self, migration_id: str) -> float | None:
+    def _arrived(self, migration_id: str) -> Look:
+        """With what its report tells, if there is one."""
         with contextlib.suppress(MigrateError):
-            return read_report(self._paths.drain / f"{migration_id}.json").downtime_ms
-        return None
+            report = read_report(self._paths.drain / f"{migration_id}.json")
+            copied_ms = report.rounds[0].duration_ms if report.rounds else 0.0
+            return Look("arrived", downtime_ms=report.downtime_ms, copied_s=copied_ms / 1000)
+        return Look("arrived")
 
     def _why(self, migration_id: str) -> str:
         """Its refusals or its message; nothing of a process that said nothing."""

@@ -35,7 +35,8 @@ ORDER_MAX: Final = 1000
 DIRTY_MIB_MAX: Final = 1 << 20
 
 # What is not the copy: the command's start, both preflights, the session, the restore and the end
-# (two to four seconds between lab hosts). It only orders and fits into deadlines.
+# (two to four seconds between lab hosts). It only orders and fits into deadlines, until moves of
+# this drain have been measured.
 MOVE_S: Final = 4.0
 # Until a move of this drain has been measured: a link of 1 Gbit/s.
 RATE_BYTES_S: Final = 100.0 * (1 << 20)
@@ -151,12 +152,12 @@ def _unclear(key: str, text: str, instead: str) -> UsageError:
     )
 
 
-def move_seconds(container: Resident, rate_bytes_s: float) -> float:
-    """How long a move takes where `rate_bytes_s` are carried."""
+def move_seconds(container: Resident, rate_bytes_s: float, beside_s: float = MOVE_S) -> float:
+    """How long a move takes where `rate_bytes_s` are carried. beside_s: for all but that."""
     if container.wishes.policy == "stop":
         return STOP_S
     dirty = 0.0 if container.wishes.policy == "stop-and-copy" else container.wishes.dirty_bytes_s
-    return MOVE_S + container.memory_bytes / max(rate_bytes_s - dirty, rate_bytes_s / SLOWED)
+    return beside_s + container.memory_bytes / max(rate_bytes_s - dirty, rate_bytes_s / SLOWED)
 
 
 def move_downtime_ms(container: Resident) -> float:

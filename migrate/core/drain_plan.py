@@ -27,7 +27,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from migrate.core.drain_facts import (
-    MOVE_S,
     RATE_BYTES_S,
     HostState,
     Move,
@@ -43,6 +42,9 @@ if TYPE_CHECKING:
 TRIES_MAX: Final = 3
 # In one question: containers that wait, and targets that do not suit. One host's drain has fewer.
 LOOKS_MAX: Final = 100
+# So much counts as copied at the rate that is presumed: a copy of less is mostly what every round
+# takes, and says little of how long a large one will.
+PRESUMED_BYTES: Final = 64 << 20
 # Targets that a reason for staying names.
 NAMED_MAX: Final = 8
 NO_ROOM: Final = "has no room for its group"
@@ -160,7 +162,9 @@ class Planner:
         self._looks_left = float("inf")
         # Those that wait and need no target.
         self._to_stop: set[str] = set()
-        self._moved_bytes, self._moved_s = 0, 0.0
+        # Of moves that were measured: what copying took, and everything else.
+        self._copied_bytes, self._copied_s = 0, 0.0
+        self._beside_s, self._measured = 0.0, 0
         self.under_way: dict[str, Move] = {}
         self.stays: dict[str, str] = {}
         """Containers that will not move any more, and why."""
@@ -196,8 +200,17 @@ class Planner:
                     self._stay(one, self._why(one, now_s))
         return begun
 
-    def ended(self, name: str, outcome: Outcome, *, why: str = "", seconds: float = 0.0) -> None:
-        """What became of a move. `why`: in words, if it did not arrive; `seconds`: it took."""
+    def ended(
+        self,
+        name: str,
+        outcome: Outcome,
+        *,
+        why: str = "",
+        seconds: float = 0.0,
+        copied_s: float = 0.0,
+    ) -> None:
+        """What became of a move. `why`: in words, if it did not arrive. `seconds`: it took,
+        `copied_s` of them to copy all of its memory once, 0 if that was not seen."""
         move, container = self.under_way.pop(name), self._containers[name]
         source = self._sources[move.source]
         source.slots += 1
@@ -206,9 +219,11 @@ class Planner:
             self._rooms[move.target].slots += 1
             self._touch(self._rooms[move.target])
         if outcome is Outcome.ARRIVED:
-            if move.target:
-                self._moved_bytes += container.memory_bytes
-                self._moved_s += max(seconds - MOVE_S, 0.0)
+            if copied_s:
+                self._copied_bytes += container.memory_bytes
+                self._copied_s += copied_s
+                self._beside_s += max(seconds - copied_s, 0.0)
+                self._measured += 1
             if container.wishes.group:
                 self._groups[container.wishes.group].close(container)
             return
@@ -318,10 +333,11 @@ class Planner:
         return late
 
     def _seconds(self, container: Resident) -> float:
-        measured = self._moved_bytes and self._moved_s
-        return move_seconds(
-            container, self._moved_bytes / self._moved_s if measured else self._limits.rate_bytes_s
-        )
+        if not self._measured:
+            return move_seconds(container, self._limits.rate_bytes_s)
+        presumed_s = PRESUMED_BYTES / self._limits.rate_bytes_s
+        rate_bytes_s = (PRESUMED_BYTES + self._copied_bytes) / (presumed_s + self._copied_s)
+        return move_seconds(container, rate_bytes_s, self._beside_s / self._measured)
 
     def _stay(self, container: Resident, why: str) -> None:
         """It does not move; nor do those of its group that were to follow it."""

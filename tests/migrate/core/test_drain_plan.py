@@ -65,6 +65,21 @@ def test_the_shortest_interruption_goes_first_and_priority_before_it() -> None:
     assert [name for name, _ in drive(planner([host("A")], guests))] == ["dear", "small", "big"]
 
 
+def test_what_small_moves_take_is_not_the_rate_of_large_ones() -> None:
+    """Twenty seconds each, of which a quarter for a round of a megabyte: a program of an operator,
+    a slow host. A link that carries less than presumed is seen to when enough was copied."""
+    limits = Limits(deadline_s=1200.0, rate_bytes_s=100.0 * (1 << 20))
+    small = [resident(name, 1 / 1024, priority=1) for name in "abc"]
+    plan = planner([host("A")], [*small, resident("large", 1), resident("last", 1)], limits)
+    seconds = []
+    for taken_s, copied_s in (*[(20.0, 0.25)] * 3, (122.4, 102.4), (0.0, 0.0)):
+        (move,) = plan.next_moves(0.0)
+        seconds.append(move.seconds)
+        plan.ended(move.container, Outcome.ARRIVED, seconds=taken_s, copied_s=copied_s)
+    assert 30 < seconds[3] < 50
+    assert 90 < seconds[4] < 122.4
+
+
 def test_what_stood_still_for_longer_last_time_goes_later() -> None:
     """Whatever is usual for its size; not where it is moved otherwise."""
     guests = [
