@@ -26,7 +26,10 @@ def ask(directory: Path, when: Literal["before", "after"], *about: str) -> str:
     """Why a program says no, empty if all say yes. Blocking."""
     programs = sorted(directory.iterdir()) if directory.is_dir() else []
     for program in programs:
-        why = refused(program) or _ask(program, when, *about)
+        try:
+            why = refused(program) or _ask(program, when, *about)
+        except OSError as error:
+            why = f"can't be run: {error.strerror}"
         if why:
             return f"{when} the move, {program.name} {why}"
     return ""
@@ -41,18 +44,16 @@ def refused(program: Path) -> str:
 
 
 def _ask(program: Path, *arguments: str) -> str:
-    try:
-        process = subprocess.Popen(
-            [program, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except OSError as error:
-        return f"can't be run: {error.strerror}"
+    """Raises OSError."""
+    process = subprocess.Popen(
+        [program, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     with process:
         try:
             said, _ = process.communicate(timeout=HOOK_DEADLINE_S)

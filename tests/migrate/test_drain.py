@@ -116,6 +116,13 @@ def test_what_others_could_write_is_not_run(tmp_path: Path, mode: int, why: str)
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_program_that_is_gone_says_no(tmp_path: Path) -> None:
+    """Asked after a move as well, where nobody else would say which it is, and the drain ended."""
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    why = drain_hooks.ask(tmp_path, "after", "c", "S", "T")
+    assert why == "after the move, gone can't be run: No such file or directory"
+
+
 # ---- the unit ----
 
 
