@@ -257,7 +257,10 @@ class Drain:
         name = move.container
         self._change(name, seconds=round(seconds, 3), downtime_ms=look.downtime_ms)
         target = move.target if move.target != self._host else ""
-        seen = await self._see(target, planner) if target else ""
+        told = await self._others.describe(target) if target else None
+        closed = told.closed if told is not None else ""
+        if closed:
+            planner.lose(target, closed)
         match look.state:
             case "arrived":
                 planner.ended(name, Outcome.ARRIVED, seconds=seconds, copied_s=look.copied_s)
@@ -270,17 +273,12 @@ class Drain:
                 planner.ended(name, Outcome.HELD, why=look.why)
             case _:
                 self._change(name, state="waiting" if self._empties else "arrived", why=look.why)
-                outcome = Outcome.TARGET_LOST if seen else Outcome.UNDONE
+                outcome = Outcome.TARGET_LOST if closed else Outcome.UNDONE
                 planner.ended(name, outcome, why=look.why)
-
-    async def _see(self, target: str, planner: Planner) -> str:
-        """Look at a target again; why it is lost, if it is."""
-        told = await self._others.describe(target)
-        if told.closed:
-            planner.lose(target, told.closed)
-        else:
+        # Behind the end: of a target that something is under way to, what is free is not counted.
+        # What has failed there may not have given back its room yet.
+        if told is not None and not closed and look.state == "arrived":
             planner.see(told)
-        return told.closed
 
     def _begin_check(self, name: str, target: str) -> None:
         """Beside the moves, which go on meanwhile."""

@@ -228,11 +228,12 @@ async def drained(
     order: messages.Drain,
     moves: Moving,
     residents: Callable[[], list[Resident]],
+    free_bytes: Callable[[], int] = lambda: 1 << 40,
 ) -> None:
     """A drain to B, a host with much room, that succeeds."""
 
     async def told(*_: object) -> HostState:
-        return HostState("B", 1 << 40, 64.0)
+        return HostState("B", free_bytes(), 64.0)
 
     monkeypatch.setattr(drain, "LOOK_S", 0.0)
     monkeypatch.setattr(drain, "Moves", lambda _: moves)
@@ -265,6 +266,21 @@ async def test_what_comes_while_a_host_is_emptied_leaves_as_well(
     order = messages.Drain("start", ("B",), 1, bandwidth_mib_s=32.0)
     await drained(monkeypatch, paths, order, moves, residents)
     assert list(moves.told) == ["first", "late"]
+    assert [one.state for one in drain_state.read(paths).moves] == ["arrived", "arrived"]
+
+
+async def test_what_a_target_needs_only_while_a_container_arrives_is_for_the_next_one(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a host that had room for one that arrives and one that is there, not for two arriving."""
+    gib, moves, here = 1 << 30, Moving(), socket.gethostname()
+    residents = [Resident(name, here, 6 * gib, 12 * gib) for name in ("first", "other")]
+    order = messages.Drain("start", ("B",), 1, bandwidth_mib_s=32.0)
+
+    def free_bytes() -> int:
+        return (20 - 6 * len(moves.told)) * gib
+
+    await drained(monkeypatch, paths, order, moves, lambda: residents, free_bytes)
     assert [one.state for one in drain_state.read(paths).moves] == ["arrived", "arrived"]
 
 
