@@ -96,8 +96,9 @@ WORD_DEADLINE_S = 15.0
 # A host that is there answers a connection in four round trips at most, 500 ms of delay and a lost
 # packet included; whoever asks has a person waiting, or a claim that others want.
 WORD_CONNECT_DEADLINE_S = 5.0
-# A drain reads its modules and writes its file, on a host that may be shutting down.
-DRAIN_START_DEADLINE_S = 60.0
+# A drain reads its modules and writes its file, on a host that may be shutting down and slow: one
+# that is given up then has its containers end with the host. One that ends is noticed at once.
+DRAIN_START_DEADLINE_S = 180.0
 # The agent's rounds over migrations whose coordinator is dead.
 RECOVERY_PERIOD_S = 5.0
 # How long a decision that the journal can't take is tried again.
