@@ -25,6 +25,7 @@ from migrate.core.downtime import Marks, MarksError, downtime_parts
 from migrate.core.events import SourceEventKind as E
 from migrate.core.events import target_reported
 from migrate.core.manifest import Binding
+from migrate.core.prediction import pace
 from migrate.core.states import SOURCE_TERMINAL
 from migrate.core.states import SourceState as S
 from migrate.core.table import Verdict
@@ -305,6 +306,7 @@ class Coordinator:
         plan = await self._freezing.prepare(
             self.migration_id, self._paths, parent=self._copying.memory.pages.parent
         )
+        self._copying.pace = pace(self._freezing.prepared_ms)
         await self._begun.entry.note(
             guard=msgspec.to_builtins(plan),
             network=msgspec.to_builtins(self._facts.network_handle),

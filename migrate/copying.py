@@ -4,7 +4,7 @@
     copy_rootfs  one pass of rsync
     run_round    one round of memory -> the decision of core/convergence.py, what follows from it by
                  core/throttling.py, and the brake pulled where that is wanted
-    make_ready   the last rsync waits at its gate, a last round keeps the final delta small
+    make_ready   the last rsync waits at its gate, last rounds keep the final delta small
 
 Nothing is frozen here, and nothing here changes the container but how fast it runs.
 """
@@ -12,15 +12,18 @@ Nothing is frozen here, and nothing here changes the container but how fast it r
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from migrate import config, progress, tracking
 from migrate.core import convergence, throttling
+from migrate.core.rounds_seen import History
 from migrate.errors import MigrateError
 from migrate.precopy import MemorySource
 from migrate.rootfs import RootfsSource
+from migrate.throttle import used_s
 from migrate.told_rate import ToldRate
 from transport import tls
 from transport.fan import Outlet
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from migrate.core.clock_relation import ClockRelation
+    from migrate.core.prediction import Workload
     from migrate.facts import ContainerFacts
     from migrate.options import Options
     from migrate.precopy import Sender
@@ -46,6 +50,11 @@ if TYPE_CHECKING:
     from transport.worker import ReadPages
 
 PROGRESS_PERIOD_S = 0.2
+# While both sides have made ready the container has written on, for longer than in a round before.
+# Each round of these is shorter than the one before, or the next one ends it.
+LAST_ROUNDS_MAX = 4
+# After so long no other is begun: the target waits for the freeze (config.PREPARE_DEADLINE_S).
+LAST_ROUNDS_S = 10.0
 
 
 class Rounds:
@@ -82,7 +91,12 @@ class Rounds:
         self._lost = lost
         self._throttling = throttling.Throttling()
         self._limits = convergence.Limits(options.max_downtime_ms, options.rounds_max)
-        self._history = convergence.History()
+        self._history = History()
+        self._round_ended_s = time.monotonic()
+        # Since when, and with how much processor time of the container before, it is copied.
+        self._begun = (time.monotonic(), used_s(facts.container.cgroup))
+        # How slow this host is, as far as it is known (`prediction.py: pace`).
+        self.pace = 1.0
         self.clocks: ClockRelation | None = None
         self._memory: MemorySource | None = None
         self._sender: PageSender | None = None
@@ -118,11 +132,9 @@ class Rounds:
 
     async def run_round(self) -> throttling.Reaction:
         """One round, and what follows from it; the container is slowed already where that does."""
+        begun_s = time.monotonic()
         stats = await self._watched_round()
-        self._history.add(stats)
-        self._report.add_round(stats)
-        decision = convergence.decide(self._history, self._workload(), self._limits)
-        self._report.add_decision(decision)
+        decision = self._decide(stats, begun_s)
         self._tell_round(stats, decision)
         reaction = throttling.react(self._throttling, decision, self._options.on_stall)
         if reaction.act is throttling.Act.THROTTLE:
@@ -132,10 +144,16 @@ class Rounds:
         self._throttling = reaction.throttling
         return reaction
 
-    async def last_round(self) -> None:
-        """A short round that keeps the final delta small."""
-        if self.has_rounds:
-            self._report.add_round(await asyncio.to_thread(self.memory.round))
+    async def last_rounds(self) -> None:
+        """Short rounds that keep the final delta small: one, and more while they bring the downtime
+        down to what is allowed. What is predicted then is what the report says."""
+        limit_s = time.monotonic() + LAST_ROUNDS_S
+        for _ in range(LAST_ROUNDS_MAX if self.has_rounds else 0):
+            begun_s = time.monotonic()
+            decision = self._decide(await asyncio.to_thread(self.memory.round), begun_s)
+            is_done = decision.verdict is not convergence.Verdict.CONTINUE
+            if is_done or time.monotonic() > limit_s:
+                break
         await asyncio.to_thread(self.memory.sender.connect)
 
     def abort(self) -> None:
@@ -147,6 +165,15 @@ class Rounds:
         """Give the tasks back untouched and end the streams. Idempotent."""
         if self._memory is not None:
             await asyncio.to_thread(self._memory.close)
+
+    def _decide(self, stats: RoundStats, begun_s: float) -> convergence.Decision:
+        """What a round has come to that began, and was to be collected, at `begun_s`."""
+        self._history.add(stats, wait_ms=1000 * (begun_s - self._round_ended_s))
+        self._round_ended_s = time.monotonic()
+        self._report.add_round(stats)
+        decision = convergence.decide(self._history, self._workload(), self._limits)
+        self._report.add_decision(decision)
+        return decision
 
     async def _slow(self, reaction: throttling.Reaction) -> throttling.Reaction:
         """Pull the brake. Where that is impossible it is frozen as it is: a stall does not end by
@@ -233,15 +260,22 @@ class Rounds:
             raise
         return running.result()
 
-    def _workload(self) -> convergence.Workload:
+    def _workload(self) -> Workload:
         assert self.clocks is not None
-        return convergence.Workload(
-            memory_bytes=self.facts.memory_bytes,
-            shared_bytes=self.facts.shared_bytes,
-            lazy=self._options.restore == "lazy",
+        return replace(
+            self.facts.workload(lazy=self._options.restore == "lazy"),
             round_trip_ms=2 * self.clocks.error_us / 1000,
+            pace=self.pace,
+            busy=self._busy(),
             is_kept=self._is_kept,
         )
+
+    def _busy(self) -> float:
+        """The share of this host's processors that the container has had while it was copied."""
+        begun_s, used_before_s = self._begun
+        had_s = used_s(self.facts.container.cgroup) - used_before_s
+        passed_s = max(time.monotonic() - begun_s, 0.001)
+        return min(max(had_s / passed_s / len(os.sched_getaffinity(0)), 0.0), 1.0)
 
     def _tell_round(self, stats: RoundStats, decision: convergence.Decision) -> None:
         self._observer.tell(
@@ -290,13 +324,13 @@ class Copying(Rounds):
         self._observer.tell(told_pass(await self.rootfs.start(gated=False).wait()))
 
     async def make_ready(self) -> None:
-        """Everything that can be done before the freeze, and then a last short round."""
+        """Everything that can be done before the freeze, and then short rounds."""
         self.rate.hold()
         self.final_rootfs = self.rootfs.start(gated=True)
         # A break of the link is waited for within it.
         deadline_s = config.PREPARE_DEADLINE_S + self._options.link_patience_s
         await self.final_rootfs.wait_ready(deadline_s)
-        await self.last_round()
+        await self.last_rounds()
 
     def abort(self) -> None:
         """Make everything that is under way fail soon."""

@@ -140,14 +140,13 @@ def _resident(
         host=host,
         memory_bytes=seen.memory_bytes,
         needed_bytes=seen.memory_bytes + twice_bytes,
-        shared_bytes=seen.shared_bytes,
+        workload=seen.workload(lazy=is_lazy),
         cpus=_cpus(container),
         wishes=wishes,
         runtime=container.runtime,
         architecture=seen.versions.architecture,
         criu=version_of(seen.versions.criu),
         bridges=frozenset(port.bridge for port in seen.network.ports if port.bridge is not None),
-        lazy=is_lazy,
         past_downtime_ms=None if past is None else past.downtime_ms,
     )
 

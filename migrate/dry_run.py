@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from migrate import preflight, tracking
-from migrate.core import convergence
+from migrate.core.prediction import predict
+from migrate.core.rounds_seen import History
 from migrate.progress import mib
 from migrate.target_link import TargetLink
 from transport.sender import default_streams
@@ -90,13 +91,9 @@ async def dry_run(
         )
     finally:
         await link.close()
-    workload = convergence.Workload(
-        memory_bytes=facts.memory_bytes,
-        shared_bytes=facts.shared_bytes,
-        lazy=checked.restore == "lazy",
-    )
+    workload = facts.workload(lazy=checked.restore == "lazy")
     remaining_bytes = 0 if tracker.name != tracking.NONE else facts.memory_bytes
-    predicted = convergence.predict(convergence.History(), workload, remaining_bytes)
+    predicted = predict(History(), workload, remaining_bytes)
     told = [f"{one.message}; {one.remedy}" for one in checked.cautions]
     told += [f"{one.message}; {one.remedy}" for one in opened.cautions]
     return Forecast(

@@ -30,6 +30,7 @@ from migrate import config, progress, recovery
 from migrate.capturing import Capturing, send
 from migrate.copying import Rounds
 from migrate.core.clock_relation import ClockRelation
+from migrate.core.prediction import pace
 from migrate.core.states import SourceState as S
 from migrate.core.throttling import Act
 from migrate.driver import quietly
@@ -260,6 +261,7 @@ class Duplicating(ABC):
         plan = await self._freezing.prepare(
             self._migration_id, self._paths, parent=rounds.memory.pages.parent
         )
+        rounds.pace = pace(self._freezing.prepared_ms)
         await self._begun.entry.note(
             guard=msgspec.to_builtins(plan),
             network=msgspec.to_builtins(facts.network_handle),
@@ -268,7 +270,7 @@ class Duplicating(ABC):
         capturing = Capturing(rounds, self._freezing, self._directory)
         await capturing.look()
         await self._copy_rootfs()
-        await self._meanwhile(rounds.last_round())
+        await self._meanwhile(rounds.last_rounds())
         return capturing
 
     async def _stand_still(self, capturing: Capturing) -> Capture:

@@ -5,6 +5,7 @@ Only looks, decides nothing: what follows from the facts is `preflight.py`'s mat
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -23,7 +24,9 @@ from criu_glue.mappings import cgroup_pids, vpid
 from migrate import cgroup, confinement
 from migrate.copy_identity import config_of
 from migrate.core import messages
+from migrate.core.prediction import Workload
 from migrate.errors import MigrateError
+from migrate.memory_facts import memory_facts
 from migrate.network import NetworkHandle
 
 if TYPE_CHECKING:
@@ -34,13 +37,13 @@ if TYPE_CHECKING:
 # `criu --version` and `criu cpuinfo` take milliseconds.
 CRIU_DEADLINE_S = 20.0
 _INACTIVE_FILE = re.compile(r"^inactive_file (\d+)$", re.MULTILINE)
-_STATUS_KB = re.compile(r"^(RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class ContainerFacts:
-    """A container that is to move. `shared_bytes` is part of `memory_bytes`; memory that several
-    tasks map is counted for each, so both are upper bounds."""
+    """A container that is to move. `shared_bytes` is part of `memory_bytes`, counted once; private
+    memory that several tasks have is counted for each. unwatched_bytes of it, mappings and
+    threads: see `memory_facts.py`; of a checkpoint they are not known."""
 
     container: Container
     network: NetworkIdentity
@@ -51,11 +54,26 @@ class ContainerFacts:
     versions: messages.Versions
     cpuinfo: bytes
     labels: tuple[str, ...]
+    unwatched_bytes: int = 0
+    mappings: int = 0
+    threads: int = 0
 
     @property
     def network_handle(self) -> NetworkHandle:
         """What of the container's network is on this host."""
         return NetworkHandle(str(self.container.netns), self.network.ports)
+
+    def workload(self, *, lazy: bool) -> Workload:
+        """What a prediction takes from them."""
+        return Workload(
+            memory_bytes=self.memory_bytes,
+            shared_bytes=self.shared_bytes,
+            unwatched_bytes=self.unwatched_bytes,
+            tasks=len(self.tasks),
+            mappings=self.mappings,
+            threads=self.threads,
+            lazy=lazy,
+        )
 
     def open_session(
         self,
@@ -100,29 +118,28 @@ class ContainerFacts:
 def container_facts(
     container: Container, identity: NetworkIdentity, runtime: Runtime
 ) -> ContainerFacts:
-    """Look at a running container. Blocking, some 50 ms; raises MigrateError."""
-    pids = cgroup_pids(container.cgroup)
-    tasks, private, shared = [], 0, 0
+    """Look at a running container. Blocking, some 50 ms and 30 more for each GiB; raises
+    MigrateError."""
+    pids, tasks = cgroup_pids(container.cgroup), []
     for pid in pids:
-        try:
+        with contextlib.suppress(TaskGoneError):
             tasks.append(vpid(pid))
-            sizes = dict(_STATUS_KB.findall(Path(f"/proc/{pid}/status").read_text()))
-        except (TaskGoneError, FileNotFoundError, ProcessLookupError):
-            continue
-        private += int(sizes.get("RssAnon", 0)) + int(sizes.get("VmSwap", 0))
-        shared += int(sizes.get("RssShmem", 0))
     if not tasks:
         raise MigrateError(f"{container.name} has no tasks")
+    memory = memory_facts(pids)
     return ContainerFacts(
         container=container,
         network=identity,
         tasks=tuple(sorted(tasks)),
-        memory_bytes=(private + shared) * 1024,
-        shared_bytes=shared * 1024,
+        memory_bytes=memory.private_bytes + memory.shared_bytes,
+        shared_bytes=memory.shared_bytes,
         rootfs_bytes=tree_bytes(container.rootfs),
         versions=host_versions(runtime),
         cpuinfo=cpuinfo_dump(),
         labels=confinement.labels(pids)[: messages.MAX_LABELS],
+        unwatched_bytes=memory.unwatched_bytes,
+        mappings=memory.mappings,
+        threads=memory.threads,
     )
 
 

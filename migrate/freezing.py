@@ -77,6 +77,8 @@ class Freezing:
         self._known: KnownPages | None = None
         self._grace_periods: GracePeriods | None = None
         self._hurry = contextlib.ExitStack()
+        # What `prepare` took.
+        self.prepared_ms = 0.0
         # Why CRIU takes hold of every page of a lazy dump, "" if it does not.
         self.why_slow = ""
 
@@ -88,6 +90,7 @@ class Freezing:
         The dump has what was written since the images `parent`; without them it is a lazy one,
         which leaves all pages to who reads them from the frozen tasks.
         """
+        begun_s = time.monotonic()
         self.image_dir.mkdir(mode=0o700)
         self._work_dir.mkdir(mode=0o700)
         is_lazy = parent is None
@@ -127,6 +130,7 @@ class Freezing:
         self._grace_periods = GracePeriods(paths.run, "coordinator")
         await self._start_guard(self._plan)
         await self._until("gate", config.PREPARE_DEADLINE_S)
+        self.prepared_ms = 1000 * (time.monotonic() - begun_s)
         return self._plan
 
     async def freeze(self) -> dict[str, int]:

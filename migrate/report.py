@@ -60,6 +60,32 @@ class PartsReport(msgspec.Struct, frozen=True):
     resume: float
 
 
+class PredictionReport(msgspec.Struct, frozen=True):
+    """The prediction when nothing but the freeze was left to do: its parts in ms, and what they
+    were made from (`core/prediction.py: Workload`). remaining_bytes: of memory, expected to be
+    written until the freeze; rate_bytes_s: how fast they would be sent."""
+
+    parts_ms: PartsReport
+    remaining_bytes: int
+    rate_bytes_s: float
+    memory_bytes: int
+    shared_bytes: int
+    unwatched_bytes: int
+    tasks: int
+    threads: int
+    mappings: int
+    round_trip_ms: float | None
+    pace: float
+    busy: float
+
+
+_PARTS: Final = PartsReport.__struct_fields__
+_AS_THEY_ARE: Final = (
+    *("memory_bytes", "shared_bytes", "unwatched_bytes", "tasks", "threads", "mappings"),
+    "round_trip_ms",
+)
+
+
 class ClockReport(msgspec.Struct, frozen=True):
     """target clock = source clock + offset, known to ± error."""
 
@@ -135,6 +161,7 @@ class Report(msgspec.Struct, frozen=True):
     tracker_reason: str = ""
     stills_ms: tuple[float, ...] = ()
     held_frames: int = 0
+    prediction: PredictionReport | None = None
     format: Literal[1] = 1
 
 
@@ -276,7 +303,21 @@ class ReportBuilder:
             tracker_reason=self.tracker_reason,
             stills_ms=tuple(round(ms, 3) for ms in self.stills_ms),
             held_frames=self.held_frames,
+            prediction=_prediction(self._decision) if self._decision else None,
         )
+
+
+def _prediction(decision: Decision) -> PredictionReport:
+    foreseen, workload = decision.prediction, decision.workload
+    parts = {name: round(getattr(foreseen, f"{name}_ms"), 3) for name in _PARTS}
+    return PredictionReport(
+        parts_ms=PartsReport(**parts),
+        remaining_bytes=decision.remaining_bytes,
+        rate_bytes_s=round(decision.rate_bytes_s),
+        pace=round(workload.pace, 3),
+        busy=round(workload.busy, 3),
+        **{name: getattr(workload, name) for name in _AS_THEY_ARE},
+    )
 
 
 def write_report(report: Report | CloneReport, path: Path) -> None:

@@ -57,7 +57,7 @@ class Throttle:
         self._note = note
         self._warn = warn
         self._answer_deadline_s = answer_deadline_s
-        self._made_s, self._used_s = time.monotonic(), _used_s(cgroup)
+        self._made_s, self._used_s = time.monotonic(), used_s(cgroup)
         self._cpus = 0.0
         self._plan: BrakePlan | None = None
         self._watches: list[asyncio.Task[None]] = []
@@ -150,7 +150,7 @@ class Throttle:
             self._plan = self._first_plan()
         if not self._plan.words:
             before = self._plan.cpu_max
-            used = (_used_s(self._cgroup) - self._used_s) / (time.monotonic() - self._made_s)
+            used = (used_s(self._cgroup) - self._used_s) / (time.monotonic() - self._made_s)
             allowed = quota_cpus(before) if before else None
             self._cpus = used if allowed is None else min(used, allowed)
         word = quota(share, self._cpus) if self._plan.cpu_max else f"{share:.4f}"
@@ -262,7 +262,7 @@ def _cpu_max(cgroup: Path) -> str:
     return held if burst == "0" else ""
 
 
-def _used_s(cgroup: Path) -> float:
+def used_s(cgroup: Path) -> float:
     """Processor time that the container's tasks have had, 0 of one that has ended; cpu.stat has it
     without the controller too."""
     try:

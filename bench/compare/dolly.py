@@ -24,6 +24,7 @@ KEPT: Final = (
     "tracker",
     "downtime_ms",
     "predicted_downtime_ms",
+    "prediction",
     "bytes_sent",
     "fill_ms",
     "faults",

@@ -18,7 +18,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from migrate.core import convergence
+from migrate.core.prediction import Workload, predict
+from migrate.core.rounds_seen import History
 from migrate.errors import UsageError
 
 if TYPE_CHECKING:
@@ -81,21 +82,21 @@ class HostState:
 @dataclass(frozen=True, slots=True)
 class Resident:
     """A container on `host`, which is to be emptied. needed_bytes: of memory, that a target must
-    have while it arrives. cpus: its limit, 0 without one. past_downtime_ms: of its last live move,
-    if that is known. blocked: why it can't move at all."""
+    have while it arrives. workload: what else a prediction takes from it, if that is known. cpus:
+    its limit, 0 without one. past_downtime_ms: of its last live move, if that is known. blocked:
+    why it can't move at all."""
 
     name: str
     host: str
     memory_bytes: int
     needed_bytes: int
-    shared_bytes: int = 0
+    workload: Workload | None = None
     cpus: float = 0.0
     wishes: Wishes = Wishes()
     runtime: str = "runc"
     architecture: str = "x86_64"
     criu: tuple[int, ...] = ()
     bridges: frozenset[str] = frozenset()
-    lazy: bool = True
     past_downtime_ms: float | None = None
     blocked: str = ""
 
@@ -168,12 +169,10 @@ def move_downtime_ms(container: Resident) -> float:
         return float("inf")
     if policy == "live" and container.past_downtime_ms is not None:
         return container.past_downtime_ms
-    workload = convergence.Workload(
-        container.memory_bytes, container.shared_bytes, lazy=container.lazy
-    )
+    workload = container.workload or Workload(container.memory_bytes)
     written = int(container.wishes.dirty_bytes_s * LAST_ROUND_S)
     remaining_bytes = container.memory_bytes if policy == "stop-and-copy" else written
-    return convergence.predict(convergence.History(), workload, remaining_bytes).downtime_ms
+    return predict(History(), workload, remaining_bytes).downtime_ms
 
 
 def why_not(container: Resident, host: HostState) -> str:

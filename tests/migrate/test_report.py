@@ -11,9 +11,11 @@ import pytest
 from rich.console import Console
 
 from migrate.core.clock_relation import ClockRelation
-from migrate.core.convergence import History, Limits, Workload, decide
+from migrate.core.convergence import Limits, decide
 from migrate.core.downtime import DowntimeParts
 from migrate.core.messages import FillDone, Versions
+from migrate.core.prediction import Workload
+from migrate.core.rounds_seen import History
 from migrate.errors import MigrateError, TransferFailed, runs_on
 from migrate.report import (
     MAX_REPORT_BYTES,
@@ -125,7 +127,11 @@ def test_the_report_of_a_move() -> None:
     assert report.downtime_parts_ms is not None
     parts = [getattr(report.downtime_parts_ms, key) for key in PART_KEYS]
     assert sum(parts) == pytest.approx(report.downtime_ms)
-    assert report.predicted_downtime_ms == pytest.approx(288.5, abs=0.1)
+    assert report.predicted_downtime_ms == pytest.approx(244.8, abs=0.1)
+    assert report.prediction is not None
+    foreseen = [getattr(report.prediction.parts_ms, key) for key in PART_KEYS]
+    assert sum(foreseen) == pytest.approx(report.predicted_downtime_ms, abs=0.01)
+    assert (report.prediction.memory_bytes, report.prediction.pace) == (1 << 30, 1.0)
     assert "600 allowed" in report.freeze_reason
     assert (report.fill_ms, report.faults) == (650.0, 42)
     assert (report.fault_p50_us, report.fault_p99_us) == (80, 1100)
@@ -202,7 +208,7 @@ def test_the_table_of_a_move() -> None:
     lines = shown(moved()).splitlines()
     assert lines[0] == "container  sheep (runc)"
     assert lines[1] == "way        alpha → beta: done"
-    assert lines[2].startswith("downtime   281 ms ± 0.2 (predicted 288")
+    assert lines[2].startswith("downtime   281 ms ± 0.2 (predicted 245")
     assert " ".join(lines[3].split()) == (
         "freeze 10 dump 120 final_delta 20 rootfs 0 restore 105 handover 15 resume 11"
     )

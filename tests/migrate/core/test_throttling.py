@@ -9,18 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate.core.convergence import (
-    PAGE_BYTES,
-    Decision,
-    History,
-    Limits,
-    Prediction,
-    Stall,
-    Verdict,
-    Workload,
-    decide,
-    predict,
-)
+from migrate.core.convergence import Decision, Limits, Stall, Verdict, decide
+from migrate.core.prediction import Prediction, Workload, predict
+from migrate.core.rounds_seen import PAGE_BYTES, History
 from migrate.core.throttling import (
     CPUS_MIN,
     FIRST,
@@ -41,7 +32,7 @@ from migrate.core.throttling import (
     quota_cpus,
     react,
 )
-from tests.migrate.core.test_convergence import Round
+from tests.migrate.core.rounds import Round
 
 MIB = 1 << 20
 ROUNDS_MAX = 100
@@ -49,6 +40,7 @@ STALLED = Decision(
     verdict=Verdict.STALLED,
     stall=Stall.WRITES,
     reason="it stalls",
+    workload=Workload(memory_bytes=1 << 30),
     prediction=Prediction(10, 120, 2000, 0, 110, 15, 10),
     floor_ms=265,
     max_downtime_ms=300,
