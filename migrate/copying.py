@@ -53,6 +53,8 @@ PROGRESS_PERIOD_S = 0.2
 # While both sides have made ready the container has written on, for longer than in a round before.
 # Each round of these is shorter than the one before, or the next one ends it.
 LAST_ROUNDS_MAX = 4
+# After so many in all the container's writes were observed twice: fewer say too much of them.
+ROUNDS_TELLING = 3
 # After so long no other is begun: the target waits for the freeze (config.PREPARE_DEADLINE_S).
 LAST_ROUNDS_S = 10.0
 
@@ -145,13 +147,15 @@ class Rounds:
         return reaction
 
     async def last_rounds(self) -> None:
-        """Short rounds that keep the final delta small: one, and more while they bring the downtime
-        down to what is allowed. What is predicted then is what the report says."""
+        """Short rounds that keep the final delta small: one, and more until the container's writes
+        are known and while they bring the downtime down to what is allowed. What is predicted then
+        is what the report says."""
         limit_s = time.monotonic() + LAST_ROUNDS_S
         for _ in range(LAST_ROUNDS_MAX if self.has_rounds else 0):
             begun_s = time.monotonic()
             decision = self._decide(await asyncio.to_thread(self.memory.round), begun_s)
-            is_done = decision.verdict is not convergence.Verdict.CONTINUE
+            is_known = len(self._history.rounds) >= ROUNDS_TELLING
+            is_done = is_known and decision.verdict is not convergence.Verdict.CONTINUE
             if is_done or time.monotonic() > limit_s:
                 break
         await asyncio.to_thread(self.memory.sender.connect)

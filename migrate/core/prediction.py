@@ -65,12 +65,13 @@ it: 146 MiB/s were seen."""
 
 PREPARED_MS: Final = 290.0
 """What starting runtime, CRIU and guard (`migrate/freezing.py`) took when nothing else ran."""
-PACE_POWER: Final = 0.4
-"""They suffer more than the downtime does: the container and who asks it are at work then, and
-stand still later. 0.35 fits a machine that has nothing else to do best, 0.5 one at a load of 4 to
-14."""
+PACE_POWER: Final = 0.3
+PACE_SHARE: Final = 0.5
+"""Where they take somewhat longer it is the container and who asks it that are at work, and both
+stand still later: the downtime grows with a small power of it. Where they take several times as
+long it is the host, and the downtime grows as they do."""
 PACE_MIN: Final = 0.5
-PACE_MAX: Final = 5.0
+PACE_MAX: Final = 20.0
 BUSY_MAX: Final = 0.5
 """No more than this share of the processors is taken as free for the sender once the container
 stands still: there may be as much that only a link holds up."""
@@ -135,7 +136,8 @@ class Prediction:
 def pace(prepared_ms: float) -> float:
     """How much longer everything takes here than where the constants were found, by what the
     source's preparations have taken (`Freezing.prepared_ms`)."""
-    return min(max(math.pow(prepared_ms / PREPARED_MS, PACE_POWER), PACE_MIN), PACE_MAX)
+    ratio = prepared_ms / PREPARED_MS
+    return min(max(math.pow(ratio, PACE_POWER), PACE_SHARE * ratio, PACE_MIN), PACE_MAX)
 
 
 def predict(history: History, workload: Workload, remaining_bytes: int) -> Prediction:
