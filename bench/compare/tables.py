@@ -232,16 +232,31 @@ def _throughputs(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def _predictions(rows: Iterable[Row]) -> str:
+def _predictions(rows: Sequence[Row]) -> str:
     pairs = predictions(rows)
     if not pairs:
         return "No move had a prediction."
-    near = sum(abs(said - was) <= 0.25 * was for said, was in pairs)
     errors = Spread.of([abs(said - was) / was * 100 for said, was in pairs])
-    return (
-        f"Of {len(pairs)} moves with pre-copy, the downtime of {near} was within 25 % of what had"
-        f" been predicted; error: median {errors.median:.0f} %, p95 {errors.p95:.0f} %."
-    )
+    lines = [
+        f"Of {len(pairs)} moves with pre-copy, the downtime of {_near(pairs)} was within 25 % of"
+        f" what had been predicted; error: median {errors.median:.0f} %, p95 {errors.p95:.0f} %.",
+        "",
+        "| | n | within 25 % | predicted, ms: median | downtime, ms: median |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for case, systems in by_case(rows).items():
+        for system, moves in systems.items():
+            if of_it := predictions(moves):
+                said, was = (statistics.median(each) for each in zip(*of_it, strict=True))
+                lines.append(
+                    f"| {case}: {system} | {len(of_it)} | {_near(of_it)} | {said:.0f} | {was:.0f} |"
+                )
+    return "\n".join(lines)
+
+
+def _near(pairs: Iterable[tuple[float, float]]) -> int:
+    """How many are within 25 %."""
+    return sum(abs(said - was) <= 0.25 * was for said, was in pairs)
 
 
 def predictions(rows: Iterable[Row]) -> list[tuple[float, float]]:

@@ -58,6 +58,7 @@ def test_parts_and_predictions() -> None:
     text = render(read(lines(HERE, *rows)))
     assert "**ours**: dump 20, restore 5 ms" in text
     assert "Of 3 moves with pre-copy, the downtime of 2 was within 25 %" in text
+    assert ": ours | 3 | 2 | 120 | 100 |" in text
 
 
 def test_costs_are_medians_of_each_host() -> None:
