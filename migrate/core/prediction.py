@@ -73,8 +73,8 @@ long it is the host, and the downtime grows as they do."""
 PACE_MIN: Final = 0.5
 PACE_MAX: Final = 20.0
 BUSY_MAX: Final = 0.5
-"""No more than this share of the processors is taken as free for the sender once the container
-stands still: there may be as much that only a link holds up."""
+"""No more than this share of the processors is taken as free for the sender once the dump is done:
+it may be the link that it waits for. What is sent beside the dump has to share with CRIU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +154,12 @@ def predict(history: History, workload: Workload, remaining_bytes: int) -> Predi
         dump_ms = slower * _dump_ms(workload)
         kept_ms = max(remaining_bytes / KEPT_BYTES_MS - dump_ms, 0.0)
         return Prediction(slower * FREEZE_MS, dump_ms, kept_ms, 0.0, 0.0, 0.0, slower * RESUME_MS)
-    rate_bytes_ms = history.rate_bytes_ms / (1 - min(workload.busy, BUSY_MAX))
-    beside_ms = slower * COLLECT_MS + history.overhead_ms + remaining_bytes / rate_bytes_ms
+    sending_ms = remaining_bytes / history.rate_bytes_ms
+    beside_ms = slower * COLLECT_MS + history.overhead_ms + sending_ms
     alone_ms = slower * _dump_ms(workload)
-    dump_ms = alone_ms + DUMP_BESIDE * min(remaining_bytes / rate_bytes_ms, alone_ms)
-    behind_ms = (workload.shared_bytes + workload.unwatched_bytes) / rate_bytes_ms
+    dump_ms = alone_ms + DUMP_BESIDE * min(sending_ms, alone_ms)
+    behind_bytes = workload.shared_bytes + workload.unwatched_bytes
+    behind_ms = behind_bytes / history.rate_bytes_ms * (1 - min(workload.busy, BUSY_MAX))
     settle_ms = slower * SETTLE_MS + SETTLE_ROUND_TRIPS * round_trip_ms
     return Prediction(
         freeze_ms=slower * FREEZE_MS,

@@ -42,6 +42,7 @@ REPORT_KEYS: Final = {
         "tracker_reason",
         "stills_ms",
         "held_frames",
+        "prediction",
     ),
     "format",
 }
