@@ -29,6 +29,8 @@ RATE_ROUNDS: Final = 3
 """So many of the last rounds, smaller ones too, say together how fast the way is at least,"""
 RATE_BYTES_MIN: Final = 1 << 20
 """if they are as large as this: less may be what a shaped link lets through at once."""
+MUCH_SMALLER: Final = 4
+"""A round that carried so many times less than another tells what neither took for carrying."""
 MIN_DURATION_MS: Final = 0.1
 """Shorter ones are the clock's noise; also keeps divisions defined."""
 
@@ -73,7 +75,7 @@ class History:
     @property
     def rate_bytes_ms(self) -> float:
         """How fast pages with content are read, compared, compressed and sent, by all streams
-        together: of the last round that was large enough to tell, else of the largest.
+        together: of the last round that was large enough to tell, else about that of the largest.
 
         What a round costs besides makes small ones look slow, never fast. So the last ones behind
         that one count where they were faster: a container that is slowed leaves more of the
@@ -83,11 +85,27 @@ class History:
         if not any(works):
             return RATE_BYTES_MS
         large = [number for number, work in enumerate(works) if work >= RATE_SAMPLE_BYTES]
-        telling = large[-1] if large else works.index(max(works))
+        if not large:
+            return self._rate_of_small()
+        telling = large[-1]
         rate, smaller = _rate([self.rounds[telling]]), self.rounds[telling + 1 :][-RATE_ROUNDS:]
         if sum(map(_work_bytes, smaller)) < RATE_BYTES_MIN:
             return rate
         return max(rate, _rate(smaller))
+
+    def _rate_of_small(self) -> float:
+        """Of the largest round, without what a much smaller one took, but for half of its time."""
+        largest = max(self.rounds, key=_work_bytes)
+        rest_ms = min(
+            (
+                duration_ms(one)
+                for one in self.rounds
+                if _work_bytes(one) * MUCH_SMALLER <= _work_bytes(largest)
+            ),
+            default=0.0,
+        )
+        took_ms = duration_ms(largest)
+        return _work_bytes(largest) / (took_ms - min(rest_ms, took_ms / 2))
 
     @property
     def overhead_ms(self) -> float:

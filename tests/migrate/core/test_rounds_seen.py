@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from migrate.core.prediction import GIB
-from migrate.core.rounds_seen import RATE_BYTES_MS, History
+from migrate.core.rounds_seen import PAGE_BYTES, RATE_BYTES_MS, History
 from tests.migrate.core.rounds import MIB, Round, history, pages
 
 
@@ -37,8 +37,16 @@ def test_zero_pages_do_not_make_the_way_look_faster() -> None:
 def test_what_small_rounds_cost_is_learnt() -> None:
     assert history((1024, 1024), (1, 6)).overhead_ms == pytest.approx(0)
     assert history((1024, 1030), (1, 7), (1, 9)).overhead_ms == pytest.approx(0)
-    # The first is the fastest of three, and still took 5 ms more than it does by the last ones.
-    assert history((15, 20), (1, 6), (1, 6)).overhead_ms == pytest.approx(0)
+    assert history((15, 20), (1, 6), (1, 6)).overhead_ms == pytest.approx(5.07, abs=0.01)
+
+
+def test_of_small_rounds_the_smallest_tell_what_is_not_carrying() -> None:
+    """An nginx of 3 MiB: 580 pages in 46 ms, and then 27 in 23."""
+    past = History([Round(580, 46), Round(27, 23), Round(16, 24)])
+    assert past.rate_bytes_ms == pytest.approx(580 * PAGE_BYTES / 23)
+    # Never less than half of its time, and nothing where all are of a size.
+    assert History([Round(580, 46), Round(27, 40)]).rate_bytes_ms == past.rate_bytes_ms
+    assert history((15, 20), (14, 10)).rate_bytes_ms == pytest.approx(0.75 * MIB)
 
 
 def test_before_any_round_everything_is_left() -> None:
