@@ -45,7 +45,7 @@ SETTLE_ROUND_TRIPS: Final = 4
 system, with more of them, ends at about the same time. Of one link with 20 ms each way."""
 RESTORE_MS: Final = 63.0
 """A lazy restore with runc up to the hold, of a task without memory."""
-RESTORE_MS_PER_TASK: Final = 4.5
+RESTORE_MS_PER_TASK: Final = 6.0
 """What each other task adds."""
 RESTORE_EAGER_MS_PER_GIB: Final = 850.0
 """An eager restore of 256 MiB takes 200 ms longer than a lazy one. Shared memory is always
