@@ -148,15 +148,15 @@ class Rounds:
 
     async def last_rounds(self) -> None:
         """Short rounds that keep the final delta small: one, and more until the container's writes
-        are known and while they bring the downtime down to what is allowed. What is predicted then
-        is what the report says."""
+        are known and while they bring the downtime down to what is allowed, or to what it takes at
+        least. What is predicted then is what the report says."""
         limit_s = time.monotonic() + LAST_ROUNDS_S
         for _ in range(LAST_ROUNDS_MAX if self.has_rounds else 0):
             begun_s = time.monotonic()
             decision = self._decide(await asyncio.to_thread(self.memory.round), begun_s)
             is_known = len(self._history.rounds) >= ROUNDS_TELLING
-            is_done = is_known and decision.verdict is not convergence.Verdict.CONTINUE
-            if is_done or time.monotonic() > limit_s:
+            is_best = decision.is_good_enough or decision.verdict is convergence.Verdict.STALLED
+            if (is_known and is_best) or time.monotonic() > limit_s:
                 break
         await asyncio.to_thread(self.memory.sender.connect)
 
