@@ -55,8 +55,8 @@ _RETRY_S: Final = 0.001
 _NO_MEMORY_S: Final = 0.05
 
 
-# From CRIU's end of restore the tasks have some 10 ms to go to their first instruction. They are less
-# urgent than this process, which leaves them the processors for so long.
+# From CRIU's end of restore the tasks have some 10 ms to go to their first instruction. They are
+# less urgent than this process, which leaves them the processors for so long.
 _HEAD_START_S: Final = 0.03
 
 
