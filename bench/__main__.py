@@ -61,12 +61,14 @@ Medians, and p95 by nearest rank; every move's memory was verified.
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Measure; the number of what was lost or failed, as an exit code."""
-    wanted = re.compile(options.only)
-    planned = [
-        found
-        for one in (QUICK if options.quick else MATRIX)
-        if (options.optional or not one.optional) and (found := one.only(wanted)) is not None
+    offered = [
+        one for one in (QUICK if options.quick else MATRIX) if options.optional or not one.optional
     ]
+    planned = [found for one in offered if (found := one.only(options.only)) is not None]
+    if not planned:
+        names = [f"  {one.case.label} {way.name}" for one in offered for way in one.systems]
+        sys.stderr.write("\n".join([f"nothing has {options.only.pattern!r} in it:", *names, ""]))
+        return 2
     bad = 0
     whole_s = sum(one.expected_s(options.runs) for one in planned)
     console.print(f"{options.runs} of each; some {whole_s / 60:.0f} minutes on a quiet machine")
@@ -126,6 +128,14 @@ def runs(text: str) -> int:
     return int(text)
 
 
+def pattern(text: str) -> re.Pattern[str]:
+    """What to measure."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
@@ -133,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="every system once, under 5 minutes")
     parser.add_argument("--optional", action="store_true", help="also what takes minutes a run")
     parser.add_argument("--runs", type=runs, metavar="N", help=f"of each; {RUNS}, or 1 if quick")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="of case and system")
+    of_both = "a regular expression in case and system"
+    parser.add_argument("--only", type=pattern, default="", metavar="PATTERN", help=of_both)
     parser.add_argument("--out", type=Path, default=RESULTS, help="lines of JSON are added to it")
     parser.add_argument("--in", type=Path, default=RESULTS, dest="results", metavar="FILE")
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIRECTORY")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import pytest
+
+from bench.__main__ import main
 from bench.compare.cases import MATRIX, QUICK
 
 RUNS = 5
@@ -24,3 +28,16 @@ def test_of_a_case_that_is_asked_for_in_part_a_part_is_expected() -> None:
     assert [one.name for one in part.systems] == ["migrate"]
     assert part.round_s == whole.round_s / len(whole.systems)
     assert whole.only(re.compile("")) == whole
+
+
+def test_a_pattern_that_nothing_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results.jsonl"
+    assert main(["--only", "nobody", "--out", str(results)]) == 2
+    said = capsys.readouterr().err
+    assert "nothing has 'nobody' in it" in said
+    assert "memory 16M 50M/s unshaped migrate\n" in said
+    with pytest.raises(SystemExit) as ended:
+        main(["--only", "(", "--out", str(results)])
+    assert ended.value.code == 2
+    assert "no regular expression" in capsys.readouterr().err
+    assert not results.exists()
