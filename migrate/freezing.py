@@ -147,7 +147,7 @@ class Freezing:
         self._grace_periods.shorten()
         self._hurry.enter_context(Urgency())
         for process in (self._guard, self._process):
-            make_urgent(process.pid, STANDSTILL, inherited=True)
+            make_urgent(process.pid, STANDSTILL, inherited=False)
         self._is_frozen = True
         marks = {"unplug": time.monotonic_ns() // 1000}
         self._frames.watch()

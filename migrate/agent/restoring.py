@@ -230,7 +230,8 @@ class Restoring:
         plan.confinement.write_bytes(msgspec.json.encode(expected))
         await asyncio.to_thread(self._complete_images, store)
         assert self._process is not None
-        make_urgent(self._process.pid, STANDSTILL, inherited=True)
+        # Not what the runtime starts: hooks of the container's, which may leave a daemon behind.
+        make_urgent(self._process.pid, STANDSTILL, inherited=False)
         self._grace_periods.shorten()
         try:
             return await self._restored()
