@@ -63,7 +63,7 @@ KEPT_BYTES_MS: Final = 500.0 * (1 << 20) / 1000
 """Memory is copied within this host with 1.2 to 1.8 GiB/s, and slower into pages that are new to
 it: 146 MiB/s were seen."""
 
-PREPARED_MS: Final = 290.0
+PREPARED_MS: Final = 340.0
 """What starting runtime, CRIU and guard (`migrate/freezing.py`) took when nothing else ran."""
 PACE_POWER: Final = 0.3
 PACE_SHARE: Final = 0.5

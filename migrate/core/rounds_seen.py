@@ -29,6 +29,8 @@ RATE_ROUNDS: Final = 3
 """So many of the last rounds, smaller ones too, say together how fast the way is at least,"""
 RATE_BYTES_MIN: Final = 1 << 20
 """if they are as large as this: less may be what a shaped link lets through at once."""
+RATE_SAMPLE_MS: Final = 100.0
+"""Or have taken as long as this; threads that had to wait for a processor make others look slow."""
 MUCH_SMALLER: Final = 4
 """A round that carried so many times less than another tells what neither took for carrying."""
 MIN_DURATION_MS: Final = 0.1
@@ -94,7 +96,8 @@ class History:
         return max(rate, _rate(smaller))
 
     def _rate_of_small(self) -> float:
-        """Of the largest round, without what a much smaller one took, but for half of its time."""
+        """Of the largest round, without what a much smaller one took, but for half of its time.
+        One that was over at once tells of no slow link."""
         largest = max(self.rounds, key=_work_bytes)
         rest_ms = min(
             (
@@ -105,7 +108,8 @@ class History:
             default=0.0,
         )
         took_ms = duration_ms(largest)
-        return _work_bytes(largest) / (took_ms - min(rest_ms, took_ms / 2))
+        rate = _work_bytes(largest) / (took_ms - min(rest_ms, took_ms / 2))
+        return rate if took_ms >= RATE_SAMPLE_MS else max(rate, RATE_BYTES_MS)
 
     @property
     def overhead_ms(self) -> float:

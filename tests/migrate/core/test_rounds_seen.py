@@ -41,11 +41,13 @@ def test_what_small_rounds_cost_is_learnt() -> None:
 
 
 def test_of_small_rounds_the_smallest_tell_what_is_not_carrying() -> None:
-    """An nginx of 3 MiB: 580 pages in 46 ms, and then 27 in 23."""
-    past = History([Round(580, 46), Round(27, 23), Round(16, 24)])
-    assert past.rate_bytes_ms == pytest.approx(580 * PAGE_BYTES / 23)
+    """An nginx of 3 MiB on a slow way: 580 pages in 460 ms, and then 27 in 230."""
+    past = History([Round(580, 460), Round(27, 230), Round(16, 240)])
+    assert past.rate_bytes_ms == pytest.approx(580 * PAGE_BYTES / 230)
     # Never less than half of its time, and nothing where all are of a size.
-    assert History([Round(580, 46), Round(27, 40)]).rate_bytes_ms == past.rate_bytes_ms
+    assert History([Round(580, 460), Round(27, 400)]).rate_bytes_ms == past.rate_bytes_ms
+    # What is over at once is no sign of a slow way.
+    assert History([Round(580, 90), Round(27, 40)]).rate_bytes_ms == RATE_BYTES_MS
     assert history((15, 20), (14, 10)).rate_bytes_ms == pytest.approx(0.75 * MIB)
 
 
