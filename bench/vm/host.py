@@ -73,9 +73,13 @@ class MachineHost(Host):
         self._check_on()
         return machine.files_path(self.pid, self._state, os.fspath(inside))
 
+    def console(self) -> str:
+        """What it has printed there, also when it is off."""
+        return (self._state / machine.CONSOLE).read_text(errors="replace")
+
     def console_faults(self) -> str:
         """What its kernel has printed since it failed; empty when it has not."""
-        return console.faults((self._state / machine.CONSOLE).read_text(errors="replace"))
+        return console.faults(self.console())
 
 
 class _Remote(subprocess.Popen[Any]):
