@@ -55,9 +55,10 @@ _RETRY_S: Final = 0.001
 _NO_MEMORY_S: Final = 0.05
 
 
-# From CRIU's end of restore the tasks have some 10 ms to go to their first instruction. They are
-# less urgent than this process, which leaves them the processors for so long.
-_HEAD_START_S: Final = 0.03
+# From CRIU's end of restore the tasks have some 10 ms to go to their first instruction, and what
+# they need first they need now: this process is more urgent than they are, and a page fault that
+# has to wait for a piece of the fill takes three times as long.
+_HEAD_START_S: Final = 0.1
 
 
 class RestoreFailedError(CriuGlueError):

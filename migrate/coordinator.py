@@ -306,7 +306,7 @@ class Coordinator:
         plan = await self._freezing.prepare(
             self.migration_id, self._paths, parent=self._copying.memory.pages.parent
         )
-        self._copying.pace = pace(self._freezing.prepared_ms)
+        self._copying.pace = pace(self._freezing.started_cpu_ms)
         await self._begun.entry.note(
             guard=msgspec.to_builtins(plan),
             network=msgspec.to_builtins(self._facts.network_handle),

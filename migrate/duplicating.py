@@ -261,7 +261,7 @@ class Duplicating(ABC):
         plan = await self._freezing.prepare(
             self._migration_id, self._paths, parent=rounds.memory.pages.parent
         )
-        rounds.pace = pace(self._freezing.prepared_ms)
+        rounds.pace = pace(self._freezing.started_cpu_ms)
         await self._begun.entry.note(
             guard=msgspec.to_builtins(plan),
             network=msgspec.to_builtins(facts.network_handle),

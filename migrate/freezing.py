@@ -17,6 +17,7 @@ import time
 from typing import TYPE_CHECKING
 
 import msgspec
+import psutil
 
 from criu_glue.errors import CriuGlueError
 from criu_glue.hooks import PAGE_SERVER_FD, CriuHold, HoldPlan, criu_pid
@@ -77,8 +78,8 @@ class Freezing:
         self._known: KnownPages | None = None
         self._grace_periods: GracePeriods | None = None
         self._hurry = contextlib.ExitStack()
-        # What `prepare` took.
-        self.prepared_ms = 0.0
+        # Processor time that the guard took to start.
+        self.started_cpu_ms = 0.0
         # Why CRIU takes hold of every page of a lazy dump, "" if it does not.
         self.why_slow = ""
 
@@ -90,7 +91,6 @@ class Freezing:
         The dump has what was written since the images `parent`; without them it is a lazy one,
         which leaves all pages to who reads them from the frozen tasks.
         """
-        begun_s = time.monotonic()
         self.image_dir.mkdir(mode=0o700)
         self._work_dir.mkdir(mode=0o700)
         is_lazy = parent is None
@@ -130,7 +130,6 @@ class Freezing:
         self._grace_periods = GracePeriods(paths.run, "coordinator")
         await self._start_guard(self._plan)
         await self._until("gate", config.PREPARE_DEADLINE_S)
-        self.prepared_ms = 1000 * (time.monotonic() - begun_s)
         return self._plan
 
     async def freeze(self) -> dict[str, int]:
@@ -286,6 +285,8 @@ class Freezing:
             armed = await self._from_guard.readline()
         if armed != b"armed\n":
             raise DumpFailed("the guard of the freeze did not start", host=self._host)
+        took = psutil.Process(self._guard.pid).cpu_times()
+        self.started_cpu_ms = 1000 * (took.user + took.system)
 
     async def _until(self, action: str, deadline_s: float) -> int:
         assert self._hold is not None

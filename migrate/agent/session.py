@@ -664,8 +664,11 @@ class Session:
             case messages.Ping(t_us=t_us):
                 await self.channel.tell(messages.Pong(t_us, time.monotonic_ns() // 1000))
             case messages.Prepare(descriptors=descriptors):
+                if self._descriptors is not None:
+                    raise ProtocolError("this session was told to prepare before")
                 self._descriptors = descriptors
-            case messages.Restore():
+            case messages.Restore() if self._restore is None:
+                # What is judged counts, whatever the source says meanwhile.
                 self._restore = message
             case messages.Frames(frames=frames):
                 if self._lets_in:

@@ -5,13 +5,12 @@ of it (threads, tasks, mappings, memory, bytes on the way, round trips). It know
 
 The constants come from the moves of `docs/bench/results.jsonl` and decision 0032 says how. They are
 those of one machine, where both hosts and the client share two processors, at the pace that it has
-when nothing else runs. How much slower another is, or this one with others at work, is learnt in
-each migration from what it takes to start the programs that both sides need (`pace`). Pure.
+when nothing else runs. How much slower another is, is learnt in each migration from the processor
+time that it takes to start a program that it needs (`pace`). Pure.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -24,37 +23,39 @@ FREEZE_MS: Final = 1.0
 """Unplugging by netlink and freezing the cgroup: 0.5 to 1 ms where nothing else runs."""
 COLLECT_MS: Final = 10.0
 """From the freeze until the final delta is known and CRIU begins."""
-DUMP_MS: Final = 62.0
+DUMP_MS: Final = 27.0
 """CRIU's dump below runc, from the freeze to `post-dump`, of a task without threads and memory."""
-DUMP_MS_PER_THREAD: Final = 3.5
+DUMP_MS_PER_THREAD: Final = 3.0
 """What each thread adds, the first of a task too: each is stopped and asked by itself."""
+DUMP_MS_PER_TASK: Final = 9.0
+"""What each task after the first one adds besides."""
 DUMP_MS_PER_MAPPING: Final = 0.03
 """What each mapping adds; it counts where there are thousands (Postgres)."""
-DUMP_MS_PER_GIB: Final = 68.0
+DUMP_MS_PER_GIB: Final = 50.0
 """What a dump adds per GiB of present memory, which it leaves alone (`criu_glue/known_pages.py`):
 the kernel walks its page tables for `smaps`, PAGEMAP_SCAN and `clear_refs`."""
 DUMP_SHARED_MS_PER_GIB: Final = 800.0
 """Shared memory is never lazy, CRIU writes all of it: full dumps of 1 GiB took 0.72 to 0.9 s."""
 DUMP_BESIDE: Final = 0.3
 """So much longer a dump takes for each time that it is sent beside it: both want processors."""
-SETTLE_MS: Final = 13.0
+SETTLE_MS: Final = 8.0
 """Between the dump's end and the last answer, however little is sent: images are cleaned, what they
 name is compared with what was sent, and the images themselves, some KiB, are sent."""
 SETTLE_ROUND_TRIPS: Final = 4
 """The images are waited for, then the pages that nobody watched; the last pass of the root file
 system, with more of them, ends at about the same time. Of one link with 20 ms each way."""
-RESTORE_MS: Final = 63.0
+RESTORE_MS: Final = 50.0
 """A lazy restore with runc up to the hold, of a task without memory."""
 RESTORE_MS_PER_TASK: Final = 6.0
 """What each other task adds."""
-RESTORE_EAGER_MS_PER_GIB: Final = 850.0
-"""An eager restore of 256 MiB takes 200 ms longer than a lazy one. Shared memory is always
+RESTORE_EAGER_MS_PER_GIB: Final = 500.0
+"""An eager restore of 256 MiB takes 120 ms longer than a lazy one. Shared memory is always
 eager."""
 RESTORE_ROUND_TRIPS: Final = 1.5
 """The request, which is more than fits into a connection's first window."""
-HANDOVER_MS: Final = 6.0
+HANDOVER_MS: Final = 4.5
 """Two synced journal records, besides the round trip."""
-RESUME_MS: Final = 25.0
+RESUME_MS: Final = 16.0
 """CRIU's way from `post-restore` to the first instruction, with a look at what confines the
 tasks."""
 ROUND_TRIP_MS: Final = 0.5
@@ -63,13 +64,11 @@ KEPT_BYTES_MS: Final = 500.0 * (1 << 20) / 1000
 """Memory is copied within this host with 1.2 to 1.8 GiB/s, and slower into pages that are new to
 it: 146 MiB/s were seen."""
 
-PREPARED_MS: Final = 340.0
-"""What starting runtime, CRIU and guard (`migrate/freezing.py`) took when nothing else ran."""
-PACE_POWER: Final = 0.3
-PACE_SHARE: Final = 0.5
-"""Where they take somewhat longer it is the container and who asks it that are at work, and both
-stand still later: the downtime grows with a small power of it. Where they take several times as
-long it is the host, and the downtime grows as they do."""
+STARTED_CPU_MS: Final = 180.0
+"""Processor time of the guard's start (`migrate/freezing.py`), nearly all of it Python's, where
+nothing else runs."""
+PACE_NOISE: Final = 1.3
+"""Between one start and the next it may differ by so much, which tells nothing of the machine."""
 PACE_MIN: Final = 0.5
 PACE_MAX: Final = 20.0
 BUSY_MAX: Final = 0.5
@@ -133,11 +132,13 @@ class Prediction:
         )
 
 
-def pace(prepared_ms: float) -> float:
-    """How much longer everything takes here than where the constants were found, by what the
-    source's preparations have taken (`Freezing.prepared_ms`)."""
-    ratio = prepared_ms / PREPARED_MS
-    return min(max(math.pow(ratio, PACE_POWER), PACE_SHARE * ratio, PACE_MIN), PACE_MAX)
+def pace(started_cpu_ms: float) -> float:
+    """How much longer everything takes here than where the constants were found, by the processor
+    time that it took to start the guard (`Freezing.started_cpu_ms`). Not by the time that passed:
+    what a container waits for does not wait for processors (`criu_glue/urgency.py`)."""
+    ratio = started_cpu_ms / STARTED_CPU_MS
+    beyond_noise = max(ratio / PACE_NOISE, min(ratio * PACE_NOISE, 1.0))
+    return min(max(beyond_noise, PACE_MIN), PACE_MAX)
 
 
 def predict(history: History, workload: Workload, remaining_bytes: int) -> Prediction:
@@ -176,6 +177,7 @@ def _dump_ms(workload: Workload) -> float:
     return (
         DUMP_MS
         + DUMP_MS_PER_THREAD * workload.threads
+        + DUMP_MS_PER_TASK * (workload.tasks - 1)
         + DUMP_MS_PER_MAPPING * workload.mappings
         + DUMP_MS_PER_GIB * workload.private_bytes / GIB
         + DUMP_SHARED_MS_PER_GIB * workload.shared_bytes / GIB

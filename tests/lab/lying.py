@@ -21,6 +21,8 @@ from migrate import signing
 from migrate.cli import main
 from migrate.coordinator import Coordinator
 from migrate.core import manifest as manifests
+from migrate.core import messages
+from migrate.target_link import TargetLink
 from transport import worker
 from transport.core import transcript
 from transport.core.frames import FrameType
@@ -34,6 +36,7 @@ _send = worker.Worker._send
 _digest = transcript.piece_digest
 _send_commit = Coordinator._send_commit
 _prepare = Coordinator._prepare_target
+_tell = TargetLink.tell
 
 
 def flip_a_page() -> None:
@@ -127,6 +130,21 @@ def commit_early() -> None:
     Coordinator._prepare_target = prepare  # type: ignore[method-assign]
 
 
+def restore_twice() -> None:
+    """The second time with other words of what holds the tasks back than those that are judged."""
+
+    async def tell(self: TargetLink, message: messages.SourceMessage) -> None:
+        await _tell(self, message)
+        if isinstance(message, messages.Restore):
+            sheets = tuple(
+                msgspec.structs.replace(sheet, bounding=0) for sheet in message.confinement.sheets
+            )
+            other = msgspec.structs.replace(message.confinement, sheets=sheets)
+            await _tell(self, msgspec.structs.replace(message, confinement=other))
+
+    TargetLink.tell = tell  # type: ignore[method-assign]
+
+
 def fields(**changed: Any) -> Any:
     return lambda: lie(lambda said: msgspec.structs.replace(said, **changed))
 
@@ -141,6 +159,7 @@ LIES = {
     "an-old-epoch": fields(epoch=1),
     "expired": fields(created_s=1, expires_s=2),
     "replay": keep_or_replay,
+    "restore-twice": restore_twice,
     "commit-twice": commit_twice,
     "commit-never": commit_never,
     "commit-early": commit_early,

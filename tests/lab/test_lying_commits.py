@@ -36,6 +36,16 @@ def test_twice(lab: Lab) -> None:
         under.guest.verify()
 
 
+def test_another_restore_meanwhile(lab: Lab) -> None:
+    """What was judged counts, not what is said while that goes on."""
+    with threatened(lab, "again") as under:
+        assert lying(lab, "restore-twice", "again").finish().done
+        assert running_on(lab, "again") == ["B"]
+        wait_clean(lab.host("B"), "again")
+        under.guest.wait_answers()
+        under.guest.verify()
+
+
 def test_too_early(lab: Lab) -> None:
     """It is no word for a session that holds nothing: nothing runs before it was held."""
     with threatened(lab, "early") as under:
