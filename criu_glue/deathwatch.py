@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from criu_glue import ptrace_requests as request
 from criu_glue.errors import TaskBusyError, TaskGoneError
+from criu_glue.urgency import TRACER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +55,7 @@ def _trace(pid: int, at_exit: Callable[[], None], begun: Future[None]) -> None:
         return
     # CRIU and the tasks wait for this thread: it has to be next whenever it can run.
     with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(TRACER))
     begun.set_result(None)
     while (status := request.wait_stop(pid)) is not None:
         event, number = status >> 8, status & 0xFF

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
+TRACER: Final = 3
+"""The priority of a thread that CRIU waits for at each of its signals (`deathwatch.py`)."""
 STANDSTILL: Final = 2
-"""The priority of those that the container can't run before."""
+"""That of those that the container can't run before."""
 FILL: Final = 1
 """That of the pager, whose background fill must not be in their way."""
 TIMER_SLACK_NS: Final = 50_000

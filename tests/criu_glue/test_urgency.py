@@ -10,7 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from criu_glue.urgency import FILL, STANDSTILL, TIMER_SLACK_NS, give_timers_slack, make_urgent
+from criu_glue.urgency import (
+    FILL,
+    STANDSTILL,
+    TIMER_SLACK_NS,
+    TRACER,
+    give_timers_slack,
+    make_urgent,
+)
 
 NORMAL: Final = [os.SCHED_OTHER, 0]
 URGENT: Final = [os.SCHED_RR | os.SCHED_RESET_ON_FORK, STANDSTILL]
@@ -85,8 +92,8 @@ print(json.dumps(seen_by_child()))
     assert told(script) == [os.SCHED_RR, STANDSTILL]
 
 
-def test_the_fill_is_less_urgent_than_the_end_of_the_standstill() -> None:
-    assert 0 < FILL < STANDSTILL
+def test_who_is_waited_for_most_is_most_urgent() -> None:
+    assert 0 < FILL < STANDSTILL < TRACER
 
 
 def test_a_process_that_is_gone() -> None:
