@@ -88,10 +88,11 @@ def test_ten_copies_of_a_gigabyte_share_it() -> None:
         for name, address in zip(NAMES, ADDRESSES, strict=True):
             shared_mib, begun_s = processes_mib(target), time.monotonic()
             verify(lab, address)
-            # It has read all of it, and so has it for itself.
+            # It has read all of it, and so has it for itself. The processes of the one before, some
+            # 20 MiB, may end meanwhile.
             own_mib = processes_mib(target) - shared_mib
             print(f"{name}: {own_mib:.0f} MiB in {time.monotonic() - begun_s:.0f} s", flush=True)
-            assert own_mib > 0.99 * MEMORY_MIB
+            assert own_mib > 0.95 * MEMORY_MIB
             expel(lab, name)
         wait_clean(target)
         guest.verify()
