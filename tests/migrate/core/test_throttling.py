@@ -223,7 +223,7 @@ def test_writes_that_outrun_the_way_converge(
     assert reactions[-1].act is Act.FREEZE
     assert told[-1].verdict is Verdict.FREEZE
     assert not reactions[-1].is_exhausted
-    assert len(told) < 40
+    assert len(told) < ROUNDS_MAX
 
 
 @given(st.floats(1.0, 40))
