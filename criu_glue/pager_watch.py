@@ -48,11 +48,17 @@ def open_alive(work: Path) -> int:
 
 
 def heard(alive: int) -> bool:
-    """Take what has been told; False when no process of the pager is there (yet, or any more)."""
+    """Take what has been told; False when no process of the pager is there (yet, or any more).
+
+    All of it: who opens the FIFO when the last writer is gone and another reader keeps what was
+    written is never woken by its end (Linux: fs/pipe.c, fifo_open), and must find it here.
+    """
     try:
-        return bool(os.read(alive, _READ_BYTES))
+        while os.read(alive, _READ_BYTES):
+            pass
     except BlockingIOError:
         return True
+    return False
 
 
 def start_ticks(pid: int) -> int | None:

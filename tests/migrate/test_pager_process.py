@@ -158,6 +158,19 @@ async def test_a_loss_is_told_at_once(restore: Restore, is_adopted: bool) -> Non
     await first.end()
 
 
+async def test_an_end_is_told_to_who_comes_after_it(restore: Restore) -> None:
+    """Also when another one still follows it, and has not taken what was told before the end."""
+    other = pager_watch.open_alive(restore.work)
+    PagerState.create(restore.work)
+    with (restore.work / pager_watch.ALIVE_NAME).open("wb") as alive:
+        alive.write(b".")
+    pager = await PagerProcess.adopt(restore.work)
+    with pytest.raises(PagerLost):
+        await pager.wait_filled(1.0)
+    pager.close()
+    os.close(other)
+
+
 async def test_a_failure_is_told(restore: Restore) -> None:
     pager = await start(restore)
     announce(restore)
