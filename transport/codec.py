@@ -8,14 +8,14 @@ How the level is chosen: the thread that compresses also sends, so that a raw by
     seconds(level) = seconds to compress a raw byte + ratio * seconds the link takes for a byte
     seconds(raw)   =                                          seconds the link takes for a byte
 
-and the smallest wins. All of these are moving averages of this stream's own measurements, which
-therefore include that streams share cores and link. A fast link makes `raw` win; a slow one the
-level with the best ratio. Every `EXPLORE_FRAMES` frames the neighbouring level is tried once, since
-data and link change; less often where the last try was much worse, as compression is on a link that
-outruns it.
+and the smallest wins. A fast link makes `raw` win; a slow one the level with the best ratio. What
+the link takes is a moving average of what this stream has sent, which therefore includes that
+streams share the link. What the levels take is found out by probes: each of them compresses the
+same data, a frame where compressing pays, else pieces of one, so that a link that outruns them all
+does not wait. A probe comes again when it has cost PROBE_SHARE of what was sent since.
 
-Before all that, a sample of the body is compressed: data that does not shrink is sent raw for that
-cost only, and when it did not shrink several times, the next frames are not even sampled.
+Pages differ: where compressing pays, a sample of each body is compressed first, and a body that
+does not shrink is sent raw for that cost only.
 """
 
 from __future__ import annotations
@@ -29,75 +29,80 @@ from transport.core.frames import Codec
 from transport.errors import FrameUndecodableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from transport.core.frames import Data
 
 LEVELS = (1, 2, 3)
 """Above 3 zstd gets slower than any link that is worth migrating over."""
 SAMPLE_BYTES = 16 << 10
-SAMPLE_PIECES = 4
-"""The sample is taken from four places of a frame: a page may be unlike its neighbours."""
+PIECES = 4
+"""A sample is taken from four places of a frame: a page may be unlike its neighbours."""
 WORTHWHILE_RATIO = 0.9
 """Compressing to more than this saves less than it costs on both sides."""
-EXPLORE_FRAMES = 32
-"""A try every 32 frames costs 3 % if it took twice as long as what was best."""
-UNEXPLORED_FRAMES_MAX = 512
-"""If it took n times as long, the next one comes after n times as many frames, up to these. A link
-that gets slower meanwhile needs no try: what is known of the levels is weighed anew each time."""
-SAMPLES_SKIPPED_MAX = 15
-"""Frames sent without a sample in a row, in data that does not compress."""
+LINK_S = 8e-9
+"""For a byte, until something was sent: a gigabit link."""
+PROBE_BYTES = 128 << 10
+"""In less of a frame the levels find less than in all of it."""
+PROBE_SHARE = 0.005
+"""Of the time that the link took."""
+PROBE_FRAMES_MIN = 8
+"""Often enough to find data that compresses behind some that does not,"""
+PROBE_FRAMES_MAX = 512
+"""and that a link has become slow, or free."""
 WINDOW_LOG_MAX = 21
 """Largest window that a peer may ask for, 2 MiB; what levels 1 to 3 make of 1 MiB needs less."""
 
 _WEIGHT = 0.25
-"""Of the newest measurement in the moving averages: most of the change is in after eight frames."""
+"""Of the newest frame's time on the link in the moving average: a change is in after eight."""
+_PROBE_WEIGHT = 0.5
+"""Of the newest probe: after three."""
 
 
 class LevelPolicy:
     """Which level pays, from what was measured. Level 0 means raw. Pure."""
 
     def __init__(self) -> None:
-        self._link_s = 0.0  # for a byte on the wire
+        self._link_s: float | None = None  # for a byte on the wire
         self._compress_s: dict[int, float] = {}  # for a raw byte
         self._ratio: dict[int, float] = {}
-        self._tries = 0
-        self._frames_to_try = EXPLORE_FRAMES
+        self._probe_s = 0.0
+        # Since the last probe.
+        self._sent_s = 0.0
+        self._frames = 0
 
-    def choose(self) -> int:
-        """The level for the next frame."""
-        self._frames_to_try -= 1
-        if self._ratio and self._frames_to_try > 0:
-            return self._best()
-        self._tries += 1
-        self._frames_to_try = EXPLORE_FRAMES
-        return self._neighbour(self._best())
+    def wants_probe(self, raw_bytes: int) -> bool:
+        """Asked once for each frame, whose body has so many bytes."""
+        self._frames += 1
+        if not self._ratio:
+            return True
+        is_paid = self._probe_s <= self._sent_s * PROBE_SHARE and self._frames > PROBE_FRAMES_MIN
+        return raw_bytes >= PROBE_BYTES and (is_paid or self._frames > PROBE_FRAMES_MAX)
 
-    def cost_s(self, level: int) -> float:
-        """Predicted seconds for a raw byte; only for levels that were tried."""
-        if level == 0:
-            return self._link_s
-        return self._compress_s[level] + self._ratio[level] * self._link_s
-
-    def compressed(self, level: int, raw_bytes: int, encoded_bytes: int, elapsed_s: float) -> None:
-        self._compress_s[level] = _moved(self._compress_s.get(level), elapsed_s / raw_bytes)
-        self._ratio[level] = _moved(self._ratio.get(level), encoded_bytes / raw_bytes)
-        best_s = self.cost_s(self._best())
-        if best_s > 0:
-            worse = self.cost_s(level) / best_s - 1
-            frames = min(round(EXPLORE_FRAMES * worse), UNEXPLORED_FRAMES_MAX)
-            self._frames_to_try = max(self._frames_to_try, frames)
+    def probed(self, raw_bytes: int, found: Mapping[int, tuple[int, float]]) -> None:
+        """So many bytes became these of each level, in so many seconds."""
+        for level, (encoded_bytes, elapsed_s) in found.items():
+            spent_s, ratio = elapsed_s / raw_bytes, encoded_bytes / raw_bytes
+            self._compress_s[level] = _moved(self._compress_s.get(level), spent_s, _PROBE_WEIGHT)
+            self._ratio[level] = _moved(self._ratio.get(level), ratio, _PROBE_WEIGHT)
+        self._probe_s = sum(elapsed_s for _, elapsed_s in found.values())
+        self._sent_s, self._frames = 0.0, 0
 
     def sent(self, wire_bytes: int, elapsed_s: float) -> None:
-        self._link_s = _moved(self._link_s or None, elapsed_s / wire_bytes)
+        """The link took `elapsed_s` for `wire_bytes`."""
+        self._link_s = _moved(self._link_s, elapsed_s / wire_bytes, _WEIGHT)
+        self._sent_s += elapsed_s
 
-    def _best(self) -> int:
+    def best(self) -> int:
+        """The level that pays most."""
         return min((0, *self._ratio), key=self.cost_s)
 
-    def _neighbour(self, level: int) -> int:
-        """The level to try: the next one up and the next one down in turns."""
-        upwards = self._tries % 2 == 1
-        return min(max(level + (1 if upwards else -1), LEVELS[0]), LEVELS[-1])
+    def cost_s(self, level: int) -> float:
+        """Predicted seconds for a raw byte; only for levels that were probed."""
+        link_s = LINK_S if self._link_s is None else self._link_s
+        if level == 0:
+            return link_s
+        return self._compress_s[level] + self._ratio[level] * link_s
 
 
 class Encoder:
@@ -107,17 +112,15 @@ class Encoder:
         self._compressors = {level: zstandard.ZstdCompressor(level=level) for level in LEVELS}
         self._policy = LevelPolicy()
         self._clock = clock
-        self._incompressible = 0
-        self._skip = 0
 
     def encode(self, body: memoryview) -> tuple[Codec, Data]:
-        """`body` compressed, or itself if that is better. Takes 10 µs to 3 ms for 1 MiB."""
-        level = self._policy.choose()
-        if level == 0 or not self._compressible(body):
+        """`body` compressed, or itself if that is better. Takes 1 µs to 5 ms for 1 MiB."""
+        if self._policy.wants_probe(len(body)):
+            self._probe(body)
+        level = self._policy.best()
+        if level == 0 or not self._shrinks(_pieces(body, SAMPLE_BYTES)):
             return Codec.RAW, body
-        before_s = self._clock()
         encoded = self._compressors[level].compress(body)
-        self._policy.compressed(level, len(body), len(encoded), self._clock() - before_s)
         if len(encoded) > len(body) * WORTHWHILE_RATIO:
             return Codec.RAW, body
         return Codec.ZSTD, encoded
@@ -126,17 +129,18 @@ class Encoder:
         """The link took `elapsed_s` for `wire_bytes`, waiting for room in the window included."""
         self._policy.sent(wire_bytes, elapsed_s)
 
-    def _compressible(self, body: memoryview) -> bool:
-        if self._skip > 0:
-            self._skip -= 1
-            return False
-        sample = _sample(body)
-        if len(self._compressors[LEVELS[0]].compress(sample)) <= len(sample) * WORTHWHILE_RATIO:
-            self._incompressible = 0
-            return True
-        self._incompressible += 1
-        self._skip = min(self._incompressible - 1, SAMPLES_SKIPPED_MAX)
-        return False
+    def _probe(self, body: memoryview) -> None:
+        # All of a body says more, and where compressing pays its time is there.
+        data, found = body if self._policy.best() else _pieces(body, PROBE_BYTES), {}
+        for level, compressor in self._compressors.items():
+            before_s = self._clock()
+            encoded_bytes = len(compressor.compress(data))
+            found[level] = (encoded_bytes, self._clock() - before_s)
+        self._policy.probed(len(data), found)
+
+    def _shrinks(self, sample: Data) -> bool:
+        encoded_bytes = len(self._compressors[LEVELS[0]].compress(sample))
+        return encoded_bytes <= len(sample) * WORTHWHILE_RATIO
 
 
 class Decoder:
@@ -166,13 +170,13 @@ class Decoder:
         return memoryview(raw)
 
 
-def _moved(average: float | None, newest: float) -> float:
-    return newest if average is None else average + _WEIGHT * (newest - average)
+def _moved(average: float | None, newest: float, weight: float) -> float:
+    return newest if average is None else average + weight * (newest - average)
 
 
-def _sample(body: memoryview) -> Data:
-    if len(body) <= SAMPLE_BYTES:
+def _pieces(body: memoryview, total_bytes: int) -> Data:
+    if len(body) <= total_bytes:
         return body
-    piece = SAMPLE_BYTES // SAMPLE_PIECES
-    step = (len(body) - piece) // (SAMPLE_PIECES - 1)
-    return b"".join(body[at * step : at * step + piece] for at in range(SAMPLE_PIECES))
+    piece = total_bytes // PIECES
+    step = (len(body) - piece) // (PIECES - 1)
+    return b"".join(body[at * step : at * step + piece] for at in range(PIECES))

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transport.codec import (
-    EXPLORE_FRAMES,
     LEVELS,
-    SAMPLES_SKIPPED_MAX,
-    UNEXPLORED_FRAMES_MAX,
+    PROBE_BYTES,
+    PROBE_FRAMES_MAX,
+    PROBE_FRAMES_MIN,
+    PROBE_SHARE,
     Decoder,
     Encoder,
     LevelPolicy,
@@ -53,21 +54,23 @@ def encoded_on(link_s: float, body: bytes, frames: int) -> list[tuple[Codec, int
 def test_on_a_slow_link_the_smallest_output_wins() -> None:
     sizes = [len(zstandard.ZstdCompressor(level=level).compress(TEXT)) for level in LEVELS]
     assert sizes.index(min(sizes)) != 0, "nothing to find beyond the first level"
-    made = encoded_on(SLOW_LINK_S, TEXT, 4 * EXPLORE_FRAMES - 1)
-    assert all(codec == Codec.ZSTD for codec, _ in made)
+    made = encoded_on(SLOW_LINK_S, TEXT, 5 * PROBE_FRAMES_MIN)
+    # Of the first it does not know the link.
+    assert all(codec == Codec.ZSTD for codec, _ in made[1:])
     assert made[-1][1] == min(sizes)
 
 
-def test_a_link_that_outruns_the_compressor_switches_it_off() -> None:
-    made = encoded_on(FAST_LINK_S, TEXT, EXPLORE_FRAMES - 1)
-    assert [codec for codec, _ in made].count(Codec.ZSTD) == 1  # the first, to measure it
+def test_a_link_that_outruns_the_compressor_waits_for_no_frame() -> None:
+    encoder = Encoder(clock=ticking())
+    encoder.sent(1 << 20, FAST_LINK_S * (1 << 20))
+    codecs = [encoder.encode(memoryview(TEXT))[0] for _ in range(2 * PROBE_FRAMES_MAX)]
+    assert set(codecs) == {Codec.RAW}
 
 
 def test_compression_comes_back_when_the_link_gets_slow() -> None:
     encoder = Encoder(clock=ticking())
-    for _ in range(10):
-        _, data = encoder.encode(memoryview(TEXT))
-        encoder.sent(len(data), len(data) * FAST_LINK_S)
+    for _ in range(20):
+        encoder.sent(1 << 20, FAST_LINK_S * (1 << 20))
     assert encoder.encode(memoryview(TEXT))[0] == Codec.RAW
     for _ in range(30):
         encoder.sent(1 << 20, SLOW_LINK_S * (1 << 20))
@@ -78,12 +81,20 @@ def test_data_that_does_not_compress_is_sent_as_it_is() -> None:
     assert all(codec == Codec.RAW for codec, _ in encoded_on(SLOW_LINK_S, RANDOM, 50))
 
 
+def test_a_body_among_others_that_does_not_compress_is_sent_as_it_is() -> None:
+    encoder = Encoder(clock=ticking())
+    encoder.sent(1 << 20, SLOW_LINK_S * (1 << 20))
+    bodies = [TEXT, RANDOM] * PROBE_FRAMES_MIN
+    codecs = [encoder.encode(memoryview(body))[0] for body in bodies]
+    assert codecs == [Codec.ZSTD, Codec.RAW] * PROBE_FRAMES_MIN
+
+
 def test_compressible_data_is_found_again_soon_after_random() -> None:
     encoder = Encoder(clock=ticking())
     for _ in range(200):
         encoder.encode(memoryview(RANDOM))
-    encoder.sent(1 << 20, SLOW_LINK_S * (1 << 20))
-    codecs = [encoder.encode(memoryview(TEXT))[0] for _ in range(SAMPLES_SKIPPED_MAX + 1)]
+        encoder.sent(1 << 20, SLOW_LINK_S * (1 << 20))
+    codecs = [encoder.encode(memoryview(TEXT))[0] for _ in range(PROBE_FRAMES_MIN + 1)]
     assert codecs[-1] == Codec.ZSTD
 
 
@@ -96,38 +107,42 @@ def test_a_raw_body_is_not_copied() -> None:
 def test_the_policy_weighs_time_against_bytes() -> None:
     policy = LevelPolicy()
     policy.sent(100, 100.0)  # 1 s for a byte
-    policy.compressed(1, 100, 50, 40.0)  # 0.4 + 0.5 s
-    assert policy.cost_s(0) == pytest.approx(1.0)
-    assert policy.cost_s(1) == pytest.approx(0.9)
-    assert policy.choose() == 1
-    policy.compressed(2, 100, 40, 70.0)  # 0.7 + 0.4 s
-    assert policy.choose() == 1
+    policy.probed(100, {1: (50, 40.0), 2: (40, 70.0)})  # 0.4 + 0.5 s, 0.7 + 0.4 s
+    assert [policy.cost_s(level) for level in range(3)] == pytest.approx([1.0, 0.9, 1.1])
+    assert policy.best() == 1
 
 
-def test_the_policy_tries_its_neighbours_now_and_then() -> None:
+def test_levels_are_compared_by_the_same_data() -> None:
+    """Whatever that is: the one that makes less of each probe wins on a slow link."""
     policy = LevelPolicy()
-    policy.sent(100, 100.0)
-    policy.compressed(1, 100, 50, 0.1)
-    chosen = [policy.choose() for _ in range(2 * EXPLORE_FRAMES)]
-    assert set(chosen) == {1, 2}
-    assert chosen.count(2) == 1
+    policy.sent(100, 1.0)
+    for share in (0.2, 0.9, 0.5, 0.8, 0.1):
+        policy.probed(100, {1: (int(100 * share), 1e-6), 3: (int(100 * share) - 5, 2e-6)})
+        assert policy.best() == 3
 
 
-def test_a_try_that_was_much_worse_is_not_soon_made_again() -> None:
+@given(st.floats(1e-6, 1.0), st.floats(1e-6, 1.0))
+def test_probes_take_a_small_share_of_the_time(frame_s: float, probe_s: float) -> None:
     policy = LevelPolicy()
-    policy.sent(100, 1.0)  # 0.01 s for a byte
-    tries, since = [], 0
-    for _ in range(UNEXPLORED_FRAMES_MAX * 3):
-        since += 1
-        if level := policy.choose():
-            policy.compressed(level, 100, 50, 4.5)  # 0.045 + 0.005 s: five times as long
-            tries.append(since)
-            since = 0
-    assert set(tries[1:]) == {4 * EXPLORE_FRAMES}
-    policy.compressed(1, 100, 50, 1e9)
-    assert [policy.choose() for _ in range(UNEXPLORED_FRAMES_MAX)].index(1) == (
-        UNEXPLORED_FRAMES_MAX - 1
-    )
+    assert policy.wants_probe(PROBE_BYTES)
+    policy.probed(PROBE_BYTES, {1: (PROBE_BYTES // 2, probe_s)})
+    frames = 0
+    while not policy.wants_probe(PROBE_BYTES):
+        policy.sent(1000, frame_s)
+        frames += 1
+    assert PROBE_FRAMES_MIN <= frames <= PROBE_FRAMES_MAX
+    is_rare = probe_s <= PROBE_SHARE * frames * frame_s
+    assert is_rare or frames == PROBE_FRAMES_MAX
+    # And no rarer than that.
+    assert frames == PROBE_FRAMES_MIN or probe_s > PROBE_SHARE * (frames - 1.01) * frame_s
+
+
+def test_small_bodies_are_no_probe_once_there_was_one() -> None:
+    policy = LevelPolicy()
+    assert policy.wants_probe(10)
+    policy.probed(10, {1: (5, 1.0)})
+    assert not any(policy.wants_probe(PROBE_BYTES - 1) for _ in range(2 * PROBE_FRAMES_MAX))
+    assert policy.wants_probe(PROBE_BYTES)
 
 
 @given(st.one_of(st.binary(min_size=1, max_size=5000), st.just(TEXT), st.just(RANDOM[:9000])))
