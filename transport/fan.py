@@ -15,11 +15,13 @@ last one is everybody's. With one target this is an `OutStream`, and no more.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from transport.core.frames import USE_BYTES
 from transport.errors import AbortedError, TransportError
 from transport.pace import Pace
 from transport.stream import OutStream
@@ -119,12 +121,15 @@ class Fan:
         self._applied = applied
         self._pending: deque[OutFrame] = deque()
         self._all: list[OutStream] = []
+        # One for all: so is their digest.
+        use = secrets.token_bytes(USE_BYTES)
         self._branches: list[_Branch] = []
         for number, outlet in enumerate(targets.outlets):
             branch = _Branch(number)
             branch.stream = OutStream(
                 index,
                 ticket=outlet.ticket,
+                use=use,
                 open_stream=outlet.open_stream,
                 stopped=targets.stopped[number],
                 applied=self._acknowledged_by(branch),

@@ -30,7 +30,14 @@ from transport.core.frames import (
     verify,
 )
 from transport.core.tables import RunKind, parse_file, parse_runs
-from transport.core.transcript import Carried, Pieces, StreamDigest, extended, piece_digest
+from transport.core.transcript import (
+    Carried,
+    Pieces,
+    StreamDigest,
+    body_tag,
+    extended,
+    piece_digest,
+)
 from transport.errors import (
     StreamBrokenError,
     TargetFailedError,
@@ -42,7 +49,6 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterator
 
-    from transport.core.frames import Data
     from transport.ledger import Ledger
 
 FRAME_DEADLINE_S = 60.0
@@ -130,6 +136,7 @@ class InboundStream:
         sink: PageSink,
         session: Session,
         index: int,
+        use: bytes,
         idle_deadline_s: float = IDLE_DEADLINE_S,
         frame_deadline_s: float = FRAME_DEADLINE_S,
         clock: Callable[[], float] = time.monotonic,
@@ -138,6 +145,7 @@ class InboundStream:
         self._sink = sink
         self._session = session
         self._index = index
+        self._use = use
         self._inbox = session.inbox(index)
         self._idle_deadline_s = idle_deadline_s
         self._frame_deadline_s = frame_deadline_s
@@ -176,7 +184,7 @@ class InboundStream:
             self.frames += 1
             send_answer(self._stream, Status.APPLIED, header.sequence)
 
-    def _apply(self, header: FrameHeader, table: memoryview, body: memoryview) -> Data:
+    def _apply(self, header: FrameHeader, table: memoryview, body: memoryview) -> bytes:
         """Everything that the peer says is checked before the sink hears of any of it.
 
         Returns what of the body is the frame's witness.
@@ -200,7 +208,7 @@ class InboundStream:
                 end = begin + pages * PAGE_BYTES
                 sink.write(task, address, raw[begin:end])
                 begin = end
-        return body
+        return body_tag(self._use, header.sequence, body)
 
     def _read_header(self) -> bool:
         """Whether another frame came, its header read; False at the end of the stream."""

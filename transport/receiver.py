@@ -267,6 +267,7 @@ class DataListener:
             sink=sink,
             session=session,
             index=hello.stream,
+            use=hello.use,
             idle_deadline_s=self._idle_deadline_s,
             frame_deadline_s=self._frame_deadline_s,
         )

@@ -8,7 +8,6 @@ read in between, as far as they have arrived; only when the window is full is on
 from __future__ import annotations
 
 import fcntl
-import secrets
 import select
 import sys
 import termios
@@ -21,7 +20,6 @@ from transport import tls
 from transport.core.connection import Outbox
 from transport.core.frames import (
     ANSWER_BYTES,
-    USE_BYTES,
     Answer,
     Hello,
     Status,
@@ -29,7 +27,7 @@ from transport.core.frames import (
     encode_hello,
     parse_answer,
 )
-from transport.core.transcript import NOTHING, extended
+from transport.core.transcript import NOTHING, body_tag, extended
 from transport.errors import (
     AbortedError,
     PeerNotTrustedError,
@@ -84,12 +82,15 @@ class Delivery:
 class OutFrame:
     """A frame ready to be sent, and sent again; `buffer` is to be given back once it is applied.
 
-    `witness` is what of it enters the stream's digest (`core/transcript.py`).
+    What enters the stream's digest is `prefix` and either `piece` or, without one, the tag of
+    `body` (`core/transcript.py`).
     """
 
     sequence: int
     parts: tuple[Data, ...]
-    witness: tuple[Data, ...]
+    prefix: bytes
+    body: Data
+    piece: bytes = b""
     delivery: Delivery | None = None
     buffer: object | None = None
 
@@ -101,9 +102,10 @@ class OutFrame:
 class OutStream:
     """Stream `index` of the session of `ticket`.
 
-    `open_stream` connects to the target, TLS done, greeting not. `stopped` is set before `cut` is
-    called to end the transfer. `applied` is called for every frame that the target has
-    acknowledged, in order. `pace` is that of all streams together.
+    `open_stream` connects to the target, TLS done, greeting not. use: 16 bytes, secret, see
+    `core/frames.py`. `stopped` is set before `cut` is called to end the transfer. `applied` is
+    called for every frame that the target has acknowledged, in order. `pace` is that of all streams
+    together.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class OutStream:
         index: int,
         *,
         ticket: bytes,
+        use: bytes,
         open_stream: Callable[[int], ssl.SSLSocket],
         stopped: threading.Event,
         applied: Callable[[OutFrame], None],
@@ -119,7 +122,7 @@ class OutStream:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._index = index
-        use = secrets.token_bytes(USE_BYTES)
+        self._use = use
         self._hello = encode_hello(Hello(StreamKind.PAGES, index, ticket, use))
         self._open_stream = open_stream
         self._stopped = stopped
@@ -162,7 +165,8 @@ class OutStream:
     def send(self, frame: OutFrame) -> float:
         """Send once the window has room; returns the seconds it took. Raises TransportError."""
         before_s = self._clock()
-        self.digest = extended(self.digest, frame.witness)
+        witness = frame.piece or body_tag(self._use, frame.sequence, frame.body)
+        self.digest = extended(self.digest, (frame.prefix, witness))
         while not self._outbox.room_for(frame.kept_bytes):
             self.await_answer()
         self._outbox.add(frame)
@@ -200,17 +204,16 @@ class OutStream:
 
     def _transmit(self, frame: OutFrame) -> None:
         stream = self._connected()
+        # As a whole: who gets it in small pieces wakes up for each.
+        self._pace.wait_for(frame.kept_bytes)
         with self._link_errors():
             if len(frame.parts) > 1 and frame.kept_bytes <= JOIN_BYTES:
-                self._pace.wait_for(frame.kept_bytes)
                 stream.sendall(b"".join(frame.parts))
             else:
                 for part in frame.parts:
                     view = memoryview(part)
                     for begin in range(0, len(view), WRITE_BYTES):
-                        piece = view[begin : begin + WRITE_BYTES]
-                        self._pace.wait_for(len(piece))
-                        stream.sendall(piece)
+                        stream.sendall(view[begin : begin + WRITE_BYTES])
         self.bytes_sent += frame.kept_bytes
 
     def _take_answers(self) -> None:

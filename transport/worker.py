@@ -264,13 +264,12 @@ class Worker:
             kind, codec, number, sequence, task, len(table), len(body), len(encoded)
         )
         prefix = encode_prefix(header, table, encoded)
-        witness = (prefix, piece or encoded)
         if codec == Codec.RAW and body:
             whole = buffer.framed(prefix, len(body))
-            frame = OutFrame(sequence, (whole,), witness, delivery, buffer)
+            frame = OutFrame(sequence, (whole,), prefix, body, piece, delivery, buffer)
         else:
             parts = (prefix, encoded) if body else (prefix,)
-            frame = OutFrame(sequence, parts, witness, delivery)
+            frame = OutFrame(sequence, parts, prefix, encoded, piece, delivery)
             self._free.append(buffer)
         self._encoder.sent(frame.kept_bytes, self.stream.send(frame))
 

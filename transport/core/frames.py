@@ -17,7 +17,8 @@ A stream's client greets, the server answers, then frames go one way and answers
       | <-------- ANSWER (APPLIED, sequence+2)  |  in order, one for each frame
 
 HELLO, 68 bytes. `use` is drawn at random by each sender for each of its streams, and is the same
-on every connection of it: so a ticket that is used a second time is told from a reconnection::
+on every connection of it: so a ticket that is used a second time is told from a reconnection. It
+is the key of what is kept of the stream's bodies, too (`transport.core.transcript`)::
 
      0        4         6      7      8         12                44               60         68
      +--------+---------+------+------+---------+-----------------+----------------+----------+
@@ -71,7 +72,7 @@ from transport.errors import (
 
 Data: TypeAlias = bytes | bytearray | memoryview
 
-VERSION = 2
+VERSION = 3
 PAGE_BYTES = 4096
 FRAME_PAGES_MAX = 256
 """Pages of one frame: 1 MiB amortises a frame's fixed costs and keeps a re-sent frame cheap."""

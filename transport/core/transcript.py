@@ -6,14 +6,18 @@ on a stream exactly when every frame was applied, none was changed, and none cam
 
     T(0)     32 zero bytes
     T(n)     SHA-256 of T(n-1) and the witness of frame n
-    witness  of a PAGES frame: header, table and body as they travel
+    witness  of a PAGES frame: header, table, and the tag of the body as it travels
              of a FILE frame:  header, table, and the SHA-256 of the decoded body (a *piece*)
+    tag      GMAC (NIST SP 800-38D) by a key that both ends of the stream have, and nobody else
+
+A tag is as good as a hash for who does not have the key, and costs a twentieth of it. Its nonce is
+the frame's number, of which a stream has one frame only.
 
 The hash of a file is the SHA-256 of the hashes of its pieces, PIECE_BYTES each but for the last:
 they arrive in any order and over any stream, and no byte of a file is hashed twice.
 
 SHA-256, not BLAKE2b: processors with instructions for it (all of AMD since 2017, of Intel's servers
-since 2021) are 2.5 times faster that way, measured with hashlib on frames of 1 MiB.
+since 2021) are 2.5 times faster that way, measured with hashlib on pieces of 1 MiB.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from transport.core.frames import FRAME_RAW_BYTES_MAX
 from transport.errors import FrameMalformedError
@@ -34,6 +40,7 @@ DIGEST_BYTES: Final = 32
 NOTHING: Final = bytes(DIGEST_BYTES)
 """T(0)."""
 PIECE_BYTES: Final = FRAME_RAW_BYTES_MAX
+_NONCE_BYTES: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,11 @@ class Carried:
 def piece_digest(data: Data) -> bytes:
     """SHA-256; it releases the GIL for all but the smallest."""
     return hashlib.sha256(data).digest()
+
+
+def body_tag(key: bytes, sequence: int, body: Data) -> bytes:
+    """Of what travels in frame `sequence` of the stream whose key this is, of 16 bytes."""
+    return AESGCM(key).encrypt(sequence.to_bytes(_NONCE_BYTES, "big"), b"", body)
 
 
 def file_digest(pieces: Iterable[bytes]) -> bytes:

@@ -25,6 +25,7 @@ from transport.core.frames import (
     HEADER_BYTES,
     PAGE_BYTES,
     TICKET_BYTES,
+    USE_BYTES,
     Answer,
     Codec,
     FrameHeader,
@@ -39,6 +40,8 @@ from transport.inbound import InboundStream, Session
 
 MAX_BYTES = 16 << 10
 IS_JSON = False
+
+USE = bytes(range(USE_BYTES))
 
 _TABLE_BYTES_AT = 20
 _ENCODED_BYTES_AT = 28
@@ -90,7 +93,7 @@ def _sealed(data: bytes) -> bytes:
 def _stream(data: bytes) -> None:
     wire, session = Wire(data), Session()
     stream = cast("ssl.SSLSocket", wire)
-    inbound = InboundStream(stream, sink=Sink(), session=session, index=0)
+    inbound = InboundStream(stream, sink=Sink(), session=session, index=0, use=USE)
     with suppress(FrameError, StreamBrokenError):
         inbound.run()
     assert session.inbox(0).applied == inbound.frames == wire.answers

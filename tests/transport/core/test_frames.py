@@ -40,7 +40,7 @@ USE = bytes(range(0xA0, 0xB0))
 
 GOLDEN_HELLO = bytes.fromhex(
     "444c5948"  # "DLYH"
-    "0200"  # version 2
+    "0300"  # version 3
     "01"  # kind PAGES
     "00"  # reserved
     "03000000"  # stream 3
@@ -49,7 +49,7 @@ GOLDEN_HELLO = bytes.fromhex(
 )
 GOLDEN_ANSWER = bytes.fromhex(
     "444c5941"  # "DLYA"
-    "0200"  # version 2
+    "0300"  # version 3
     "0200"  # APPLIED
     "0807060504030201"  # sequence
 )
@@ -286,8 +286,8 @@ def test_a_file_ends_before_its_limit() -> None:
 
 def test_another_version_is_refused_by_name() -> None:
     other = bytearray(GOLDEN_HELLO)
-    other[4] = 3
-    with pytest.raises(FrameMalformedError, match="version 3"):
+    other[4] = frames.VERSION + 1
+    with pytest.raises(FrameMalformedError, match=f"version {frames.VERSION + 1}"):
         frames.parse_hello(sealed(bytes(other)))
 
 

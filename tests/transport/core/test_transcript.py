@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from transport.core.transcript import (
     NOTHING,
     PIECE_BYTES,
     FileDigest,
     Pieces,
+    body_tag,
     extended,
     file_digest,
     piece_digest,
@@ -43,6 +45,23 @@ def test_the_parts_of_a_frame_are_one() -> None:
 )
 def test_whatever_differs_has_another_digest(other: tuple[bytes, ...]) -> None:
     assert digest_of(*other) != digest_of(b"one", b"two")
+
+
+def test_a_body_is_told_by_its_gmac() -> None:
+    key, nonce, body = bytes(range(16)), (7).to_bytes(12, "big"), b"pages" * 1000
+    gmac = Cipher(algorithms.AES(key), modes.GCM(nonce)).encryptor()
+    gmac.authenticate_additional_data(body)
+    gmac.finalize()
+    assert body_tag(key, 7, memoryview(body)) == gmac.tag
+    others = {
+        body_tag(key, 7, body),
+        body_tag(key, 7, body[:-1] + b"S"),
+        body_tag(key, 7, body[:-1]),
+        body_tag(key, 7, b""),
+        body_tag(key, 8, body),
+        body_tag(key[::-1], 7, body),
+    }
+    assert len(others) == 6
 
 
 def test_files_are_hashed_by_pieces_in_any_order() -> None:
