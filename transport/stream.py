@@ -38,6 +38,7 @@ from transport.errors import (
     TargetFullError,
     TransportError,
 )
+from transport.link_time import LinkTime
 
 if TYPE_CHECKING:
     import ssl
@@ -132,6 +133,7 @@ class OutStream:
         self._clock = clock
         self._outbox: Outbox[OutFrame] = Outbox()
         self._socket: ssl.SSLSocket | None = None
+        self._link: LinkTime | None = None
         self._poll = select.poll()
         self._answer = memoryview(bytearray(ANSWER_BYTES))
         self._sent_before = 0
@@ -163,7 +165,8 @@ class OutStream:
         return self._outbox.next_sequence
 
     def send(self, frame: OutFrame) -> float:
-        """Send once the window has room; returns the seconds it took. Raises TransportError."""
+        """Send once the window has room; returns the seconds that the link took of it, or took for
+        what was sent before (`link_time.py`). Raises TransportError."""
         before_s = self._clock()
         witness = frame.piece or body_tag(self._use, frame.sequence, frame.body)
         self.digest = extended(self.digest, (frame.prefix, witness))
@@ -175,7 +178,7 @@ class OutStream:
             self._take_answers()
         except StreamBrokenError as error:
             self._reopen(error)
-        return self._clock() - before_s
+        return self._link.took_s(self._clock() - before_s) if self._link else 0.0
 
     def await_answer(self) -> None:
         """Wait until the oldest frame is acknowledged."""
@@ -294,6 +297,7 @@ class OutStream:
         if answer.status != Status.ACCEPTED:
             raise _refusal(answer.status, self._index)
         self.opened += 1
+        self._link = LinkTime(stream)
         self._sent_before = self.bytes_sent
         done, again = self._outbox.resume(answer.sequence)
         for frame in done:
