@@ -158,8 +158,7 @@ def _huge_pages(machines: Lab) -> Iterator[None]:
     try:
         for host in machines.hosts:
             # A machine that has run for a while has its free memory in small pieces.
-            host.write_text("/proc/sys/vm/drop_caches", "3")
-            host.write_text("/proc/sys/vm/compact_memory", "1")
+            host.run(["sysctl", "-q", "vm.drop_caches=3", "vm.compact_memory=1"])
             for path, value, _ in settings:
                 host.write_text(path, value)
             assert host.read_text(HUGE_PAGES).strip() == "8"
