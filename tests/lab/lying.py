@@ -47,11 +47,11 @@ def flip_a_page() -> None:
         transmit = self.stream.send
 
         def flipped(frame: Any) -> float:
-            if kind is FrameType.PAGES and not done:
+            if kind is FrameType.PAGES and frame.body and not done:
                 done.append(True)
-                body = bytearray(b"".join(frame.witness))
+                body = bytearray(frame.body)
                 body[-1] ^= 1
-                frame = replace(frame, witness=(body,))
+                frame = replace(frame, body=body)
             return transmit(frame)
 
         self.stream.send = flipped  # type: ignore[method-assign]
