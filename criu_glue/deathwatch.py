@@ -17,6 +17,7 @@ ignore, like the SIGCHLD of each of its tracees' stops.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from concurrent.futures import Future
@@ -65,9 +66,19 @@ def _trace(pid: int, at_exit: Callable[[], None], begun: Future[None]) -> None:
                 at_exit()
                 request.ptrace(request.DETACH, pid)
                 return
-            if event == request.EVENT_STOP:
-                is_stopped = number in request.STOPPING
-                request.ptrace(request.LISTEN if is_stopped else request.CONT, pid)
+            if event == request.EVENT_STOP and number in request.STOPPING:
+                _leave_stopped(pid)
             else:
-                request.ptrace(request.CONT, pid, 0, number)
+                is_signal = event != request.EVENT_STOP
+                request.ptrace(request.CONT, pid, 0, number if is_signal else 0)
     at_exit()
+
+
+def _leave_stopped(pid: int) -> None:
+    try:
+        request.ptrace(request.LISTEN, pid)
+    except OSError as error:
+        # Killed, it is in its last stop by now, which nobody can listen from (Linux:
+        # kernel/ptrace.c: ptrace_request) and which is told next.
+        if error.errno != errno.EIO:
+            raise

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from criu_glue import custody, deathwatch, trap_shield
+from criu_glue import ptrace_requests as request
 from criu_glue.core.sigaction import ACTION
 from criu_glue.errors import TaskBusyError, TaskGoneError
 from criu_glue.mappings import Task
@@ -218,6 +219,15 @@ while True:
 """
 
 
+PF_SIGNALED = 0x400  # include/linux/sched.h: killed by a signal
+
+
+def flags(pid: int) -> int:
+    """The kernel's flags of a process (proc_pid_stat(5), the ninth field)."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat[stat.rindex(")") + 2 :].split()[6])
+
+
 @dataclass
 class Watched:
     """A process that is watched, and how often its end was told."""
@@ -278,6 +288,24 @@ def test_one_killed_while_it_is_stopped(watched: Watched) -> None:
     watched.process.send_signal(signal.SIGSTOP)
     until(lambda: state(watched.process.pid) in "tT")
     watched.process.kill()
+    assert watched.wait() == -signal.SIGKILL
+    assert watched.ends == ["t"]
+
+
+def test_one_killed_before_its_stop_is_answered(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in its last stop when it is told to stay in the one before."""
+    pid, ptrace = watched.process.pid, request.ptrace
+
+    def late(what: int, *arguments: int) -> int:
+        if what == request.LISTEN:
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: state(pid) == "t" and bool(flags(pid) & PF_SIGNALED))
+        return ptrace(what, *arguments)
+
+    monkeypatch.setattr(request, "ptrace", late)
+    watched.process.send_signal(signal.SIGSTOP)
     assert watched.wait() == -signal.SIGKILL
     assert watched.ends == ["t"]
 
