@@ -59,9 +59,11 @@ def _trace(pid: int, at_exit: Callable[[], None], begun: Future[None]) -> None:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(TRACER))
     begun.set_result(None)
     while (status := request.wait_stop(pid)) is not None:
-        event, number = status >> 8, status & 0xFF
-        # One that was killed in its stop comes to the next by itself.
+        # One that was killed in its stop comes to the last one by itself: when it is on its way
+        # there nothing can be told to it, and when it is there nothing else may be.
         with contextlib.suppress(TaskGoneError):
+            status = request.stop_status(pid) or status
+            event, number = status >> 8, status & 0xFF
             if event == request.EVENT_EXIT:
                 at_exit()
                 request.ptrace(request.DETACH, pid)

@@ -292,17 +292,42 @@ def test_one_killed_while_it_is_stopped(watched: Watched) -> None:
     assert watched.ends == ["t"]
 
 
+def killed(pid: int) -> None:
+    """In a stop: it has come to its last one when this returns."""
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: state(pid) == "t" and bool(flags(pid) & PF_SIGNALED))
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGUSR1])
 def test_one_killed_before_its_stop_is_answered(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    wait_stop = request.wait_stop
+
+    def late(pid: int) -> int | None:
+        status = wait_stop(pid)
+        if status is not None and status >> 8 != request.EVENT_EXIT:
+            killed(pid)
+        return status
+
+    monkeypatch.setattr(request, "wait_stop", late)
+    # The watch waits by the real one already.
+    watched.process.send_signal(signal.SIGUSR1)
+    assert watched.line() == "heard\n"
+    watched.process.send_signal(number)
+    assert watched.wait() == -signal.SIGKILL
+    assert watched.ends == ["t"]
+
+
+def test_one_killed_while_its_stop_is_answered(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is in its last stop when it is told to stay in the one before."""
-    pid, ptrace = watched.process.pid, request.ptrace
+    ptrace = request.ptrace
 
-    def late(what: int, *arguments: int) -> int:
+    def late(what: int, pid: int, *arguments: int) -> int:
         if what == request.LISTEN:
-            os.kill(pid, signal.SIGKILL)
-            until(lambda: state(pid) == "t" and bool(flags(pid) & PF_SIGNALED))
-        return ptrace(what, *arguments)
+            killed(pid)
+        return ptrace(what, pid, *arguments)
 
     monkeypatch.setattr(request, "ptrace", late)
     watched.process.send_signal(signal.SIGSTOP)
