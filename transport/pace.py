@@ -34,9 +34,11 @@ class Pace:
         self._clock = clock
         self._lock = threading.Lock()
 
-    def wait_for(self, count: int) -> None:
-        """Returns when so many bytes may leave. Raises AbortedError."""
+    def wait_for(self, count: int) -> float:
+        """Returns when so many bytes may leave: how many seconds that was to be. Raises
+        AbortedError."""
         with self._lock:
             wait_s = self._bucket.take(count, self._clock(), self._rate())
         if wait_s and self._stopped.wait(wait_s):
             raise AbortedError("the transfer was aborted")
+        return wait_s

@@ -44,6 +44,7 @@ from transport.errors import (
 )
 from transport.fan import Outlet
 from transport.identity import HostIdentity, peer_of
+from transport.link_time import LinkTime
 from transport.receiver import DataListener, listen
 from transport.sender import PageSender
 from transport.worker import BUFFERS_MAX
@@ -139,6 +140,18 @@ def test_compressible_memory_travels_compressed(
         stats = sender.send_round(1, [(TASK, memory.runs)])
     assert arrived(target, memory)
     assert stats.bytes_sent < stats.bytes_raw
+
+
+def test_a_bandwidth_is_a_slow_link_whatever_the_link_itself_takes(
+    target: Target, sender_for: Callable[..., PageSender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LinkTime, "took_s", lambda *_: 0.0)
+    memory, bytes_s = Memory(4096), 16.0 * (1 << 20)
+    memory.content[:] = np.arange(1, 4097, dtype=np.uint64).astype(np.uint8)[:, None]
+    with sender_for(memory, rate=lambda: bytes_s, streams=2) as sender:
+        stats = sender.send_round(1, [(TASK, memory.runs)])
+    assert arrived(target, memory)
+    assert stats.bytes_sent < stats.bytes_raw / 2
 
 
 def test_several_tasks_and_an_empty_round(
