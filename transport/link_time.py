@@ -27,7 +27,7 @@ _SIZE: Final = _TIMES_AT + _TIMES.size
 
 
 class LinkTime:
-    """Of one connection, which is open."""
+    """Of one connection. Making it raises OSError when that has ended."""
 
     def __init__(self, connection: socket.socket | ssl.SSLSocket) -> None:
         self._connection = connection

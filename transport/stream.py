@@ -298,10 +298,10 @@ class OutStream:
         with tls.handshake_errors("the target"):
             stream.sendall(self._hello)
             answer = self._read_answer(stream)
+            self._link = LinkTime(stream)
         if answer.status != Status.ACCEPTED:
             raise _refusal(answer.status, self._index)
         self.opened += 1
-        self._link = LinkTime(stream)
         self._sent_before = self.bytes_sent
         done, again = self._outbox.resume(answer.sequence)
         for frame in done:

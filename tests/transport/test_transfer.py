@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import ssl
 import threading
@@ -152,6 +153,25 @@ def test_a_bandwidth_is_a_slow_link_whatever_the_link_itself_takes(
         stats = sender.send_round(1, [(TASK, memory.runs)])
     assert arrived(target, memory)
     assert stats.bytes_sent < stats.bytes_raw / 2
+
+
+def test_a_connection_that_ends_behind_its_first_answer_is_opened_again(
+    target: Target, sender_for: Callable[..., PageSender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the peer's reset, as the kernel says when it is asked for the peer's address."""
+    make, ended = LinkTime.__init__, [True]
+
+    def once(self: LinkTime, connection: ssl.SSLSocket) -> None:
+        if ended:
+            ended.clear()
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        make(self, connection)
+
+    monkeypatch.setattr(LinkTime, "__init__", once)
+    memory = Memory(300)
+    with sender_for(memory, streams=1) as sender:
+        sender.send_round(1, [(TASK, memory.runs)])
+        assert arrived(target, memory)
 
 
 def test_several_tasks_and_an_empty_round(
