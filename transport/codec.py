@@ -114,7 +114,8 @@ class Encoder:
         self._clock = clock
 
     def encode(self, body: memoryview) -> tuple[Codec, Data]:
-        """`body` compressed, or itself if that is better. Takes 1 µs to 5 ms for 1 MiB."""
+        """`body` compressed, or itself if that is better. For 1 MiB it takes 1 µs to 5 ms, and a
+        probe up to 15."""
         if self._policy.wants_probe(len(body)):
             self._probe(body)
         level = self._policy.best()
@@ -126,7 +127,7 @@ class Encoder:
         return Codec.ZSTD, encoded
 
     def sent(self, wire_bytes: int, elapsed_s: float) -> None:
-        """The link took `elapsed_s` for `wire_bytes`, waiting for room in the window included."""
+        """The link, or a bandwidth that is kept to, took `elapsed_s` for `wire_bytes`."""
         self._policy.sent(wire_bytes, elapsed_s)
 
     def _probe(self, body: memoryview) -> None:
